@@ -1,0 +1,52 @@
+# Every target sets itself up: a virtual environment in $(VENV), pinned by constraints.txt, made once.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+SETUP := constraints.txt pyproject.toml setup.py
+
+# Real MNIST beside the checkout is used by the tests when it is there; the package knows no such path.
+ifneq ($(wildcard ../shared/data/mnist),)
+test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
+endif
+
+.PHONY: help train test test-slow check format bench clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(VENV)/.train: $(SETUP)
+	@echo "setting up $(VENV) (first call only) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) torch setuptools
+	@$(PIP) --no-build-isolation --editable '.[train]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.train
+	@$(PIP) --no-build-isolation --editable '.[train,dev]'
+	@touch $@
+
+train: $(VENV)/.train  ## pre-train, probe, decode; ends with Table 1 (MovingMNIST) and figure 5
+	@$(BIN)/vjvcr-fast reproduce table1 --dataset moving-mnist $(ARGS)
+
+test: $(VENV)/.dev  ## the test suite (at most 12 minutes on two CPU cores)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.dev  ## what needs longer
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.dev  ## linter, formatter, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev  ## format and fix in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.dev  ## benchmarks against the reference; writes benchmarks/results/
+	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+clean:  ## remove the virtual environment and caches; runs/ stays
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -1,0 +1,122 @@
+"""VICRegLoss against its definition, its other conventions, and over two processes."""
+
+import pytest
+import tolerances
+import torch
+from tolerances import relative
+from torch import Tensor, nn
+
+from vjvcr_fast.losses import VICRegLoss, variance_hinge
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(0.8).to(dtype)
+
+
+class TestVICReg:
+    @staticmethod
+    def by_definition(z_a: Tensor, z_b: Tensor, hinges: str = "mean", divisor: str = "d") -> Tensor:
+        """25, 25, 1, each branch and time step on its own, entry by entry."""
+        d = z_a.shape[-1]
+        variance = covariance = torch.zeros((), dtype=z_a.dtype)
+        slices = [
+            (z_a.reshape(len(z_a), -1, d)[:, t], z_b.reshape(len(z_b), -1, d)[:, t]) for t in range(z_a[0].numel() // d)
+        ]
+        for pair in slices:
+            for z in pair:
+                c = torch.cov(z.T).reshape(d, d)
+                hinge = torch.clamp(1 - (c.diagonal() + 1e-4).sqrt(), min=0).mean()
+                variance = variance + hinge / (2 if hinges == "mean" else 1)
+                off = (c - c.diagonal().diag()).pow(2).sum()
+                covariance = covariance + off / (d if divisor == "d" else d * (d - 1))
+        invariance = ((z_a - z_b) ** 2).sum() / z_a.numel()
+        return 25 * invariance + 25 * variance / len(slices) + covariance / len(slices)
+
+    @pytest.mark.parametrize("shape", [(2, 5), (6, 4), (4, 3, 5), (5, 2, 2, 3), (9, 1)])
+    @pytest.mark.parametrize("hinges", ["mean", "sum"])
+    @pytest.mark.parametrize("divisor", ["d", "d(d-1)"])
+    def test_is_its_definition(self, shape, hinges, divisor):
+        if shape[-1] == 1 and divisor == "d(d-1)":
+            pytest.skip("the definition divides by zero")
+        z = [random(*shape, dtype=torch.float64, seed=i).requires_grad_() for i in range(2)]
+        loss = VICRegLoss(variance_branches=hinges, covariance_divisor=divisor)(*z)
+        right = self.by_definition(*z, hinges, divisor)
+        assert relative(loss, right) <= tolerances.FLOAT64
+        for ours, gradient in zip(torch.autograd.grad(loss, z), torch.autograd.grad(right, z), strict=True):
+            assert relative(ours, gradient) <= tolerances.FLOAT64
+
+    def test_weights_and_eps(self):
+        z = [random(5, 4, dtype=torch.float64, seed=i) for i in range(2)]
+        weighted = [float(VICRegLoss(*w)(*z)) for w in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 4))]
+        assert weighted[3] == pytest.approx(2 * weighted[0] + 3 * weighted[1] + 4 * weighted[2])
+        assert float(VICRegLoss(0, 1, 0, eps=0.5)(*z)) == pytest.approx(float(variance_hinge(z, eps=0.5)))
+
+    def test_one_dimension_has_no_penalty(self):
+        z = [random(5, 1, dtype=torch.float64, seed=i) for i in range(2)]
+        assert float(VICRegLoss(0, 0, 1, covariance_divisor="d(d-1)")(*z)) == pytest.approx(0, abs=1e-12)
+
+    def test_half_precision_is_computed_in_float32(self):
+        z = [random(6, 3, 8, dtype=torch.bfloat16, seed=i).requires_grad_() for i in range(2)]
+        loss = VICRegLoss()(*z)
+        assert loss.dtype == torch.float32
+        assert relative(loss, self.by_definition(*(x.double() for x in z))) <= tolerances.FLOAT32
+        loss.backward()
+        assert {x.grad.dtype for x in z} == {torch.bfloat16}
+
+    def test_errors(self):
+        with pytest.raises(ValueError, match="same shape"):
+            VICRegLoss()(random(4, 2, 3), random(4, 1, 3))
+        with pytest.raises(ValueError, match=r"covariance_divisor='n'.*'d\(d-1\)'"):
+            VICRegLoss(covariance_divisor="n")
+        with pytest.raises(ValueError, match="variance_branches='max'"):
+            VICRegLoss(variance_branches="max")
+
+
+def _gathering_process(rank: int, size: int, folder: str) -> None:
+    """One process of test_gathered_over_processes: its shard through the shared weight, as DDP would average it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
+    try:
+        model = _model()
+        views = [x.chunk(size)[rank] for x in _views()]
+        loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in views))
+        loss.backward()
+        gradient = model.weight.grad
+        torch.distributed.all_reduce(gradient)
+        torch.distributed.all_reduce(loss.detach_())
+        second = _second_derivative(*views)
+        torch.save({"loss": loss / size, "gradient": gradient / size, "second": second}, f"{folder}/{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def _second_derivative(z_a: Tensor, z_b: Tensor) -> Tensor:
+    leaf = z_a.clone().requires_grad_()
+    loss = VICRegLoss(lambda_param=0.0, gather_distributed=True)(leaf, z_b)
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), leaf)[0]
+
+
+def _model() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(5, 7, bias=False).double()
+
+
+def _views() -> list[Tensor]:
+    return [random(8, 2, 5, dtype=torch.float64, seed=i) for i in (1, 2)]
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+def test_gathered_over_processes(tmp_path):
+    """Two processes with half the batch each: the mean of their losses and gradients is one process's."""
+    model = _model()
+    loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in _views()))  # no process group: the batch is whole
+    loss.backward()
+    torch.multiprocessing.spawn(_gathering_process, args=(2, str(tmp_path)), nprocs=2)
+    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for result in results:
+        assert relative(result["loss"], loss) <= tolerances.FLOAT64
+        assert relative(result["gradient"], model.weight.grad) <= tolerances.FLOAT64
+    # Both processes report the whole loss: a first derivative counts it twice, the square of that four times.
+    second = torch.cat([result["second"] for result in results])
+    assert relative(second, 4 * _second_derivative(*_views())) <= tolerances.FLOAT64

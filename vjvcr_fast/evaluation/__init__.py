@@ -1,0 +1,1 @@
+"""Probes, metrics, figures, and the tables of the paper."""

@@ -1,0 +1,137 @@
+"""Everything the paper measures on one finished MovingMNIST run, written to its evaluation.json."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjvcr_fast import reference
+from vjvcr_fast.config import Config, resolve_device
+from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.evaluation import probes
+from vjvcr_fast.evaluation.metrics import psnr
+from vjvcr_fast.models.convnet import ConvDecoder
+from vjvcr_fast.models.energy import EnergyModel
+from vjvcr_fast.training import checkpoint
+from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.loop import autocast, split_frames
+
+
+def load_run(run: Path) -> tuple[Config, EnergyModel]:
+    """The config and the model of least validation loss of a run, in evaluation mode.
+
+    Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
+    """
+    config = Config.load(run / "config.json")
+    device = resolve_device(config.train.device)
+    model = build_model(config, device)
+    model.load_state_dict(checkpoint.load(run / "best.pt", device)["model"])
+    return config, model.eval()
+
+
+def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
+    """Probes, decodes and measures the run in the folder `run`; returns what it writes to evaluation.json.
+
+    config: the run's, where `evaluate.*` differs from its config.json. An evaluation.json made from the same
+    checkpoint under the same settings is returned as it is.
+
+    Raises: as `load_run`; DigitsError.
+    """
+    saved, model = load_run(run)
+    config = config or saved
+    made_from = {
+        "evaluate": dataclasses.asdict(config.evaluate),
+        "step": checkpoint.load(run / "best.pt")["step"],
+        "trained_steps": checkpoint.load(run / "last.pt")["step"],
+    }
+    file = run / "evaluation.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if {k: before.get(k) for k in made_from} == made_from:
+            return before
+
+    training_digits, validation_digits = build_digits(config)
+    device = next(model.parameters()).device
+    fitted = build_videos(config, training_digits, "probe", device)
+    held_out = build_videos(config, validation_digits, "validation", device)
+    settings = config.evaluate
+
+    train = probes.extract(model, fitted, settings.probe_videos, config)
+    validation = probes.extract(model, held_out, settings.validation_videos, config, encoded=True)
+    curve = probes.adam_probe(train, validation, config, config.train.seed)
+    singular = reference.singular_values(validation.encoded)
+    decoder = frozen_decoder(run, config, model, training_digits)
+    result = {
+        **made_from,
+        "row": config.model.row,
+        "seed": config.train.seed,
+        "digits": training_digits.source,
+        "speed_mse": curve[-1],
+        "speed_mse_by_epoch": curve,
+        "speed_mse_least_squares": probes.least_squares_probe(train, validation),
+        "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
+        "psnr": mean_psnr(model, decoder, held_out, config),
+        "decoder": "joint" if model.decoder is not None else "post hoc",
+        "rank_me": reference.rank_me(validation.encoded).item(),
+        "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
+        "singular_values": [round(s, 4) for s in singular.tolist()],
+    }
+    checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits) -> nn.Module:
+    """The model's own decoder, or one trained after the fact on its frozen predictions (decoder.pt; resumes)."""
+    if model.decoder is not None:
+        return model.decoder
+    from tqdm import tqdm
+
+    device = next(model.parameters()).device
+    videos = build_videos(config, digits, "decoder", device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.train.seed)
+        decoder = ConvDecoder(1, config.model.channels, config.data.canvas, config.model.pool)
+    decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(decoder.parameters(), config.train.lr, fused=True)
+    steps, batch, file, done = config.evaluate.decoder_steps, config.train.batch, run / "decoder.pt", 0
+    if file.exists():
+        state = checkpoint.load(file, device)
+        if state["step"] <= steps:
+            decoder.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            done = state["step"]
+    with tqdm(total=steps, initial=done, desc="post-hoc decoder", unit="step", disable=done == steps) as bar:
+        for step in range(done + 1, steps + 1):
+            x, y = split_frames(videos.batch(step * batch, batch), config)
+            with autocast(config, device):
+                with torch.no_grad():
+                    predicted = model.predict(x)
+                decoded = decoder(predicted)
+            F.mse_loss(decoded.float(), y).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step % config.train.validate_every == 0 or step == steps:
+                state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+                checkpoint.save(file, state)
+            bar.update()
+    return decoder.eval()
+
+
+@torch.no_grad()
+def decode(model: EnergyModel, decoder: nn.Module, x: Tensor, config: Config) -> Tensor:
+    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1], float32."""
+    with autocast(config, x.device):
+        return decoder(model.predict(x)).float().clamp(0, 1)
+
+
+def mean_psnr(model: EnergyModel, decoder: nn.Module, videos: Any, config: Config) -> float:
+    """Mean over target frames and validation videos, in dB (`metrics.psnr`)."""
+    total, count = [], config.evaluate.validation_videos
+    for start in range(0, count, config.evaluate.probe_batch):
+        x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
+        total.append(psnr(decode(model, decoder, x, config), y).flatten())
+    return torch.cat(total).mean().item()

@@ -1,0 +1,97 @@
+"""Figures, drawn with matplotlib's object interface: no global state, no display."""
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vjvcr_fast.training.checkpoint import write_atomic
+
+
+def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> None:
+    """Like the paper's figure 5: for each clip the input and target frames and, below, every model's decoded future.
+
+    x: (clips, T_x, 1, S, S), y and every prediction: (clips, T_y, 1, S, S), in [0, 1].
+    """
+    number, frames_in, frames = len(x), x.shape[1], x.shape[1] + y.shape[1]
+    lines = 1 + len(predictions)
+    figure = _figure((0.62 * frames + 1.5, 0.66 * lines * number + 0.4))
+    axes = figure.subplots(lines * number, frames, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for clip in range(number):
+        for line, (title, video) in enumerate({"input | target": y, **predictions}.items()):
+            row = axes[lines * clip + line]
+            if line == 0:
+                for t in range(frames_in):
+                    _show(row[t], x[clip, t, 0])
+            for t in range(video.shape[1]):
+                _show(row[frames_in + t], video[clip, t, 0])
+            first = row[0] if line == 0 else row[frames_in]
+            first.text(-0.15, 0.5, title, transform=first.transAxes, ha="right", va="center", fontsize=8)
+    for t in range(frames):
+        axes[0][t].set_title(f"{'x' if t < frames_in else 'y'} {t + 1}", fontsize=7)
+    _save(figure, path)
+
+
+def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Learning curves from the metrics.jsonl rows of some runs: a panel for each quantity that any of them has."""
+    names = {
+        "hidden": "hidden term D(h_y)",
+        "pixel": "pixel term D(y)",
+        "variance": "variance hinge",
+        "covariance": "covariance penalty",
+        "validation_loss": "validation energy",
+        "speed_mse": "speed MSE (probe during training)",
+    }
+    present = [n for n in names if any(row.get(n) for rows in runs.values() for row in rows)]
+    figure = _figure((3.2 * len(present), 2.8))
+    for axis, name in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
+        for title, rows in runs.items():
+            points = [(row["step"], row[name]) for row in rows if row.get(name)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=title, linewidth=1.2)
+        axis.set(title=names[name], xlabel="step", yscale="log")
+        axis.title.set_fontsize(9)
+        axis.legend(fontsize=6)
+    _save(figure, path)
+
+
+def spectrum(path: Path, singular_values: Mapping[str, Sequence[float]]) -> None:
+    """Like the paper's figure 4: singular values (log axis), and their cumulative sum over their total with the
+    straight line of no collapse."""
+    figure = _figure((7.5, 3.0))
+    left, right = figure.subplots(1, 2)
+    for title, values in singular_values.items():
+        total, running, cumulative = sum(values), 0.0, []
+        for value in values:
+            running += value
+            cumulative.append(running / total)
+        left.plot(range(1, len(values) + 1), values, label=title)
+        right.plot(range(1, len(values) + 1), cumulative, label=title)
+    count = max(len(values) for values in singular_values.values())
+    right.plot([0, count], [0, 1], "k--", linewidth=0.8, label="no collapse")
+    left.set(yscale="log", xlabel="index", title="singular values of encoder outputs")
+    right.set(xlabel="index", title="cumulative sum / total")
+    right.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _figure(size: tuple[float, float]) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("matplotlib is not installed: pip install 'vjvcr_fast[train]'") from None
+    return Figure(figsize=size, layout="constrained")
+
+
+def _show(axis: Any, frame: Tensor) -> None:
+    axis.imshow(frame.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=130)
+    write_atomic(path, buffer.getvalue())

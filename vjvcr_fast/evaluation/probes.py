@@ -1,0 +1,96 @@
+"""Linear probes on frozen, predicted representations: the paper's (Adam) and the exact one (least squares)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjvcr_fast.config import Config
+from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.moving_mnist import MovingMNIST
+from vjvcr_fast.models.energy import EnergyModel
+from vjvcr_fast.training.build import build_videos
+from vjvcr_fast.training.loop import autocast, split_frames
+
+
+class Features(NamedTuple):
+    """values: (n, T_y d) float32, predicted representations of the target frames, flattened. speed: (n,), pixels/frame.
+    encoded: (n T_y, d) float32, the encoder's own outputs for the same frames, or empty."""
+
+    values: Tensor
+    speed: Tensor
+    encoded: Tensor
+
+
+@torch.no_grad()
+def extract(
+    model: EnergyModel, videos: MovingMNIST, count: int, config: Config, start: int = 0, encoded: bool = False
+) -> Features:
+    """Features of videos start .. start + count - 1, the model in evaluation mode, `evaluate.probe_batch` at a time."""
+    values, speeds, rows = [], [], []
+    training = model.training
+    model.eval()
+    for at in range(start, start + count, config.evaluate.probe_batch):
+        batch = videos.batch(at, min(config.evaluate.probe_batch, start + count - at))
+        x, y = split_frames(batch, config)
+        with autocast(config, videos.device):
+            values.append(model.predict(x).float().flatten(1))
+            if encoded:
+                rows.append(model.encoder(y).float().flatten(0, 1))
+        speeds.append(batch.speed)
+    model.train(training)
+    return Features(torch.cat(values), torch.cat(speeds), torch.cat(rows) if encoded else torch.empty(0))
+
+
+def adam_probe(train: Features, validation: Features, config: Config, seed: int) -> list[float]:
+    """The paper's probe: a linear map to the speed, mean squared error, Adam, on the features as they are.
+
+    Returns the validation MSE after every epoch, (pixels/frame)^2.
+    """
+    settings, device = config.evaluate, train.values.device
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        probe = nn.Linear(train.values.shape[1], 1).to(device)
+        orders = [torch.randperm(len(train.speed)) for _ in range(settings.probe_epochs)]
+    optimizer = torch.optim.Adam(probe.parameters(), settings.probe_lr, fused=True)
+    curve = []
+    for order in orders:
+        for index in order.to(device).split(settings.probe_batch):
+            F.mse_loss(probe(train.values[index])[:, 0], train.speed[index]).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            curve.append(F.mse_loss(probe(validation.values)[:, 0], validation.speed))
+    return torch.stack(curve).tolist()
+
+
+def least_squares_probe(train: Features, validation: Features) -> float:
+    """The exact linear probe: least squares on standardised features, minimum norm where they are dependent.
+
+    Returns the validation MSE, (pixels/frame)^2. In float64; directions with less than 1e-10 of the largest variance
+    are noise and left out.
+    """
+    x, x_validation = train.values.double(), validation.values.double()
+    mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-12)
+    x, x_validation = (x - mean) / std, (x_validation - mean) / std
+    target = train.speed.double()
+    variances, directions = torch.linalg.eigh(x.mT @ x)
+    inverse = torch.where(variances > 1e-10 * variances[-1], 1 / variances, 0)
+    weights = directions @ (inverse * (directions.mT @ (x.mT @ (target - target.mean()))))
+    return F.mse_loss(x_validation @ weights + target.mean(), validation.speed.double()).item()
+
+
+def mean_predictor(train: Features, validation: Features) -> float:
+    """MSE of predicting the training videos' mean speed: what a probe without any information reaches."""
+    return (validation.speed.double() - train.speed.double().mean()).square().mean().item()
+
+
+def training_probe(model: EnergyModel, config: Config, digits: Digits) -> float:
+    """The exact probe on a small sample, for learning curves during training; from training digits alone, fitted on
+    one stretch of the "probe" stream and measured on the next."""
+    videos = build_videos(config, digits, "probe", next(model.parameters()).device)
+    count = min(config.evaluate.probe_videos, 4_096)
+    fitted = extract(model, videos, count, config)
+    measured = extract(model, videos, max(2, count // 4), config, start=count)
+    return least_squares_probe(fitted, measured)

@@ -1,0 +1,258 @@
+"""The drop-in losses: variance hinge, covariance penalty, their sum (VCR) and VICReg.
+
+Equations are those of `vjvcr_fast.reference`; the gradient is analytic (`vjvcr_fast.analytic`). `h` is (N, d),
+(N, T, d) or (N, ..., d), N videos first, d features last, everything between taken as time steps; or a sequence of
+such tensors that share N and d, as [h_x, h_y], whose time steps count together and are never concatenated.
+
+float64 is computed in float64. float32 and narrower are computed in float32, also under autocast; terms come back
+in float32, gradients in the input's dtype. NaN or Inf in gives NaN out. Nothing here synchronises with the host.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjvcr_fast import analytic, backends, reference
+from vjvcr_fast.backends import Backend
+
+Form = Literal["auto", "gram", "covariance"]
+Representations: TypeAlias = Tensor | Sequence[Tensor]
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+class VCRTerms(NamedTuple):
+    """Scalars: loss = alpha * variance + beta * covariance; the two terms unweighted. All differentiable."""
+
+    loss: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+
+def variance_hinge(h: Representations, *, threshold: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """Equation (1): mean over time steps and features of max(0, threshold - sqrt(Var + eps)), Var over N, unbiased.
+
+    Args, errors: as `vcr_loss`. Returns a scalar.
+    """
+    hs = _as_slices(h)
+    return _evaluate(hs, analytic.Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False))[1]
+
+
+def covariance_penalty(h: Representations) -> Tensor:
+    """Equation (2): 1/(T d) sum over time steps of the squared off-diagonal covariances, divisor N - 1.
+
+    Args, errors: as `vcr_loss`. Returns a scalar.
+    """
+    hs = _as_slices(h)
+    return _evaluate(hs, analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False))[2]
+
+
+def vcr_loss(
+    h: Representations,
+    *,
+    alpha: float,
+    beta: float,
+    threshold: float = 1.0,
+    eps: float = 1e-4,
+    backend: Backend = "auto",
+    form: Form = "auto",
+) -> VCRTerms:
+    """Equation (4), l_vcr = alpha * variance_hinge + beta * covariance_penalty, in one pass.
+
+    Args:
+        h: (N, d), (N, ..., d), or a sequence of such tensors with the same N and d; N >= 2; float16, bfloat16,
+            float32 or float64; any strides.
+        alpha, beta: weights of the two terms.
+        threshold: the paper's tau. eps: added to the variance before the root, >= 0.
+        backend: "torch" (analytic gradient), "reference" (autograd through reference.py, for comparison) or "auto".
+        form: "gram" (N x N products), "covariance" (d x d products) or "auto", which takes the smaller of the two.
+            Both are exact; see docs/math.md for their rounding.
+
+    Returns: VCRTerms(loss, variance, covariance).
+
+    Raises:
+        ValueError: N < 2, fewer than two dimensions, an empty tensor, an empty sequence, tensors of a sequence that
+            disagree in N, d or device, an unknown backend or form, eps < 0.
+        TypeError: not a tensor, a dtype that is not one of the four, tensors of a sequence that disagree in dtype.
+    """
+    hs = _as_slices(h)
+    settings = analytic.Settings(alpha, beta, threshold, eps, gram=_use_gram(form, hs[0]))
+    return _evaluate(hs, settings, backend)
+
+
+class VCRLoss(nn.Module):
+    """`vcr_loss` as a module: VCRLoss(alpha, beta)(h) -> VCRTerms."""
+
+    def __init__(
+        self,
+        alpha: float,
+        beta: float,
+        threshold: float = 1.0,
+        eps: float = 1e-4,
+        backend: Backend = "auto",
+        form: Form = "auto",
+    ) -> None:
+        super().__init__()
+        self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
+        self.backend: Backend = backend
+        self.form: Form = form
+
+    def forward(self, h: Representations) -> VCRTerms:
+        return vcr_loss(
+            h,
+            alpha=self.alpha,
+            beta=self.beta,
+            threshold=self.threshold,
+            eps=self.eps,
+            backend=self.backend,
+            form=self.form,
+        )
+
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}, beta={self.beta}, threshold={self.threshold}, eps={self.eps}"
+
+
+class VICRegLoss(nn.Module):
+    """VICReg (arXiv 2105.04906): lambda * invariance + mu * variance + nu * covariance of two branches.
+
+    By default the numbers are those of the `lightly` package and of facebookresearch/vicreg: invariance is the mean
+    squared error; variance the mean of the two branches' hinge means; covariance the sum over both branches of the
+    squared off-diagonal covariances, each divided by d. Coefficients do not carry over between conventions:
+
+    Args:
+        lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
+        gather_distributed: compute variance and covariance over the batches of all processes of the default group
+            (equal shapes on each). The gradient after DDP's mean is then that of the global batch.
+        eps: added to the variance before the root.
+        variance_branches: "mean" of the two branches' hinges, or their "sum", as in the VICReg paper and solo-learn.
+        covariance_divisor: "d", or "d(d-1)", the mean over off-diagonal entries, as in eb_jepa.
+    """
+
+    def __init__(
+        self,
+        lambda_param: float = 25.0,
+        mu_param: float = 25.0,
+        nu_param: float = 1.0,
+        gather_distributed: bool = False,
+        eps: float = 1e-4,
+        *,
+        variance_branches: Literal["mean", "sum"] = "mean",
+        covariance_divisor: Literal["d", "d(d-1)"] = "d",
+    ) -> None:
+        super().__init__()
+        if variance_branches not in ("mean", "sum"):
+            raise ValueError(f"variance_branches={variance_branches!r}: choose 'mean' or 'sum'")
+        if covariance_divisor not in ("d", "d(d-1)"):
+            raise ValueError(f"covariance_divisor={covariance_divisor!r}: choose 'd' or 'd(d-1)'")
+        if gather_distributed and not torch.distributed.is_available():
+            raise ValueError("gather_distributed=True needs a torch built with torch.distributed")
+        self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
+        self.gather_distributed, self.eps = gather_distributed, eps
+        self.variance_branches, self.covariance_divisor = variance_branches, covariance_divisor
+
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
+        """z_a, z_b: (N, ..., d), the same shape. Returns the scalar loss.
+
+        Raises: as `vcr_loss`; ValueError where the two shapes differ.
+        """
+        hs = _as_slices([z_a, z_b])
+        if z_a.shape != z_b.shape:
+            raise ValueError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
+        d = z_a.shape[-1]
+        invariance = F.mse_loss(z_a.to(analytic.compute_dtype(z_a)), z_b.to(analytic.compute_dtype(z_b)))
+        if self.gather_distributed and torch.distributed.is_initialized():
+            hs = [cast(Tensor, _Gather.apply(h)) for h in hs]
+        # Both branches count as time steps of one call: variance is their mean, covariance half their sum.
+        mu = self.mu_param * (2.0 if self.variance_branches == "sum" else 1.0)
+        nu = self.nu_param * 2.0
+        if self.covariance_divisor == "d(d-1)":
+            nu /= max(d - 1, 1)
+        regularisation = vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps).loss
+        return self.lambda_param * invariance + regularisation
+
+    def extra_repr(self) -> str:
+        return f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}"
+
+
+class _Gather(torch.autograd.Function):
+    """(N, T, d) -> (W N, T, d) over the W processes of the default group; backward is _ReduceScatter."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        everyone = [torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(_world_size())]
+        torch.distributed.all_gather(everyone, h.contiguous())
+        return torch.cat(everyone)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return cast(Tensor, _ReduceScatter.apply(gradient))
+
+
+class _ReduceScatter(torch.autograd.Function):
+    """(W N, T, d) -> this process's (N, T, d) of the sum over processes; backward is _Gather."""
+
+    @staticmethod
+    def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        total = h.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total)
+        return total.chunk(_world_size())[torch.distributed.get_rank()]
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return cast(Tensor, _Gather.apply(gradient))
+
+
+def _world_size() -> int:
+    return torch.distributed.get_world_size()
+
+
+def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "auto") -> VCRTerms:
+    if settings.eps < 0:
+        raise ValueError(f"eps={settings.eps}: must be >= 0, it is added to the variance before the square root")
+    if backends.resolve(backend, hs[0]) == "reference":
+        h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
+        with analytic.full_precision(h):
+            return VCRTerms(*reference.vcr(h, settings.alpha, settings.beta, settings.threshold, settings.eps))
+    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
+        # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
+        # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.
+        return VCRTerms(*analytic.VCR.forward(settings, *hs)[:3])
+    return VCRTerms(*analytic.VCR.apply(settings, *hs)[:3])
+
+
+def _use_gram(form: str, h: Tensor) -> bool:
+    """Chosen from shapes alone: a choice from values would stop for the host."""
+    if form not in get_args(Form):
+        raise ValueError(f"form={form!r}: choose one of {', '.join(get_args(Form))}")
+    return h.shape[0] < h.shape[-1] if form == "auto" else form == "gram"
+
+
+def _as_slices(h: Representations) -> list[Tensor]:
+    """h as a list of (N, T, d) tensors, checked. Raises as `vcr_loss` says."""
+    tensors = [h] if isinstance(h, Tensor) else list(h)
+    if not tensors:
+        raise ValueError("h is an empty sequence: at least one tensor (N, ..., d) is needed")
+    for i, tensor in enumerate(tensors):
+        name = "h" if isinstance(h, Tensor) else f"h[{i}]"
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
+        described = f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
+        if tensor.dtype not in _DTYPES:
+            raise TypeError(f"{described}: float16, bfloat16, float32 or float64 is needed")
+        if tensor.ndim < 2:
+            raise ValueError(f"{described}: (N, d) or (N, ..., d) is needed")
+        if tensor.shape[0] < 2:
+            raise ValueError(f"{described}: N >= 2 is needed, the variance is over the batch")
+        if 0 in tensor.shape:
+            raise ValueError(f"{described}: it is empty")
+        first = tensors[0]
+        if (tensor.shape[0], tensor.shape[-1]) != (first.shape[0], first.shape[-1]):
+            raise ValueError(f"{described}, h[0] {tuple(first.shape)}: tensors of a sequence must share N and d")
+        if tensor.dtype != first.dtype:
+            raise TypeError(f"{described}, h[0] {first.dtype}: tensors of a sequence must share their dtype")
+        if tensor.device != first.device:
+            raise ValueError(f"{described} on {tensor.device}, h[0] on {first.device}: they must share a device")
+    return [t.unsqueeze(1) if t.ndim == 2 else t if t.ndim == 3 else t.flatten(1, -2) for t in tensors]

@@ -1,0 +1,1 @@
+"""Encoders, predictors, decoders, and the energy that joins them."""

@@ -1,0 +1,164 @@
+"""Every equation of VJ-VCR (arXiv 2412.10925) in plain PyTorch: the single source of truth.
+
+All else in this package is tested against this file in float64 and timed against it. It is written to be read
+and to be a fair baseline: vectorised over time steps, nothing computed twice, autograd for the gradient. Imports
+torch only.
+
+Shapes: `h` is (N, T, d): N videos, T time steps, d features; `h_x` (N, T_x, d), `h_y` (N, T_y, d); frames are
+(N, T, C, H, W) in [0, 1]. Every function keeps its input's dtype.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# -- Variance-covariance regularisation: equations (1) to (4) -------------------------------------------------------
+
+
+def variance_hinge(h: Tensor, threshold: float = 1.0, eps: float = 1e-4) -> Tensor:
+    """Equation (1): 1/(T d) sum_{t,k} max(0, threshold - sqrt(Var(h[:, t, k]) + eps)).
+
+    h: (N, T, d), N >= 2. Returns a scalar. Var is unbiased (N - 1). `threshold` is the paper's tau; `eps` is not
+    given by the paper, 1e-4 is VICReg's.
+    """
+    sigma = torch.sqrt(h.var(dim=0, correction=1) + eps)
+    return torch.relu(threshold - sigma).mean()
+
+
+def covariance(h: Tensor) -> Tensor:
+    """Equation (3): the covariance over the batch at every time step, divisor N - 1.
+
+    h: (N, T, d), N >= 2. Returns (T, d, d).
+    """
+    z = (h - h.mean(dim=0)).transpose(0, 1)
+    return z.mT @ z / (h.shape[0] - 1)
+
+
+def covariance_penalty(h: Tensor) -> Tensor:
+    """Equation (2): 1/(T d) sum_t sum_{i != j} Cov(h[:, t, :])_ij^2.
+
+    h: (N, T, d), N >= 2. Returns a scalar.
+    """
+    off_diagonal = ~torch.eye(h.shape[-1], dtype=torch.bool, device=h.device)
+    return (covariance(h).square() * off_diagonal).sum() / (h.shape[1] * h.shape[2])
+
+
+def vcr(
+    h: Tensor, alpha: float, beta: float, threshold: float = 1.0, eps: float = 1e-4
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Equation (4): alpha * l_var + beta * l_cov.
+
+    h: (N, T, d), N >= 2. Returns the scalars (loss, variance, covariance), the last two unweighted.
+    """
+    variance, penalty = variance_hinge(h, threshold, eps), covariance_penalty(h)
+    return alpha * variance + beta * penalty, variance, penalty
+
+
+# -- Energies: equations (5) to (7) ---------------------------------------------------------------------------------
+
+
+def distance(prediction: Tensor, target: Tensor) -> Tensor:
+    """D of equations (5) and (7): the mean squared error over every element. Returns a scalar."""
+    return (prediction - target).square().mean()
+
+
+def energy_vjvcr(
+    h_x: Tensor,
+    h_y: Tensor,
+    predicted_h_y: Tensor,
+    alpha: float,
+    beta: float,
+    gamma: float = 0.0,
+    decoded: Tensor | None = None,
+    y: Tensor | None = None,
+) -> Tensor:
+    """Equation (5): D(Pred(h_x, z), h_y) + l_vcr([h_x, h_y]) + gamma * D(Dec(Pred(h_x, z)), y).
+
+    h_x (N, T_x, d), h_y and predicted_h_y (N, T_y, d); with gamma > 0 also decoded and y (N, T_y, C, H, W).
+    Gradients flow through both h_x and h_y. Returns a scalar.
+    """
+    energy = distance(predicted_h_y, h_y) + vcr(torch.cat([h_x, h_y], dim=1), alpha, beta)[0]
+    if gamma != 0.0:
+        if decoded is None or y is None:
+            raise ValueError(f"gamma={gamma} needs decoded and y")
+        energy = energy + gamma * distance(decoded, y)
+    return energy
+
+
+def energy_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
+    """Equation (6)'s objective for one z per sample: the z-dependent part of the energy, mean over all but N.
+
+    prediction, target: (N, ...). Returns (N,). The latent z* is its argmin.
+    """
+    return (prediction - target).square().flatten(1).mean(dim=1)
+
+
+def energy_generative(
+    decoded: Tensor,
+    y: Tensor,
+    h: Tensor | None = None,
+    alpha: float = 0.0,
+    beta: float = 0.0,
+) -> Tensor:
+    """Equation (7): D(Dec(Pred(h_x, z)), y) + l_vcr([h_x, h_y]), the second term only when h is given.
+
+    decoded, y: (N, T_y, C, H, W); h: (N, T_x + T_y, d) or None. Returns a scalar.
+    """
+    energy = distance(decoded, y)
+    return energy if h is None else energy + vcr(h, alpha, beta)[0]
+
+
+# -- Spectra --------------------------------------------------------------------------------------------------------
+
+
+def singular_values(rows: Tensor) -> Tensor:
+    """Singular values of a matrix of representations (rows, d), largest first, without centring (figure 4)."""
+    return torch.linalg.svdvals(rows)
+
+
+def cumulative_spectrum(singular: Tensor) -> Tensor:
+    """Figure 4's second panel: cumulative sum of the singular values (not of their squares) over their total."""
+    return singular.cumsum(dim=-1) / singular.sum(dim=-1, keepdim=True)
+
+
+def rank_me(rows: Tensor, eps: float = 1e-7) -> Tensor:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the normalised singular values.
+
+    rows: (rows, d). p_k = sigma_k / sum sigma + eps. Returns a scalar between 1 and min(rows, d) (up to eps).
+    """
+    singular = singular_values(rows)
+    p = singular / singular.sum() + eps
+    return torch.exp(-(p * p.log()).sum())
+
+
+# -- Sparse latents -------------------------------------------------------------------------------------------------
+
+
+def soft_threshold(z: Tensor, threshold: float | Tensor) -> Tensor:
+    """The proximal map of threshold * |z|_1: sign(z) * max(0, |z| - threshold), elementwise."""
+    return torch.sign(z) * torch.relu(z.abs() - threshold)
+
+
+def fista(
+    smooth: Callable[[Tensor], Tensor],
+    z0: Tensor,
+    weight: float,
+    step: float,
+    steps: int,
+) -> Tensor:
+    """FISTA (Beck and Teboulle 2009) for min_z smooth(z) + weight * |z|_1, one independent problem per row.
+
+    smooth maps (N, m) to per-sample energies (N,); z0: (N, m); step: 1 / L for a gradient with Lipschitz constant
+    L. Returns z after `steps` iterations, (N, m), detached.
+    """
+    z = v = z0.detach()
+    t = 1.0
+    for _ in range(steps):
+        point = v.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(smooth(point).sum(), point)
+        z_next = soft_threshold(v - step * gradient, step * weight)
+        t_next = (1.0 + (1.0 + 4.0 * t * t) ** 0.5) / 2.0
+        v = z_next + (t - 1.0) / t_next * (z_next - z)
+        z, t = z_next, t_next
+    return z

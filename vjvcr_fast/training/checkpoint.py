@@ -1,0 +1,69 @@
+"""Checkpoints: written atomically, read without running pickled code."""
+
+import json
+import os
+import pickle
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing, damaged or of another run; the message names the file."""
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    content = data.encode() if isinstance(data, str) else data
+    _replace(path, lambda file: file.write(content))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Writes `state` (tensors and plain values in dicts and lists), atomically."""
+    _replace(path, lambda file: torch.save(state, file))
+
+
+def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Reads what `save` wrote; anything but tensors and plain values is refused.
+
+    Raises CheckpointError naming the file: missing, damaged, or holding objects that are not plain data.
+    """
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: there is no such checkpoint") from None
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of plain tensors: {reason}") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise CheckpointError(f"{path}: not a checkpoint of this project: it has no 'model'")
+    return state
+
+
+def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, those of steps <= up_to; a last line cut off by a crash is dropped."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if up_to is None or row["step"] <= up_to:
+            rows.append(row)
+    return rows
+
+
+def _replace(path: Path, write: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,264 @@
+"""The training loop: one file, top to bottom.
+
+A run is a folder: config.json, metrics.jsonl (a line every `log_every` steps, one every validation), last.pt, best.pt
+(least self-supervised validation loss), tensorboard/. Starting it again goes on from last.pt; on a CPU the loss curve
+is then the same, bit for bit, as that of a run that was never stopped.
+"""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast import __version__
+from vjvcr_fast.config import Config, ConfigError, resolve_device
+from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
+from vjvcr_fast.models.energy import Energy, EnergyModel
+from vjvcr_fast.training import checkpoint
+from vjvcr_fast.training.build import build_digits, build_model, build_videos
+
+# What may differ between a run's config.json and the config it goes on with: nothing that changes a step.
+_FREE = ("train.steps", "train.tensorboard", "evaluate.")
+
+Probe = Callable[[EnergyModel, Config, Digits], float]
+
+
+class StopRequestedError(RuntimeError):
+    """Training was asked to stop (Ctrl-C, SIGTERM) and did, after writing last.pt."""
+
+
+class DivergedError(RuntimeError):
+    """The loss is not finite any more; the message names the term, the step and the last good checkpoint."""
+
+
+def train(config: Config, run: Path, probe: Probe | None = None) -> None:
+    """Pre-trains config's model in the folder `run`, or goes on with what is there.
+
+    probe: measures the speed MSE of a frozen model, called every `config.train.probe_every` steps.
+
+    Raises:
+        ConfigError: `run` holds a run of another config.
+        CheckpointError: its last.pt is damaged. DigitsError: no digits. DivergedError, StopRequestedError: see there.
+    """
+    settings = config.train
+    device = resolve_device(settings.device)
+    _claim(run, config)
+    training_digits, validation_digits = build_digits(config)
+    videos = build_videos(config, training_digits, "train", device)
+    held_out = build_videos(config, validation_digits, "validation", device)
+
+    model = build_model(config, device)
+    weight_decay = settings.weight_decay if model.terms.hidden else settings.weight_decay_generative
+    optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
+    energy = compiled(model, settings.compile, device)
+    torch.manual_seed(settings.seed)
+
+    step, best = 0, float("inf")
+    sums, counted = torch.zeros(len(Energy._fields), device=device), 0
+    if (run / "last.pt").exists():
+        state = checkpoint.load(run / "last.pt", device)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
+        _set_rng(state["rng"])
+
+    def save(name: str) -> None:
+        state: dict[str, Any] = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "rng": _rng(),
+            "version": __version__,
+        }
+        state |= {"step": step, "best": best, "sums": sums, "counted": counted, "config": config.to_json()}
+        checkpoint.save(run / name, state)
+
+    log = _Log(run, step, settings.steps, settings.tensorboard, f"{config.model.row} ({device.type})")
+    with log, _asked_to_stop() as stop:
+        while step < settings.steps:
+            x, y = split_frames(videos.batch(step * settings.batch, settings.batch), config)
+            with autocast(config, device):
+                terms = energy(x, y)
+            terms.loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            sums += torch.stack([term.detach() for term in terms])  # on the device: no step waits for it
+            counted, step = counted + 1, step + 1
+
+            if step % settings.log_every == 0 or step == settings.steps:
+                means = dict(zip(Energy._fields, (sums / counted).tolist(), strict=True))
+                _check_finite(means, step, counted, run)
+                log.training(step, means, counted * settings.batch)
+                sums, counted = torch.zeros_like(sums), 0
+            if settings.probe_every and probe is not None and step % settings.probe_every == 0:
+                log.write(step, {"speed_mse": probe(model, config, training_digits)})
+            if step % settings.validate_every == 0 or step == settings.steps:
+                loss = validate(model, held_out, config)
+                log.write(step, {"validation_loss": loss})
+                log.images(step, model, held_out, config)
+                if loss < best:
+                    best = loss
+                    save("best.pt")
+                save("last.pt")
+            if stop():
+                save("last.pt")
+                raise StopRequestedError(
+                    f"stopped at step {step} of {settings.steps}; the same command goes on from there"
+                )
+
+
+@torch.no_grad()
+def validate(model: EnergyModel, videos: MovingMNIST, config: Config) -> float:
+    """Mean energy over `train.validation_videos` held-out videos, in whole batches, in evaluation mode."""
+    batch = min(config.train.batch, config.train.validation_videos)
+    losses = []
+    model.eval()
+    for start in range(0, config.train.validation_videos - batch + 1, batch):
+        with autocast(config, videos.device):
+            losses.append(model(*split_frames(videos.batch(start, batch), config)).loss)
+    model.train()
+    return torch.stack(losses).mean().item()
+
+
+def split_frames(videos: Videos, config: Config) -> tuple[Tensor, Tensor]:
+    """x (N, T_x, 1, S, S) and y (N, T_y, 1, S, S)."""
+    return videos.frames[:, : config.data.frames_in], videos.frames[:, config.data.frames_in :]
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where `train.precision` asks for it."""
+    asked = config.train.precision
+    on = asked == "bf16" or (asked == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Callable[..., Any]:
+    """torch.compile, or the module itself. On a CPU compiling these networks takes longer than it saves."""
+    return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard and the progress bar of one run; a context manager."""
+
+    def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, title: str) -> None:
+        from tqdm import tqdm
+
+        rows = checkpoint.read_metrics(run / "metrics.jsonl", up_to=step)
+        checkpoint.write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        self.file = (run / "metrics.jsonl").open("a")
+        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
+        self.board = _summary_writer(run, step) if tensorboard else None
+        self.clock = time.perf_counter()
+
+    def training(self, step: int, means: dict[str, float], videos: int) -> None:
+        now = time.perf_counter()
+        rate, self.clock = videos / (now - self.clock), now
+        self.bar.update(step - self.bar.n)
+        shown = {name: f"{value:.4f}" for name, value in means.items() if value}
+        self.bar.set_postfix({**shown, "videos/s": f"{rate:.0f}"}, refresh=False)
+        self.write(step, {**means, "videos_per_second": rate})
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.file.write(json.dumps({"step": step, **values}) + "\n")
+        self.file.flush()
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+
+    @torch.no_grad()
+    def images(self, step: int, model: EnergyModel, videos: MovingMNIST, config: Config) -> None:
+        """Input and target frames of eight held-out videos, and below each its prediction where there is a decoder."""
+        if self.board is not None:
+            frames = videos.batch(0, 8).frames
+            lines = [frames]
+            if model.decoder is not None:
+                model.eval()
+                x = frames[:, : config.data.frames_in]
+                lines.append(torch.cat([torch.zeros_like(x), model.decoder(model.predict(x)).clamp(0, 1)], dim=1))
+                model.train()
+            grid = torch.stack(lines, dim=1).squeeze(3)  # (video, line, T, S, S)
+            self.board.add_image("videos", grid.permute(0, 1, 3, 2, 4).flatten(0, 2).flatten(1), step, dataformats="HW")
+        self.clock = time.perf_counter()  # validation is not part of the training rate
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board is not None:
+            self.board.close()
+
+
+def _summary_writer(run: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ImportError(
+            "TensorBoard is not installed: pip install 'vjvcr_fast[train]', or --train.tensorboard false"
+        ) from None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+
+
+def _claim(run: Path, config: Config) -> None:
+    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config."""
+    file = run / "config.json"
+    if file.exists():
+        theirs, ours = flat(Config.load(file)), flat(config)
+        different = [k for k in ours if ours[k] != theirs[k] and not k.startswith(_FREE)]
+        if different:
+            changes = ", ".join(f"{k} {theirs[k]} -> {ours[k]}" for k in different)
+            raise ConfigError(f"{run} holds a run of another config ({changes}); choose another --out")
+    checkpoint.write_atomic(file, config.to_json())
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """{"train.lr": 1e-3, ...}."""
+    groups = {k: v for k, v in config.to_dict().items() if isinstance(v, dict)}
+    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
+
+
+def _check_finite(means: dict[str, float], step: int, counted: int, run: Path) -> None:
+    bad = [name for name, value in means.items() if not abs(value) < float("inf")]
+    if bad:
+        last = run / "last.pt"
+        kept = f"the last good state is {last}" if last.exists() else "no checkpoint had been written"
+        raise DivergedError(f"{', '.join(bad)} not finite between steps {step - counted + 1} and {step}; {kept}")
+
+
+def _rng() -> dict[str, Any]:
+    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+
+
+def _set_rng(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["cpu"].cpu())
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM become a question asked between steps; a second Ctrl-C interrupts at once."""
+    received: list[int] = []
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    try:
+        before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: signals are not ours to handle
+        before = {}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
