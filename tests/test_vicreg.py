@@ -28,7 +28,7 @@ class TestVICReg:
                 hinge = torch.clamp(1 - (c.diagonal() + 1e-4).sqrt(), min=0).mean()
                 variance = variance + hinge / (2 if hinges == "mean" else 1)
                 off = (c - c.diagonal().diag()).pow(2).sum()
-                covariance = covariance + off / (d if divisor == "d" else d * (d - 1))
+                covariance = covariance + off / (d if divisor == "d" else d * max(d - 1, 1))
         invariance = ((z_a - z_b) ** 2).sum() / z_a.numel()
         return 25 * invariance + 25 * variance / len(slices) + covariance / len(slices)
 
@@ -36,8 +36,6 @@ class TestVICReg:
     @pytest.mark.parametrize("hinges", ["mean", "sum"])
     @pytest.mark.parametrize("divisor", ["d", "d(d-1)"])
     def test_is_its_definition(self, shape, hinges, divisor):
-        if shape[-1] == 1 and divisor == "d(d-1)":
-            pytest.skip("the definition divides by zero")
         z = [random(*shape, dtype=torch.float64, seed=i).requires_grad_() for i in range(2)]
         loss = VICRegLoss(variance_branches=hinges, covariance_divisor=divisor)(*z)
         right = self.by_definition(*z, hinges, divisor)
@@ -50,10 +48,6 @@ class TestVICReg:
         weighted = [float(VICRegLoss(*w)(*z)) for w in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 4))]
         assert weighted[3] == pytest.approx(2 * weighted[0] + 3 * weighted[1] + 4 * weighted[2])
         assert float(VICRegLoss(0, 1, 0, eps=0.5)(*z)) == pytest.approx(float(variance_hinge(z, eps=0.5)))
-
-    def test_one_dimension_has_no_penalty(self):
-        z = [random(5, 1, dtype=torch.float64, seed=i) for i in range(2)]
-        assert float(VICRegLoss(0, 0, 1, covariance_divisor="d(d-1)")(*z)) == pytest.approx(0, abs=1e-12)
 
     def test_half_precision_is_computed_in_float32(self):
         z = [random(6, 3, 8, dtype=torch.bfloat16, seed=i).requires_grad_() for i in range(2)]

@@ -80,7 +80,7 @@ def _parser() -> _Parser:
     sub = add("evaluate", "probe and decode a trained run", _evaluate, "Writes evaluation.json into its folder.")
     sub.usage = f"{sub.prog} RUN [OPTIONS]"
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    _add_fields(sub, groups=("evaluate",))
+    _add_fields(sub, only=("evaluate.", "data.root", "data.download", "train.device"))
 
     sub = add("reproduce", "make a table of the paper, ours beside the paper's", _reproduce, "Resumes what it finds.")
     sub.usage = f"{sub.prog} table1 [OPTIONS]"
@@ -104,9 +104,9 @@ def _add_preset(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--config", type=Path, metavar="FILE", help="the config.json of a run, instead of a preset")
 
 
-def _add_fields(parser: argparse.ArgumentParser, groups: Sequence[str] = (), without: Sequence[str] = ()) -> None:
+def _add_fields(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",), without: Sequence[str] = ()) -> None:
     """An option for every field: --train.lr, and --lr where no other group has a field of that name."""
-    wanted = [k for k in fields() if (not groups or k.split(".")[0] in groups) and k not in without]
+    wanted = [k for k in fields() if k.startswith(only) and k not in without]
     leaves = Counter(name.split(".")[1] for name in wanted)
     options = parser.add_argument_group("configuration", "defaults are those of the preset moving-mnist")
     for name in wanted:
@@ -168,10 +168,7 @@ def _info(arguments: argparse.Namespace) -> None:
     for device, chosen in backends.explain().items():
         print(row(f"loss, {device}", chosen))
     print(row("presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"))
-    for extra, modules in {
-        "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"),
-        "video": ("av", "decord"),
-    }.items():
+    for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
         lacking = f"lacks {', '.join(missing)}: pip install 'vjvcr_fast[{extra}]'"
         print(row(f"extra {extra}", lacking if missing else "installed"))

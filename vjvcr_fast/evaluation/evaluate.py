@@ -18,34 +18,36 @@ from vjvcr_fast.models.convnet import ConvDecoder
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
-from vjvcr_fast.training.loop import autocast, split_frames
+from vjvcr_fast.training.loop import autocast, check_digits, progress, split_frames
 
 
-def load_run(run: Path) -> tuple[Config, EnergyModel]:
+def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
     """The config and the model of least validation loss of a run, in evaluation mode.
+
+    config: the run's, where its device, the place of its digits or `evaluate.*` differ from its config.json.
 
     Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
     """
-    config = Config.load(run / "config.json")
+    config = config or Config.load(run / "config.json")
     device = resolve_device(config.train.device)
     model = build_model(config, device)
-    model.load_state_dict(checkpoint.load(run / "best.pt", device)["model"])
+    checkpoint.restore(run / "best.pt", checkpoint.load(run / "best.pt", device), model=model)
     return config, model.eval()
 
 
 def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
     """Probes, decodes and measures the run in the folder `run`; returns what it writes to evaluation.json.
 
-    config: the run's, where `evaluate.*` differs from its config.json. An evaluation.json made from the same
+    config: as in `load_run`. An evaluation.json made from the same
     checkpoint under the same settings is returned as it is.
 
-    Raises: as `load_run`; DigitsError.
+    Raises: as `load_run`; ConfigError where the run was trained on other digits; DigitsError.
     """
-    saved, model = load_run(run)
-    config = config or saved
+    config, model = load_run(run, config)
+    best = checkpoint.load(run / "best.pt")
     made_from = {
         "evaluate": dataclasses.asdict(config.evaluate),
-        "step": checkpoint.load(run / "best.pt")["step"],
+        "step": best["step"],
         "trained_steps": checkpoint.load(run / "last.pt")["step"],
     }
     file = run / "evaluation.json"
@@ -55,6 +57,7 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
             return before
 
     training_digits, validation_digits = build_digits(config)
+    check_digits(run, best, training_digits)
     device = next(model.parameters()).device
     fitted = build_videos(config, training_digits, "probe", device)
     held_out = build_videos(config, validation_digits, "validation", device)
@@ -85,11 +88,10 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
 
 
 def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits) -> nn.Module:
-    """The model's own decoder, or one trained after the fact on its frozen predictions (decoder.pt; resumes)."""
+    """The model's own decoder, or one trained after the fact on its frozen predictions (decoder.pt; resumes while
+    best.pt is the same)."""
     if model.decoder is not None:
         return model.decoder
-    from tqdm import tqdm
-
     device = next(model.parameters()).device
     videos = build_videos(config, digits, "decoder", device)
     with torch.random.fork_rng(devices=[]):
@@ -98,13 +100,13 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
     decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(decoder.parameters(), config.train.lr, fused=True)
     steps, batch, file, done = config.evaluate.decoder_steps, config.train.batch, run / "decoder.pt", 0
+    decodes = checkpoint.load(run / "best.pt")["step"]
     if file.exists():
         state = checkpoint.load(file, device)
-        if state["step"] <= steps:
-            decoder.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+        if state["step"] <= steps and state.get("decodes") == decodes:
+            checkpoint.restore(file, state, model=decoder, optimizer=optimizer)
             done = state["step"]
-    with tqdm(total=steps, initial=done, desc="post-hoc decoder", unit="step", disable=done == steps) as bar:
+    with progress(total=steps, initial=done, desc="post-hoc decoder", disable=done == steps) as bar:
         for step in range(done + 1, steps + 1):
             x, y = split_frames(videos.batch(step * batch, batch), config)
             with autocast(config, device):
@@ -115,8 +117,8 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             if step % config.train.validate_every == 0 or step == steps:
-                state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                checkpoint.save(file, state)
+                state = {"model": decoder.state_dict(), "optimizer": optimizer.state_dict()}
+                checkpoint.save(file, {**state, "step": step, "decodes": decodes})
             bar.update()
     return decoder.eval()
 

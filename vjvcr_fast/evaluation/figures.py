@@ -1,5 +1,6 @@
 """Figures, drawn with matplotlib's object interface: no global state, no display."""
 
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,12 @@ from torch import Tensor
 from vjvcr_fast.training.checkpoint import write_atomic
 
 
+def require_matplotlib() -> None:
+    """Raises ImportError, naming the extra, where matplotlib is missing: better before hours of training than after."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("matplotlib is not installed: pip install 'vjvcr_fast[train]'")
+
+
 def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> None:
     """Like the paper's figure 5: for each clip the input and target frames and, below, every model's decoded future.
 
@@ -17,7 +24,7 @@ def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -
     """
     number, frames_in, frames = len(x), x.shape[1], x.shape[1] + y.shape[1]
     lines = 1 + len(predictions)
-    figure = _figure((0.62 * frames + 1.5, 0.66 * lines * number + 0.4))
+    figure = _figure((0.6 * frames + 1.3, 0.6 * lines * number + 0.3))
     axes = figure.subplots(lines * number, frames, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -29,8 +36,7 @@ def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -
                     _show(row[t], x[clip, t, 0])
             for t in range(video.shape[1]):
                 _show(row[frames_in + t], video[clip, t, 0])
-            first = row[0] if line == 0 else row[frames_in]
-            first.text(-0.15, 0.5, title, transform=first.transAxes, ha="right", va="center", fontsize=8)
+            row[0].text(-0.15, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=7)
     for t in range(frames):
         axes[0][t].set_title(f"{'x' if t < frames_in else 'y'} {t + 1}", fontsize=7)
     _save(figure, path)
@@ -80,10 +86,9 @@ def spectrum(path: Path, singular_values: Mapping[str, Sequence[float]]) -> None
 
 
 def _figure(size: tuple[float, float]) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ImportError("matplotlib is not installed: pip install 'vjvcr_fast[train]'") from None
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=size, layout="constrained")
 
 

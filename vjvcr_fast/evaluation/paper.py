@@ -10,14 +10,14 @@ from typing import Any
 import torch
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, override, resolve_device
+from vjvcr_fast.config import Config, ConfigError, override, resolve_device
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, frozen_decoder, load_run
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_digits, build_videos
 from vjvcr_fast.training.checkpoint import load, read_metrics, write_atomic
-from vjvcr_fast.training.loop import split_frames, train
+from vjvcr_fast.training.loop import claim, split_frames, train
 
 TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png")
 
@@ -31,9 +31,16 @@ PAPER_TABLE1 = {
 
 
 def finish_run(config: Config, run: Path) -> dict[str, Any]:
-    """Trains what is missing of a run and evaluates it; returns its evaluation."""
+    """Trains what is missing of a run and evaluates it; returns its evaluation.
+
+    Raises ConfigError where `run` holds a run of another config, or a longer one.
+    """
     last = run / "last.pt"
-    if not last.exists() or load(last)["step"] < config.train.steps:
+    trained = load(last)["step"] if last.exists() else 0
+    if trained > config.train.steps:
+        raise ConfigError(f"{run} has {trained} steps, train.steps={config.train.steps}; choose another --out")
+    claim(run, config)
+    if trained < config.train.steps:
         train(config, run, probe=training_probe)
     return evaluate_run(run, config)
 
@@ -43,7 +50,10 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
 
     Writes to `out`: a run folder for each row and seed, table1.md, table1.json, figure5.png, curves.png, spectrum.png.
     Rows and seeds that are finished are not run again.
+
+    Raises: as `train` and `evaluate_run`; ImportError without matplotlib.
     """
+    figures.require_matplotlib()
     results: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
     for seed in seeds:
         for row in ROWS:

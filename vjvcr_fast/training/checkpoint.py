@@ -2,8 +2,7 @@
 
 import json
 import os
-import pickle
-import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +33,23 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         state = torch.load(path, map_location=device, weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path}: damaged, or not a checkpoint of plain tensors: {reason}") from None
-    if not isinstance(state, dict) or "model" not in state:
-        raise CheckpointError(f"{path}: not a checkpoint of this project: it has no 'model'")
+    except Exception as error:  # what a damaged file makes torch raise has no end: IndexError, AssertionError, ...
+        raise CheckpointError(f"{path}: damaged, or not a checkpoint of plain tensors: {_line(error)}") from None
+    if not isinstance(state, dict) or not {"model", "step"} <= state.keys():
+        raise CheckpointError(f"{path}: not a checkpoint of this project: it has no 'model' and 'step'")
     return state
+
+
+def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
+    """Loads state[name] into every part (a module or an optimizer). `path`, where state comes from, is for the error.
+
+    Raises CheckpointError naming the file where a part is missing or does not fit.
+    """
+    for name, part in parts.items():
+        try:
+            part.load_state_dict(state[name])
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: its {name} is not this run's: {_line(error)}") from None
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
@@ -57,13 +67,17 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
 
 def _replace(path: Path, write: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with part.open("xb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(part, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -25,8 +25,9 @@ from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
 
-# What may differ between a run's config.json and the config it goes on with: nothing that changes a step.
-_FREE = ("train.steps", "train.tensorboard", "evaluate.")
+# What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which digits
+# there are is checked by what they are, not by where they lie.
+_FREE = ("data.root", "data.download", "train.steps", "train.tensorboard", "evaluate.")
 
 Probe = Callable[[EnergyModel, Config, Digits], float]
 
@@ -45,12 +46,12 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     probe: measures the speed MSE of a frozen model, called every `config.train.probe_every` steps.
 
     Raises:
-        ConfigError: `run` holds a run of another config.
+        ConfigError: `run` holds a run of another config or of other digits.
         CheckpointError: its last.pt is damaged. DigitsError: no digits. DivergedError, StopRequestedError: see there.
     """
     settings = config.train
     device = resolve_device(settings.device)
-    _claim(run, config)
+    claim(run, config)
     training_digits, validation_digits = build_digits(config)
     videos = build_videos(config, training_digits, "train", device)
     held_out = build_videos(config, validation_digits, "validation", device)
@@ -65,8 +66,8 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     sums, counted = torch.zeros(len(Energy._fields), device=device), 0
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        checkpoint.restore(run / "last.pt", state, model=model, optimizer=optimizer)
+        check_digits(run, state, training_digits)
         step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
         _set_rng(state["rng"])
 
@@ -75,6 +76,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": _rng(),
+            "digits": training_digits.source,
             "version": __version__,
         }
         state |= {"step": step, "best": best, "sums": sums, "counted": counted, "config": config.to_json()}
@@ -93,21 +95,25 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             counted, step = counted + 1, step + 1
 
             if step % settings.log_every == 0 or step == settings.steps:
-                means = dict(zip(Energy._fields, (sums / counted).tolist(), strict=True))
+                means = _means(sums, counted)
                 _check_finite(means, step, counted, run)
-                log.training(step, means, counted * settings.batch)
+                log.training(step, means, settings.batch)
                 sums, counted = torch.zeros_like(sums), 0
             if settings.probe_every and probe is not None and step % settings.probe_every == 0:
-                log.write(step, {"speed_mse": probe(model, config, training_digits)})
+                with log.paused():
+                    log.write(step, {"speed_mse": probe(model, config, training_digits)})
             if step % settings.validate_every == 0 or step == settings.steps:
-                loss = validate(model, held_out, config)
-                log.write(step, {"validation_loss": loss})
-                log.images(step, model, held_out, config)
-                if loss < best:
-                    best = loss
-                    save("best.pt")
-                save("last.pt")
+                with log.paused():
+                    loss = validate(model, held_out, config)
+                    _check_finite({"validation_loss": loss}, step, 1, run)  # before it reaches last.pt
+                    log.write(step, {"validation_loss": loss})
+                    log.images(step, model, held_out, config)
+                    if loss < best:
+                        best = loss
+                        save("best.pt")
+                    save("last.pt")
             if stop():
+                _check_finite(_means(sums, counted), step, counted, run)
                 save("last.pt")
                 raise StopRequestedError(
                     f"stopped at step {step} of {settings.steps}; the same command goes on from there"
@@ -148,18 +154,17 @@ class _Log:
     """metrics.jsonl, TensorBoard and the progress bar of one run; a context manager."""
 
     def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, title: str) -> None:
-        from tqdm import tqdm
-
+        self.board = _summary_writer(run, step) if tensorboard else None
         rows = checkpoint.read_metrics(run / "metrics.jsonl", up_to=step)
         checkpoint.write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.file = (run / "metrics.jsonl").open("a")
-        self.bar = tqdm(total=steps, initial=step, desc=title, unit="step", dynamic_ncols=True, mininterval=1.0)
-        self.board = _summary_writer(run, step) if tensorboard else None
-        self.clock = time.perf_counter()
+        self.bar = progress(total=steps, initial=step, desc=title, dynamic_ncols=True, mininterval=1.0)
+        self.clock, self.step = time.perf_counter(), step
 
-    def training(self, step: int, means: dict[str, float], videos: int) -> None:
+    def training(self, step: int, means: dict[str, float], batch: int) -> None:
         now = time.perf_counter()
-        rate, self.clock = videos / (now - self.clock), now
+        rate = (step - self.step) * batch / (now - self.clock)
+        self.clock, self.step = now, step
         self.bar.update(step - self.bar.n)
         shown = {name: f"{value:.4f}" for name, value in means.items() if value}
         self.bar.set_postfix({**shown, "videos/s": f"{rate:.0f}"}, refresh=False)
@@ -171,6 +176,13 @@ class _Log:
         if self.board is not None:
             for name, value in values.items():
                 self.board.add_scalar(name, value, step)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens in here is not part of the training rate."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
 
     @torch.no_grad()
     def images(self, step: int, model: EnergyModel, videos: MovingMNIST, config: Config) -> None:
@@ -185,7 +197,6 @@ class _Log:
                 model.train()
             grid = torch.stack(lines, dim=1).squeeze(3)  # (video, line, T, S, S)
             self.board.add_image("videos", grid.permute(0, 1, 3, 2, 4).flatten(0, 2).flatten(1), step, dataformats="HW")
-        self.clock = time.perf_counter()  # validation is not part of the training rate
 
     def __enter__(self) -> "_Log":
         return self
@@ -195,6 +206,15 @@ class _Log:
         self.file.close()
         if self.board is not None:
             self.board.close()
+
+
+def progress(**settings: Any) -> Any:
+    """A tqdm bar of steps. Raises ImportError, naming the extra, where tqdm is missing."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("tqdm is not installed: pip install 'vjvcr_fast[train]'") from None
+    return tqdm(unit="step", **settings)
 
 
 def _summary_writer(run: Path, step: int) -> Any:
@@ -207,10 +227,13 @@ def _summary_writer(run: Path, step: int) -> Any:
     return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
 
 
-def _claim(run: Path, config: Config) -> None:
-    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config."""
+def claim(run: Path, config: Config) -> None:
+    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config.
+
+    Before its first checkpoint a run has nothing to go on with, and any config may have its folder.
+    """
     file = run / "config.json"
-    if file.exists():
+    if file.exists() and (run / "last.pt").exists():
         theirs, ours = flat(Config.load(file)), flat(config)
         different = [k for k in ours if ours[k] != theirs[k] and not k.startswith(_FREE)]
         if different:
@@ -219,18 +242,32 @@ def _claim(run: Path, config: Config) -> None:
     checkpoint.write_atomic(file, config.to_json())
 
 
+def check_digits(run: Path, state: dict[str, Any], digits: Digits) -> None:
+    """Raises ConfigError where a run's checkpoint was made from other digits than are here now."""
+    if state["digits"] != digits.source:
+        raise ConfigError(
+            f"{run} was trained on {state['digits']}; here are {digits.source}: set --data.root or VJVCR_DATA, "
+            "or choose another --out"
+        )
+
+
 def flat(config: Config) -> dict[str, Any]:
     """{"train.lr": 1e-3, ...}."""
     groups = {k: v for k, v in config.to_dict().items() if isinstance(v, dict)}
     return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
-def _check_finite(means: dict[str, float], step: int, counted: int, run: Path) -> None:
-    bad = [name for name, value in means.items() if not abs(value) < float("inf")]
+def _means(sums: Tensor, counted: int) -> dict[str, float]:
+    return dict(zip(Energy._fields, (sums / max(counted, 1)).tolist(), strict=True))
+
+
+def _check_finite(values: dict[str, float], step: int, counted: int, run: Path) -> None:
+    bad = [name for name, value in values.items() if not abs(value) < float("inf")]
     if bad:
         last = run / "last.pt"
         kept = f"the last good state is {last}" if last.exists() else "no checkpoint had been written"
-        raise DivergedError(f"{', '.join(bad)} not finite between steps {step - counted + 1} and {step}; {kept}")
+        when = f"at step {step}" if counted == 1 else f"between steps {step - counted + 1} and {step}"
+        raise DivergedError(f"{', '.join(bad)} not finite {when}; {kept}")
 
 
 def _rng() -> dict[str, Any]:

@@ -1,0 +1,283 @@
+"""vcr_loss, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
+
+    pytest benchmarks/bench_losses.py [--full]               checks and times
+    pytest benchmarks/bench_losses.py --benchmark-disable    checks alone
+
+Every provider's loss and gradient are checked against the reference in float64 before anything is timed. Then the
+providers take turns, one step each per round, and pytest-benchmark times ours: what the machine does besides hits all
+of them alike. Columns: `x eager` is the eager reference's median over the provider's, `x plain` that of the fastest
+plain PyTorch; `copies` is the peak of memory beyond the input, gradient included, in copies of h.
+"""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjvcr_fast import reference
+from vjvcr_fast.losses import vcr_loss
+
+ALPHA, BETA = 25.0, 1.0
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = 1e-5  # relative, loss and gradient, float32 against float64
+SIGMA = 0.7  # of the features: below the threshold, so that the hinge is on and no small difference of large numbers
+SECONDS, SECONDS_FULL = 3.0, 30.0  # a case's rounds take about this long ...
+ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
+MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is left out
+BUSY = 0.05  # share of the machine that others may use before the table says so
+
+Parts = Sequence[Tensor]
+Step = Callable[[], tuple[Tensor, ...]]  # loss and gradients of one forward and backward pass
+
+
+class Case(NamedTuple):
+    """(N, T, d); with several entries in `steps` h is a sequence, [h_x, h_y]. target: what the project promises of our
+    ratio to the eager reference on a CPU."""
+
+    n: int
+    steps: tuple[int, ...]
+    d: int
+    target: float = 0.9
+
+    def __str__(self) -> str:
+        return f"{self.n}, {'+'.join(map(str, self.steps))}, {self.d}"
+
+
+CASES = [
+    Case(160, (100,), 2048, target=20.0),
+    Case(256, (26,), 1024, target=7.0),
+    Case(256, (15,), 512, target=4.0),
+    Case(256, (10, 5), 512),
+    Case(256, (15,), 256, target=1.7),
+    Case(128, (9,), 256),
+    Case(64, (8,), 128),
+    Case(32, (4,), 64),
+    Case(1024, (1,), 256),
+    Case(4096, (1,), 64),
+    Case(16384, (1,), 64),
+]
+MORE_CASES = [
+    Case(2, (1,), 1),
+    Case(256, (1,), 8192),
+    Case(256, (1,), 2048),
+    Case(512, (15,), 512),
+    Case(256, (26,), 2048, target=7.0),
+    Case(2048, (1,), 1024),
+    Case(1000, (7,), 100),
+    Case(33, (5, 6, 7), 65),
+]
+
+
+# -- Providers: each maps the parts of h to the loss ----------------------------------------------------------------
+
+
+def eager_reference(parts: Parts) -> Tensor:
+    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    return reference.vcr(h, ALPHA, BETA)[0]
+
+
+def gram_form(parts: Parts) -> Tensor:
+    """What a reader of the identity would write: ||ZZ'||^2 less the squared variances."""
+    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    n, steps, d = h.shape
+    z = (h - h.mean(dim=0)).transpose(0, 1)
+    variance = z.square().sum(dim=1) / (n - 1)
+    hinge = torch.relu(1.0 - torch.sqrt(variance + 1e-4)).mean()
+    gram = z @ z.mT / (n - 1)
+    penalty = (gram.square().sum() - variance.square().sum()) / (steps * d)
+    return ALPHA * hinge + BETA * penalty
+
+
+def ours(parts: Parts) -> Tensor:
+    return vcr_loss(parts if len(parts) > 1 else parts[0], alpha=ALPHA, beta=BETA).loss
+
+
+PLAIN = ("eager reference", "compiled reference", "gram form", "compiled gram form")
+
+
+def providers(case: Case) -> dict[str, Callable[[Parts], Tensor] | str]:
+    """Name to function, or to the reason why it is left out."""
+    too_large = f"N > d: its {case.n} x {case.n} products are the larger ones" if case.n > case.d else None
+    return {
+        "eager reference": eager_reference,
+        "compiled reference": _compiled(eager_reference),
+        "gram form": too_large or gram_form,
+        "compiled gram form": too_large or _compiled(gram_form),
+        "ours": ours,
+        "ours compiled": _compiled(ours),
+    }
+
+
+def _compiled(function: Callable[[Parts], Tensor]) -> Callable[[Parts], Tensor]:
+    return torch.compile(function, fullgraph=True, dynamic=False)
+
+
+# -- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = CASES + (MORE_CASES if metafunc.config.getoption("--full") else [])
+    metafunc.parametrize("case", cases, ids=lambda case: str(case).replace(", ", "x"))
+
+
+def test_vcr_loss(case, benchmark, report, full):
+    torch._dynamo.reset()
+    generator = torch.Generator().manual_seed(0)
+    parts = [SIGMA * torch.randn(case.n, t, case.d, generator=generator) for t in case.steps]
+    parts = [part.to(DEVICE).requires_grad_() for part in parts]
+    h_bytes = sum(part.nbytes for part in parts)
+    loss, gradient = _judge(parts)
+
+    steps: dict[str, Step] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, function in providers(case).items():
+        rows[name] = {"N, T, d": str(case), "provider": name}
+        if isinstance(function, str):
+            rows[name]["note"] = function
+            continue
+        step: Step = partial(_step, function, parts)
+        if "compiled" in name:
+            step()
+        started = time.perf_counter()
+        outputs, peak = _watch_memory(step)
+        seconds = time.perf_counter() - started
+        error = _error(outputs, loss, gradient)
+        assert error <= TOLERANCE, f"{name} at {case}: off by {error:.1e} relative to the reference in float64"
+        rows[name] |= {"copies": peak / h_bytes, "_error": error}
+        if name == "compiled reference" and (seconds > MOST_SECONDS or peak > MOST_BYTES):
+            rows[name]["note"] = f"not timed: {seconds:.0f} s and {peak / 1e9:.1f} GB for a step"
+        else:
+            steps[name] = step
+    if benchmark.disabled:
+        return
+
+    busy = _BusyElsewhere()
+    timed = _take_turns(benchmark, case, steps, full)
+    elsewhere = busy.share()
+    for name, times in timed.items():
+        low, median, high = statistics.quantiles(times, n=4)
+        rows[name] |= {"_median_ms": 1e3 * median, "_min_ms": 1e3 * min(times), "_iqr_ms": 1e3 * (high - low)}
+        rows[name] |= {"_rounds": len(times), "_busy_elsewhere": elsewhere}
+    _compare(rows, case)
+    if elsewhere > BUSY:
+        rows["ours"]["note"] = f"others used {elsewhere:.0%} of the machine: measure again"
+    report(list(rows.values()))
+
+
+def _take_turns(benchmark: Any, case: Case, steps: dict[str, Step], full: bool) -> dict[str, list[float]]:
+    """Seconds of every step: rounds in which each provider goes once, ours last and timed by pytest-benchmark."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+
+    def time_one(name: str) -> None:
+        started = time.perf_counter()
+        steps[name]()
+        times[name].append(time.perf_counter() - started)
+
+    def time_the_others() -> None:
+        for name in steps:
+            if name != "ours":
+                time_one(name)
+
+    time_the_others()
+    time_one("ours")
+    fewest, most = ROUNDS_FULL if full else ROUNDS
+    seconds = sum(sum(x) for x in times.values())
+    rounds = round(min(max((SECONDS_FULL if full else SECONDS) / seconds, fewest), most))
+    benchmark.group = str(case)
+    gc.collect()
+    benchmark.pedantic(steps["ours"], setup=time_the_others, rounds=rounds - 1)  # one is done
+    times["ours"] += benchmark.stats.stats.data
+    return times
+
+
+def _compare(rows: dict[str, dict[str, Any]], case: Case) -> None:
+    """Puts the ratios, and for ours the target, into rows."""
+    eager = rows["eager reference"]["_median_ms"]
+    plain = min(row["_median_ms"] for name, row in rows.items() if name in PLAIN and "_median_ms" in row)
+    for name, row in rows.items():
+        if "_median_ms" in row:
+            ratios = {"x eager": eager / row["_median_ms"], "x plain": plain / row["_median_ms"]}
+            note = row.pop("note", None)
+            copies = row.pop("copies")
+            row |= ratios | {"copies": copies} | ({"note": note} if note else {})
+        if name == "ours" and DEVICE.type == "cpu":
+            row["target"] = case.target
+            row["met"] = "yes" if row["x eager"] >= case.target else "no"
+
+
+# -- Measuring ------------------------------------------------------------------------------------------------------
+
+
+def _step(function: Callable[[Parts], Tensor], parts: Parts) -> tuple[Tensor, ...]:
+    """(loss, gradient of each part), computed when this returns."""
+    loss = function(parts)
+    gradients = torch.autograd.grad(loss, parts)
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return loss, *gradients
+
+
+def _judge(parts: Parts) -> tuple[Tensor, Tensor]:
+    """The reference's loss and gradient in float64, a time step at a time: they are independent, and all of them at
+    once would need d x d x T x 8 bytes several times over."""
+    h = torch.cat([part.detach() for part in parts], dim=1)
+    total = torch.zeros((), dtype=torch.float64, device=h.device)
+    gradient = torch.empty_like(h)
+    for t in range(h.shape[1]):
+        x = h[:, t : t + 1].double().requires_grad_()
+        loss = reference.vcr(x, ALPHA, BETA)[0] / h.shape[1]
+        gradient[:, t : t + 1] = torch.autograd.grad(loss, x)[0]
+        total += loss.detach()
+    return total, gradient
+
+
+def _error(outputs: tuple[Tensor, ...], loss: Tensor, gradient: Tensor) -> float:
+    """The larger relative error of loss and gradient; NaN counts as infinite."""
+    ours = torch.cat(outputs[1:], dim=1)
+    errors = [(outputs[0].detach().double() - loss).abs() / loss.abs(), (ours - gradient).norm() / gradient.norm()]
+    return float(torch.stack([e.double() for e in errors]).nan_to_num(nan=torch.inf).max())
+
+
+def _watch_memory(step: Step) -> tuple[tuple[Tensor, ...], int]:
+    """(what step returns, the most bytes it holds at once beyond what was there before)."""
+    if DEVICE.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return step(), torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return outputs, peak
+
+
+class _BusyElsewhere:
+    """The share of the machine that other processes use, from here on; 0 where there is no /proc/stat."""
+
+    def __init__(self) -> None:
+        self.started = self._seconds()
+
+    def share(self) -> float:
+        machine, own, wall = (now - then for now, then in zip(self._seconds(), self.started, strict=True))
+        return max(0.0, (machine - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Busy seconds of all processors and of this process, and the time."""
+        try:
+            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            fields = [0] * 8
+        idle = fields[3] + fields[4]
+        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()

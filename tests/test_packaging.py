@@ -1,0 +1,164 @@
+"""What an install is: the wheel's content and metadata, and that it works elsewhere. Built from a copy of the tree."""
+
+import email.message
+import email.parser
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = ("vjvcr_fast", "vjvcr_fast.kernels", "vjvcr_fast.losses", "vjvcr_fast.cli", "vjvcr_fast.evaluation.paper")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """stdout holds both streams. Neither the tree nor what the caller has on its path is importable."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
+    settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_ROOT_USER_ACTION": "ignore", **environment}
+    both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.run([*map(str, command)], cwd=cwd, env=clean | settings, text=True, check=False, **both)
+
+
+def pip(*arguments: str | Path, cwd: Path, **environment: str) -> str:
+    done = run(sys.executable, "-m", "pip", *arguments, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("copy") / "source"
+    # Asked in a process: looking for pip in this one makes setuptools give up its distutils, which the compiler needs.
+    if run(sys.executable, "-m", "pip", "--version", cwd=copy.parent).returncode:
+        pytest.skip("there is no pip in this environment")
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+    )
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=source)
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> email.message.Message:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+        return email.parser.Parser().parsestr(archive.read(name).decode())
+
+
+def files(wheel: Path) -> set[str]:
+    with zipfile.ZipFile(wheel) as archive:
+        return {name for name in archive.namelist() if ".dist-info/" not in name}
+
+
+# -- The wheel ------------------------------------------------------------------------------------------------------
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    package = {f"vjvcr_fast/{p.relative_to(ROOT / 'vjvcr_fast')}" for p in (ROOT / "vjvcr_fast").rglob("*.py")}
+    kernels = {f"vjvcr_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    assert "vjvcr_fast/kernels/__init__.py" in kernels
+    assert files(wheel) == package | kernels | {"vjvcr_fast/py.typed"}
+
+
+def test_no_top_level_kernels(wheel: Path) -> None:
+    assert {name.split("/")[0] for name in files(wheel)} == {"vjvcr_fast"}
+
+
+def test_metadata(metadata: email.message.Message) -> None:
+    from vjvcr_fast import __version__
+
+    assert metadata["Name"].replace("-", "_") == "vjvcr_fast"
+    assert metadata["Version"] == __version__
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert {*metadata.get_all("Provides-Extra")} >= {"train", "video", "dali", "dev"}
+    needed = [r for r in metadata.get_all("Requires-Dist") if "extra ==" not in r]
+    assert needed == ["torch>=2.11"]
+    assert "Apache" in (metadata["License-Expression"] or metadata["License"])
+    assert metadata.get_payload().strip(), "no README in the metadata"
+
+
+def test_entry_point_and_licence(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        text = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
+        assert "vjvcr-fast = vjvcr_fast.cli:main" in archive.read(text["entry_points.txt"]).decode()
+        assert any(name.endswith("LICENSE") for name in text)
+
+
+def test_torch_is_never_a_build_requirement() -> None:
+    """Read as text: tomllib came with Python 3.11."""
+    text = (ROOT / "pyproject.toml").read_text()
+    (requires,) = (line for line in text.splitlines() if line.startswith("requires ="))
+    assert "torch" not in requires
+    assert "setuptools" in requires
+
+
+def test_every_package_is_listed(wheel: Path) -> None:
+    """setup.py lists packages by hand: a new folder must not be forgotten."""
+    folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "vjvcr_fast").rglob("__init__.py")}
+    assert {name.rpartition("/")[0] for name in files(wheel)} == folders | {"vjvcr_fast/kernels"}
+
+
+# -- Installs -------------------------------------------------------------------------------------------------------
+
+
+def assert_imports(python: Path | str, cwd: Path, inside: Path, **environment: str) -> None:
+    """All MODULES import, from files under `inside`."""
+    lines = "\n".join(f"import {name}; print({name}.__file__)" for name in MODULES)
+    done = run(python, "-c", lines, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stdout
+    for line in done.stdout.splitlines():
+        assert Path(line).resolve().is_relative_to(inside.resolve()), line
+
+
+def test_the_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    assert_imports(sys.executable, tmp_path, target, PYTHONPATH=str(target))
+    assert not (target / "kernels").exists()
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """A virtual environment without pip that sees this one's packages; returns its python."""
+    folder = tmp_path / "venv"
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path).returncode == 0
+    purelib = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+    (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder / "bin" / "python"
+
+
+def test_editable_install(source: Path, venv: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tree"
+    shutil.copytree(source, copy)
+    pip("--python", venv, "install", "--no-deps", "--no-build-isolation", "--editable", copy, cwd=tmp_path)
+    assert_imports(venv, tmp_path, copy)
+    shown = run(venv.parent / "vjvcr-fast", "--version", cwd=tmp_path)
+    assert shown.stdout.startswith("vjvcr_fast ")
+
+
+@pytest.mark.slow
+def test_an_isolated_build_has_no_torch_and_says_so(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tree"
+    shutil.copytree(source, copy)
+    command = (sys.executable, "-m", "pip", "wheel", ".", "--verbose", "--no-deps", "--wheel-dir", tmp_path / "out")
+    done = run(*command, cwd=copy, PIP_RETRIES="1", PIP_TIMEOUT="10")
+    if done.returncode and "No matching distribution found for setuptools" in done.stdout:
+        pytest.skip("pip reaches no package index here")
+    assert done.returncode == 0, done.stdout
+    assert "this is a pure-Python install" in done.stdout
+    assert "torch is not importable" in done.stdout
+    (built,) = (tmp_path / "out").iterdir()
+    assert built.name.endswith("-py3-none-any.whl")
+    assert "vjvcr_fast/kernels/__init__.py" in files(built)

@@ -1,0 +1,100 @@
+"""Imports run one way, so that a reader can stop anywhere: the layers of the package, read from its source."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "vjvcr_fast"
+
+# From the ground up: a module imports from lower layers and from its own folder only.
+LAYERS = [
+    ("reference", "data", "kernels"),
+    ("ops",),
+    ("analytic", "backends"),
+    ("losses", "latents"),
+    ("models",),
+    ("config",),
+    ("training",),
+    ("evaluation",),
+    ("cli",),
+    ("__main__",),
+]
+FILES = {".".join(p.relative_to(PACKAGE).with_suffix("").parts): p for p in PACKAGE.rglob("*.py")}
+FILES |= {f"kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, anywhere in it, by their whole names; the package's own without its prefix."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: a relative import"
+            name = node.module or ""
+            # `from package import module` imports the module, `from module import name` the module that has it.
+            found |= {f"{name}.{a.name}" if is_module(f"{name}.{a.name}") else name for a in node.names}
+    return found
+
+
+def is_module(name: str) -> bool:
+    own = name.removeprefix("vjvcr_fast.")
+    return name.startswith("vjvcr_fast.") and (own in FILES or f"{own}.__init__" in FILES)
+
+
+def own_imports(module: str) -> set[str]:
+    return {name.removeprefix("vjvcr_fast.") for name in imports(FILES[module]) if name.startswith("vjvcr_fast.")}
+
+
+def layer(module: str) -> int:
+    return next(i for i, names in enumerate(LAYERS) if module.split(".")[0] in names)
+
+
+@pytest.mark.parametrize("module", sorted(set(FILES) - {"__init__"}))
+def test_imports_run_downward(module: str) -> None:
+    for other in own_imports(module):
+        same_folder = other.split(".")[0] == module.split(".")[0]
+        assert same_folder or layer(other) < layer(module), f"{module} imports {other}"
+
+
+def test_no_import_is_circular() -> None:
+    graphlib.TopologicalSorter({module: own_imports(module) for module in FILES}).prepare()
+
+
+def test_the_package_itself_imports_nothing() -> None:
+    assert imports(FILES["__init__"]) == set()
+
+
+def test_reference_imports_torch_only() -> None:
+    beyond = {name.split(".")[0] for name in imports(FILES["reference"])} - {*sys.stdlib_module_names}
+    assert beyond == {"torch"}
+
+
+def test_top_level_folders() -> None:
+    assert (ROOT / "kernels" / "__init__.py").is_file()
+    assert not (PACKAGE / "kernels").exists()  # it lies at the top and is installed there
+    assert (PACKAGE / "py.typed").is_file()
+
+
+PROBE = """
+import sys
+import torch
+before = set(sys.modules)
+import {module}
+after = set(sys.modules) - before
+print(*sorted({{name.split(".")[0] for name in after}} - sys.stdlib_module_names))
+print("cuda" if torch.cuda.is_initialized() else "no cuda")
+"""
+
+
+@pytest.mark.parametrize("module", ["vjvcr_fast.losses", "vjvcr_fast.reference", "vjvcr_fast.cli"])
+def test_importing_needs_torch_alone_and_no_gpu(module: str) -> None:
+    """Nothing of the extras is imported before it is used."""
+    command = [sys.executable, "-c", PROBE.format(module=module)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["vjvcr_fast", "no cuda"]
