@@ -6,6 +6,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 SETUP := constraints.txt pyproject.toml setup.py
 
+# OpenMP threads that wait spin for milliseconds by default; beside another busy process that makes small networks many
+# times slower. A short spin costs them nothing on a quiet machine. Benchmarks keep the default: it is what users have.
+train test test-slow: export GOMP_SPINCOUNT ?= 2000
+
 # Real MNIST beside the checkout is used by the tests when it is there; the package knows no such path.
 ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)

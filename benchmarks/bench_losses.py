@@ -4,9 +4,10 @@
     pytest benchmarks/bench_losses.py --benchmark-disable    checks alone
 
 Every provider's loss and gradient are checked against the reference in float64 before anything is timed. Then the
-providers take turns, one step each per round, and pytest-benchmark times ours: what the machine does besides hits all
-of them alike. Columns: `x eager` is the eager reference's median over the provider's, `x plain` that of the fastest
-plain PyTorch; `copies` is the peak of memory beyond the input, gradient included, in copies of h.
+providers take turns, one step each per round, and pytest-benchmark times ours: a slow spell meets all of them. Columns:
+`x eager` is the eager reference's median over the provider's, `x plain` that of the fastest plain PyTorch; `copies` is
+the peak of memory beyond the input, gradient included, in copies of h; `others` is the share of the machine that other
+processes used meanwhile, which from a few percent on spoils the ratios too: many small operations suffer most.
 """
 
 import gc
@@ -32,7 +33,6 @@ SIGMA = 0.7  # of the features: below the threshold, so that the hinge is on and
 SECONDS, SECONDS_FULL = 3.0, 30.0  # a case's rounds take about this long ...
 ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
 MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is left out
-BUSY = 0.05  # share of the machine that others may use before the table says so
 
 Parts = Sequence[Tensor]
 Step = Callable[[], tuple[Tensor, ...]]  # loss and gradients of one forward and backward pass
@@ -167,8 +167,7 @@ def test_vcr_loss(case, benchmark, report, full):
         rows[name] |= {"_median_ms": 1e3 * median, "_min_ms": 1e3 * min(times), "_iqr_ms": 1e3 * (high - low)}
         rows[name] |= {"_rounds": len(times), "_busy_elsewhere": elsewhere}
     _compare(rows, case)
-    if elsewhere > BUSY:
-        rows["ours"]["note"] = f"others used {elsewhere:.0%} of the machine: measure again"
+    rows["ours"]["others"] = f"{elsewhere:.0%}"
     report(list(rows.values()))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+BUSY = 0.1  # a run during which other processes used more than this share of the machine is shown, not kept
 RESULTS = Path(__file__).parent / "results"
 ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
 EXPECTED = pytest.StashKey[dict[str, int]]()
@@ -48,7 +49,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[list[dict[str, Any]]], None]:
     """report(rows): one call per test. A row is a flat dict of text and numbers; keys that start with an underscore
-    go to the file and not into the table."""
+    go to the file and not into the table. `_busy_elsewhere` is the share of the machine that others used meanwhile."""
     name = request.path.stem.removeprefix("bench_")
     return lambda rows: request.config.stash[ROWS].setdefault(name, []).append(rows)
 
@@ -61,6 +62,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             terminalreporter.write_line(line)
         if len(groups) < config.stash[EXPECTED][name]:
             terminalreporter.write_line("a part of the benchmarks: results/ left as it is")
+            continue
+        busy = max(row.get("_busy_elsewhere", 0.0) for row in rows)
+        if busy > BUSY:
+            terminalreporter.write_line(f"others used up to {busy:.0%} of the machine: results/ left as it is")
             continue
         path = RESULTS / f"{name}-{_slug(config.stash[MACHINE]['device'])}.json"
         path.parent.mkdir(exist_ok=True)
