@@ -23,8 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Elements of one block of time steps: 2 MiB in float32, an L2 cache. Measured on (256, 15, 512): half or twice is
-# within 5%.
+# Elements of one block of time steps: 2 MiB in float32, an L2 cache. Half or twice is within 5% on (256, 15, 512).
 _BLOCK = 1 << 19
 
 
@@ -41,10 +40,12 @@ class Settings(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Per tensor (N, T, d): squares s (T, d) and, if the penalty is asked for, the product (T, N, N) or (T, d, d)."""
+    """Per tensor (N, T, d): squares s (T, d) and, if the penalty is asked for, the product (T, N, N) or (T, d, d, the
+    diagonal zero) and the sum of its squares (T,), which backward does not need."""
 
     squares: Tensor
     product: Tensor | None
+    norms: Tensor | None = None
 
 
 def compute_dtype(h: Tensor) -> torch.dtype:
@@ -63,14 +64,16 @@ def _block_steps(h: Tensor) -> int:
     return max(1, min(steps, _BLOCK // (n * d)))
 
 
-def _blocks(h: Tensor) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """h (N, T, d) a block of t time steps at a time: (slice of T, view (t, N, d), two buffers of that size)."""
+def _blocks(h: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor, Tensor, Tensor]]:
+    """h (N, T, d) a block of t time steps at a time: (slice of T, view (t, N, d), two buffers like that view, and one
+    for its products (t, size, size)). Fresh memory costs a page fault every 4 KiB; buffers are paid for once."""
     n, total, d = h.shape
     width = _block_steps(h)
-    one, two = (torch.empty(width, n, d, dtype=compute_dtype(h)) for _ in range(2))
+    shapes = (width, n, d), (width, n, d), (width, size, size)
+    one, two, three = (torch.empty(shape, dtype=compute_dtype(h)) for shape in shapes)
     for start in range(0, total, width):
         x = h[:, start : start + width].transpose(0, 1)
-        yield slice(start, start + width), x, one[: len(x)], two[: len(x)]
+        yield slice(start, start + width), x, one[: len(x)], two[: len(x)], three[: len(x)]
 
 
 def _centred(x: Tensor, out: Tensor | None = None) -> Tensor:
@@ -81,43 +84,46 @@ def _centred(x: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def _product(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
-    """z (t, N, d): ZZ' (t, N, N), or Z'Z (t, d, d)."""
-    return torch.bmm(z, z.mT, out=out) if gram else torch.bmm(z.mT, z, out=out)
+    """z (t, N, d): ZZ' (t, N, N), or Z'Z without its diagonal (t, d, d)."""
+    if gram:
+        return torch.bmm(z, z.mT, out=out)
+    product = torch.bmm(z.mT, z, out=out)
+    product.diagonal(dim1=1, dim2=2).mul_(0)  # times zero rather than zero_(): NaN stays NaN
+    return product
 
 
 def _moments(h: Tensor, settings: Settings) -> _Moments:
     n, steps, d = h.shape
-    product = None
     if not _in_blocks(h):
         z = _centred(h.transpose(0, 1))
         squares = z.square().sum(dim=1)
+        if not settings.covariance:
+            return _Moments(squares, None)
+        product = _product(z, settings.gram)
+        return _Moments(squares, product, product.square().sum(dim=(1, 2)))
+    size = (n if settings.gram else d) if settings.covariance else 0
+    dtype = compute_dtype(h)
+    squares, norms = torch.empty(steps, d, dtype=dtype), torch.empty(steps, dtype=dtype)
+    product = torch.empty(steps, size, size, dtype=dtype)
+    for at, x, z, work, small in _blocks(h, size):
+        _centred(x, out=z)
+        torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
         if settings.covariance:
-            product = _product(z, settings.gram)
-    else:
-        squares = torch.empty(steps, d, dtype=compute_dtype(h))
-        if settings.covariance:
-            size = n if settings.gram else d
-            product = torch.empty(steps, size, size, dtype=compute_dtype(h))
-        for at, x, z, work in _blocks(h):
-            _centred(x, out=z)
-            torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
-            if product is not None:
-                _product(z, settings.gram, out=product[at])
-    if product is not None and not settings.gram:
-        product.diagonal(dim1=1, dim2=2).mul_(0)  # times zero rather than zero_(): NaN stays NaN
-    return _Moments(squares, product)
+            block = _product(z, settings.gram, out=product[at])
+            torch.sum(torch.mul(block, block, out=small), dim=(1, 2), out=norms[at])
+    return _Moments(squares, product, norms) if settings.covariance else _Moments(squares, None)
 
 
 def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
     """The unweighted variance and covariance terms over all tensors, summed in float64. count: T d of them all."""
     zero = torch.zeros((), dtype=torch.float64, device=moments[0].squares.device)
     hinges, penalties = [], []
-    for squares, product in moments:
+    for squares, _, norms in moments:
         if settings.variance:
             sigma = (squares / (n - 1) + settings.eps).sqrt()
             hinges.append((settings.threshold - sigma).relu().sum(dtype=torch.float64))
-        if product is not None:
-            penalties.append(product.square().sum(dtype=torch.float64))
+        if norms is not None:
+            penalties.append(norms.sum(dtype=torch.float64))
             if settings.gram:
                 penalties.append(-squares.square().sum(dtype=torch.float64))
     variance = _sum(hinges) / count if hinges else zero
@@ -133,46 +139,52 @@ def _sum(scalars: list[Tensor]) -> Tensor:
 def _gradient(h: Tensor, moments: _Moments, a: Tensor | None, b: Tensor | None, settings: Settings) -> Tensor:
     """dL/dh (N, T, d) in h's dtype, where a = dL/dvariance / (T d (N-1)) and b = 4 dL/dcovariance / (T d (N-1)^2),
     scalars, None for zero."""
-    squares, product = moments
-    diagonal: Tensor | None = None
-    if a is not None:
+    squares, product, _ = moments
+    if b is None:
+        product = None
+    if a is None:
+        diagonal = torch.zeros_like(squares)
+    else:
         sigma = (squares / (h.shape[0] - 1) + settings.eps).sqrt()
         diagonal = (sigma < settings.threshold) / sigma * -a
-    if b is None or product is None:
-        product = None
-    elif settings.gram:
-        product = product * b
-        diagonal = -b * squares if diagonal is None else diagonal - b * squares
-    else:
-        product = product * b
-        if diagonal is not None:
-            product.diagonal(dim1=1, dim2=2).copy_(diagonal)
-    rows = torch.zeros_like(squares).unsqueeze(1) if diagonal is None else diagonal.unsqueeze(1)
+    if b is not None and settings.gram:
+        diagonal = diagonal - b * squares
     if not _in_blocks(h):
-        return _apply(_centred(h.transpose(0, 1)), product, rows, settings.gram).transpose(0, 1).to(h.dtype)
+        return _apply(_centred(h.transpose(0, 1)), diagonal, product, b, settings.gram).transpose(0, 1).to(h.dtype)
     gradient = torch.empty_like(h)
-    for at, x, z, work in _blocks(h):
+    for at, x, z, work, small in _blocks(h, 0 if product is None else product.shape[-1]):
         _centred(x, out=z)
         target = gradient[:, at].transpose(0, 1)
         # One time step of a full-precision gradient is a plain matrix: write it where it belongs, without a copy.
         direct = len(target) == 1 and h.dtype == z.dtype and gradient.stride(-1) == 1
         block = None if product is None else product[at]
-        out = _apply(z, block, rows[at], settings.gram, target if direct else work)
+        out = _apply(z, diagonal[at], block, b, settings.gram, target if direct else work, small)
         if not direct:
             target.copy_(out)
     return gradient
 
 
-def _apply(z: Tensor, product: Tensor | None, diagonal: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
-    """Z times the gradient's matrix: K Z + Z diag (Gram form), Z M (covariance form) or Z diag (hinge alone)."""
-    if product is None:
-        return torch.mul(z, diagonal, out=out)
+def _apply(
+    z: Tensor,
+    diagonal: Tensor,
+    product: Tensor | None,
+    b: Tensor | None,
+    gram: bool,
+    out: Tensor | None = None,
+    small: Tensor | None = None,
+) -> Tensor:
+    """z (t, N, d) times the gradient's matrix: Z diag + b K Z (Gram form), Z (diag + b A) (covariance form), or
+    Z diag (hinge alone: no product, no b). diagonal: (t, d). out, small: buffers for the result and for b K, b A."""
+    if product is None or b is None:
+        return torch.mul(z, diagonal.unsqueeze(1), out=out)
+    scaled = torch.mul(product, b, out=small)
     if not gram:
-        return torch.bmm(z, product, out=out)
-    scaled = torch.mul(z, diagonal, out=out)
-    if len(scaled) == 1:
-        return scaled[0].addmm_(product[0], z[0]).unsqueeze(0)  # baddbmm_ would copy a strided output
-    return scaled.baddbmm_(product, z)
+        scaled.diagonal(dim1=1, dim2=2).copy_(diagonal)
+        return torch.bmm(z, scaled, out=out)
+    rescaled = torch.mul(z, diagonal.unsqueeze(1), out=out)
+    if len(z) == 1:
+        return rescaled[0].addmm_(scaled[0], z[0]).unsqueeze(0)  # baddbmm_ would copy a strided output
+    return rescaled.baddbmm_(scaled, z)
 
 
 class VCR(torch.autograd.Function):
@@ -186,7 +198,7 @@ class VCR(torch.autograd.Function):
             variance, covariance = _terms(moments, n, count, settings)
         loss = settings.alpha * variance + settings.beta * covariance
         dtype = compute_dtype(hs[0])
-        saved = [x for m in moments for x in m if x is not None]
+        saved = [x for m in moments for x in (m.squares, m.product) if x is not None]
         return loss.to(dtype), variance.to(dtype), covariance.to(dtype), *saved
 
     @staticmethod
