@@ -214,6 +214,24 @@ class TestNeverDone:
         assert recorder.products() == 0, "the hinge alone needs none"
 
     @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_work_for_the_gradient_twice(self, shape, monkeypatch):
+        """In blocks the forward pass makes the gradient of the loss, but only where one will be asked for."""
+        monkeypatch.setattr(analytic, "_BLOCK", 1)
+        h, steps = random(*shape).requires_grad_(), shape[1]
+        with torch.no_grad(), Recorder() as recorder:
+            loss_of(h)
+        assert recorder.products() == steps
+        with Recorder() as recorder:
+            loss_of(h.detach())
+        assert recorder.products() == steps, "no input needs a gradient"
+        with Recorder() as recorder:
+            terms = vcr_loss(h, alpha=ALPHA, beta=BETA)
+        assert recorder.products() == 2 * steps
+        with Recorder() as recorder:
+            terms.loss.backward()
+        assert recorder.products() == 0
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_synchronisation_with_the_host(self, shape, monkeypatch):
         h = random(*shape).requires_grad_()
         for block in (1, analytic._BLOCK):

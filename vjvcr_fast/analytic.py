@@ -10,9 +10,10 @@ For one time step let Z (N, d) be centred over the batch, s_k = sum_n Z_nk^2, si
 with Z Z'Z = (ZZ') Z in the Gram form, whose diagonal -b s_k joins the hinge's. Columns of dZ sum to zero, so centring
 has no backward of its own. Derivations: docs/math.md; the judge: reference.py in float64.
 
-Eager on a CPU, time steps go through in blocks that stay in the cache, in buffers made once, and only the gradient is
-as large as the input. Traced by the compiler, on a GPU or under double differentiation the same code runs without
-buffers, all time steps at once.
+Eager on a CPU, time steps go through in blocks that stay in the cache, in buffers made once; where a gradient will be
+wanted, that of the loss is made on the way, so that the input is read once. Backward through the loss then scales it;
+backward through the separate terms, or a second time, makes it again. Traced by the compiler, on a GPU or under double
+differentiation all time steps go at once.
 """
 
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
     gram: bool
     variance: bool = True
     covariance: bool = True
+    gradient: bool = False  # a gradient will be wanted: make that of the loss while a block is in the cache
 
 
 class _Moments(NamedTuple):
@@ -114,6 +116,39 @@ def _moments(h: Tensor, settings: Settings) -> _Moments:
     return _Moments(squares, product, norms) if settings.covariance else _Moments(squares, None)
 
 
+def _one_pass(h: Tensor, settings: Settings, count: int) -> tuple[_Moments, Tensor]:
+    """Moments without the product, and the gradient of the loss, (N, T, d), from a single read of h."""
+    n, steps, d = h.shape
+    a, b = settings.alpha / (count * (n - 1)), 4 * settings.beta / (count * (n - 1) ** 2)
+    squares, norms = torch.empty(steps, d, dtype=h.dtype), torch.empty(steps, dtype=h.dtype)
+    gradient = torch.empty_like(h)
+    for at, x, z, work, product in _blocks(h, (n if settings.gram else d) if settings.covariance else 0):
+        _centred(x, out=z)
+        s = torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
+        diagonal = _hinge_diagonal(s, n, settings) * -a if settings.variance else torch.zeros_like(s)
+        if settings.covariance and settings.gram:
+            diagonal -= b * s
+        target = torch.mul(z, diagonal.unsqueeze(1), out=gradient[:, at].transpose(0, 1))
+        if settings.covariance:
+            _product(z, settings.gram, out=product)
+            torch.sum(product.square(), dim=(1, 2), out=norms[at])
+            left, right = (product, z) if settings.gram else (z, product)
+            target.baddbmm_(left, right, alpha=b)
+    return _Moments(squares, None, norms if settings.covariance else None), gradient
+
+
+def _made_in_forward(h: Tensor, settings: Settings) -> bool:
+    """Whether forward makes the gradient. Not in half precision: it would underflow before a loss scale reaches it."""
+    blocks = h.device.type == "cpu" and not torch.compiler.is_compiling() and _block_steps(h) < h.shape[1]
+    return settings.gradient and blocks and h.dtype == compute_dtype(h)
+
+
+def _hinge_diagonal(squares: Tensor, n: int, settings: Settings) -> Tensor:
+    """[sigma < threshold] / sigma, of squares (T, d)."""
+    sigma = (squares / (n - 1) + settings.eps).sqrt()
+    return (sigma < settings.threshold) / sigma
+
+
 def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
     """The unweighted variance and covariance terms over all tensors, summed in float64. count: T d of them all."""
     zero = torch.zeros((), dtype=torch.float64, device=moments[0].squares.device)
@@ -142,11 +177,7 @@ def _gradient(h: Tensor, moments: _Moments, a: Tensor | None, b: Tensor | None, 
     squares, product, _ = moments
     if b is None:
         product = None
-    if a is None:
-        diagonal = torch.zeros_like(squares)
-    else:
-        sigma = (squares / (h.shape[0] - 1) + settings.eps).sqrt()
-        diagonal = (sigma < settings.threshold) / sigma * -a
+    diagonal = torch.zeros_like(squares) if a is None else _hinge_diagonal(squares, h.shape[0], settings) * -a
     if b is not None and settings.gram:
         diagonal = diagonal - b * squares
     if not _in_blocks(h):
@@ -188,51 +219,83 @@ def _apply(
 
 
 class VCR(torch.autograd.Function):
-    """(settings, *hs) -> (loss, variance, covariance, *what backward needs); the last are not differentiable."""
+    """(settings, *hs) -> (loss, variance, covariance, *what backward needs); the last are not differentiable.
+
+    What backward needs of a tensor is its moments, or, where `_made_in_forward`, the loss's gradient itself.
+    """
 
     @staticmethod
     def forward(settings: Settings, *hs: Tensor) -> tuple[Tensor, ...]:
         n, count = hs[0].shape[0], _count(hs)
+        moments, kept = [], []
         with full_precision(hs[0]):
-            moments = [_moments(h, settings) for h in hs]
+            for h in hs:
+                if _made_in_forward(h, settings):
+                    found, gradient = _one_pass(h, settings, count)
+                    kept.append(gradient)
+                else:
+                    found = _moments(h, settings)
+                    kept += [found.squares] if found.product is None else [found.squares, found.product]
+                moments.append(found)
             variance, covariance = _terms(moments, n, count, settings)
         loss = settings.alpha * variance + settings.beta * covariance
         dtype = compute_dtype(hs[0])
-        saved = [x for m in moments for x in (m.squares, m.product) if x is not None]
-        return loss.to(dtype), variance.to(dtype), covariance.to(dtype), *saved
+        return loss.to(dtype), variance.to(dtype), covariance.to(dtype), *kept
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
         settings, *hs = inputs
+        kept = list(output[3:])
+        ctx.mark_non_differentiable(*kept)
         ctx.settings, ctx.tensors = settings, len(hs)
-        ctx.mark_non_differentiable(*output[3:])
-        ctx.save_for_backward(*hs, *output[3:])
+        ctx.made, moments = [_made_in_forward(h, settings) for h in hs], []
+        ctx.gradients = {}
+        for i, made in enumerate(ctx.made):
+            if made:
+                ctx.gradients[i] = kept.pop(0)
+            else:
+                moments += [kept.pop(0) for _ in range(_kept(settings))]
+        ctx.save_for_backward(*hs, *moments)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g_loss, g_variance, g_covariance, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         settings: Settings = ctx.settings
-        hs, saved = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        hs, saved = ctx.saved_tensors[: ctx.tensors], list(ctx.saved_tensors[ctx.tensors :])
         n, count = hs[0].shape[0], _count(hs)
         a = b = None
         if settings.variance:
             a = _coefficient(1 / (count * (n - 1)), settings.alpha, g_loss, g_variance)
         if settings.covariance:
             b = _coefficient(4 / (count * (n - 1) ** 2), settings.beta, g_loss, g_covariance)
-        width = 2 if settings.covariance else 1
+        # Where someone differentiates the gradient, what forward kept has no graph: it is made anew.
+        anew = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        loss_alone = g_loss is not None and g_variance is None and g_covariance is None
         gradients: list[Tensor | None] = [None]
         with full_precision(hs[0]):
             for i, h in enumerate(hs):
+                moments = None if ctx.made[i] else _restore(saved, settings)
                 if not ctx.needs_input_grad[i + 1]:
                     gradients.append(None)
-                    continue
-                if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-                    # Someone differentiates the gradient: what forward saved has no graph, so make it anew.
-                    moments = _moments(h, settings)
+                elif loss_alone and not anew and moments is None:
+                    # Given away once; a second backward makes it again.
+                    made = ctx.gradients.pop(i, None)
+                    gradients.append((_one_pass(h, settings, count)[1] if made is None else made).mul_(g_loss))
                 else:
-                    moments = _Moments(saved[i * width], saved[i * width + 1] if settings.covariance else None)
-                gradients.append(_gradient(h, moments, a, b, settings))
+                    if anew or moments is None:
+                        moments = _moments(h, settings)
+                    gradients.append(_gradient(h, moments, a, b, settings))
         return tuple(gradients)
+
+
+def _kept(settings: Settings) -> int:
+    """How many tensors `_Moments` leaves for backward."""
+    return 2 if settings.covariance else 1
+
+
+def _restore(saved: list[Tensor], settings: Settings) -> _Moments:
+    """Takes the first tensor's moments out of `saved`."""
+    return _Moments(saved.pop(0), saved.pop(0) if settings.covariance else None)
 
 
 def _count(hs: Sequence[Tensor]) -> int:

@@ -38,7 +38,7 @@ def variance_hinge(h: Representations, *, threshold: float = 1.0, eps: float = 1
     Args, errors: as `vcr_loss`. Returns a scalar.
     """
     hs = _as_slices(h)
-    return _evaluate(hs, analytic.Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False))[1]
+    return _evaluate(hs, analytic.Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False)).loss
 
 
 def covariance_penalty(h: Representations) -> Tensor:
@@ -47,7 +47,7 @@ def covariance_penalty(h: Representations) -> Tensor:
     Args, errors: as `vcr_loss`. Returns a scalar.
     """
     hs = _as_slices(h)
-    return _evaluate(hs, analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False))[2]
+    return _evaluate(hs, analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False)).loss
 
 
 def vcr_loss(
@@ -216,11 +216,12 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
         h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
         with analytic.full_precision(h):
             return VCRTerms(*reference.vcr(h, settings.alpha, settings.beta, settings.threshold, settings.eps))
-    if torch.compiler.is_compiling() and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
+    wanted = torch.is_grad_enabled() and any(h.requires_grad for h in hs)
+    if torch.compiler.is_compiling() and not wanted:
         # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
         # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.
         return VCRTerms(*analytic.VCR.forward(settings, *hs)[:3])
-    return VCRTerms(*analytic.VCR.apply(settings, *hs)[:3])
+    return VCRTerms(*analytic.VCR.apply(settings._replace(gradient=wanted), *hs)[:3])
 
 
 def _use_gram(form: str, h: Tensor) -> bool:
