@@ -313,3 +313,8 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(ConfigError, match=r"train\.device='cuda:2': this machine has 2 CUDA devices"):
         resolve_device("cuda:2")
+
+
+def test_a_file_that_says_little_is_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"preset": "moving-mnist-mini", "train": {"lr": 0.5}}')
+    assert Config.load(tmp_path / "config.json") == override(preset("moving-mnist-mini"), {"train.lr": 0.5})

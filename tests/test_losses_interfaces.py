@@ -171,6 +171,14 @@ class TestCompiled:
             results.append((loss, torch.cat([leaf.grad for leaf in leaves])))
         assert all(relative(b, a) <= tolerances.COMPILED for a, b in zip(*results, strict=True))
 
+    def test_double_backward_is_refused(self):
+        """It cannot work in a compiled graph; what must not happen is a gradient that is silently wrong."""
+        leaf = random(*WIDE).requires_grad_()
+        loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(gradient.square().sum(), leaf)
+
     @pytest.mark.parametrize("d", [20, 3])
     def test_any_batch_size_is_one_graph(self, d):
         compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")

@@ -221,7 +221,13 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
         # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
         # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.
         return VCRTerms(*analytic.VCR.forward(settings, *hs)[:3])
-    return VCRTerms(*analytic.VCR.apply(settings._replace(gradient=wanted), *hs)[:3])
+    terms = analytic.VCR.apply(settings._replace(gradient=wanted), *hs)[:3]
+    if torch.compiler.is_compiling():
+        # A compiled graph cannot be differentiated twice. torch says so only where an input itself is kept for
+        # backward, and is silently wrong elsewhere: this keeps one, and changes no number.
+        guard = 0 * sum((h * h).sum(dtype=terms[0].dtype) for h in hs)
+        terms = [term + guard for term in terms]
+    return VCRTerms(*terms)
 
 
 def _use_gram(form: str, h: Tensor) -> bool:

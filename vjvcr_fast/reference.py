@@ -22,8 +22,7 @@ def variance_hinge(h: Tensor, threshold: float = 1.0, eps: float = 1e-4) -> Tens
     h: (N, T, d), N >= 2. Returns a scalar. Var is unbiased (N - 1). `threshold` is the paper's tau; `eps` is not
     given by the paper, 1e-4 is VICReg's.
     """
-    sigma = torch.sqrt(h.var(dim=0, correction=1) + eps)
-    return torch.relu(threshold - sigma).mean()
+    return _hinge(h.var(dim=0, correction=1), threshold, eps)
 
 
 def covariance(h: Tensor) -> Tensor:
@@ -40,19 +39,29 @@ def covariance_penalty(h: Tensor) -> Tensor:
 
     h: (N, T, d), N >= 2. Returns a scalar.
     """
-    off_diagonal = ~torch.eye(h.shape[-1], dtype=torch.bool, device=h.device)
-    return (covariance(h).square() * off_diagonal).sum() / (h.shape[1] * h.shape[2])
+    return _off_diagonal_squares(covariance(h))
 
 
 def vcr(
     h: Tensor, alpha: float, beta: float, threshold: float = 1.0, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation (4): alpha * l_var + beta * l_cov.
+    """Equation (4): alpha * l_var + beta * l_cov. The variances are the covariance's diagonal.
 
     h: (N, T, d), N >= 2. Returns the scalars (loss, variance, covariance), the last two unweighted.
     """
-    variance, penalty = variance_hinge(h, threshold, eps), covariance_penalty(h)
+    cov = covariance(h)
+    variance, penalty = _hinge(cov.diagonal(dim1=1, dim2=2), threshold, eps), _off_diagonal_squares(cov)
     return alpha * variance + beta * penalty, variance, penalty
+
+
+def _hinge(variances: Tensor, threshold: float, eps: float) -> Tensor:
+    return torch.relu(threshold - torch.sqrt(variances + eps)).mean()
+
+
+def _off_diagonal_squares(cov: Tensor) -> Tensor:
+    """Their sum over (T, d, d), over T d."""
+    diagonal = torch.eye(cov.shape[-1], dtype=torch.bool, device=cov.device)
+    return cov.masked_fill(diagonal, 0).square().sum() / (cov.shape[0] * cov.shape[1])
 
 
 # -- Energies: equations (5) to (7) ---------------------------------------------------------------------------------

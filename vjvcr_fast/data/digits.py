@@ -61,6 +61,11 @@ class Digits:
     def __len__(self) -> int:
         return self.images.shape[0]
 
+    def fingerprint(self) -> str:
+        """A short hash of images and labels: the same digits in the same order, wherever they come from."""
+        content = (part.contiguous().numpy().tobytes() for part in (self.images, self.labels))
+        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
 
 def load_digits(root: str | Path | None = None, *, download: bool = False, mirror: str = MIRROR) -> Digits:
     """MNIST digits, in the order of their file.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
     Raises: as `load_run`; ConfigError where the run was trained on other digits; DigitsError.
     """
     config, model = load_run(run, config)
-    best = checkpoint.load(run / "best.pt")
+    best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
     made_from = {
         "evaluate": dataclasses.asdict(config.evaluate),
+        "best": checkpoint.digest(run / "best.pt"),
         "step": best["step"],
-        "trained_steps": checkpoint.load(run / "last.pt")["step"],
+        "trained_steps": last["step"],
     }
     file = run / "evaluation.json"
     if file.exists():
@@ -56,6 +58,7 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         if {k: before.get(k) for k in made_from} == made_from:
             return before
 
+    started = time.perf_counter()
     training_digits, validation_digits = build_digits(config)
     check_digits(run, best, training_digits)
     device = next(model.parameters()).device
@@ -81,6 +84,8 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
+        "train_seconds": last["seconds"],
+        "evaluate_seconds": time.perf_counter() - started,
         "singular_values": [round(s, 4) for s in singular.tolist()],
     }
     checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
@@ -100,7 +105,7 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
     decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(decoder.parameters(), config.train.lr, fused=True)
     steps, batch, file, done = config.evaluate.decoder_steps, config.train.batch, run / "decoder.pt", 0
-    decodes = checkpoint.load(run / "best.pt")["step"]
+    decodes = checkpoint.digest(run / "best.pt")
     if file.exists():
         state = checkpoint.load(file, device)
         if state["step"] <= steps and state.get("decodes") == decodes:
@@ -125,9 +130,8 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
 
 @torch.no_grad()
 def decode(model: EnergyModel, decoder: nn.Module, x: Tensor, config: Config) -> Tensor:
-    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1], float32."""
-    with autocast(config, x.device):
-        return decoder(model.predict(x)).float().clamp(0, 1)
+    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1]."""
+    return decoder(model.predict(x)).clamp(0, 1)
 
 
 def mean_psnr(model: EnergyModel, decoder: nn.Module, videos: Any, config: Config) -> float:

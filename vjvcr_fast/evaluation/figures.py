@@ -1,20 +1,23 @@
 """Figures, drawn with matplotlib's object interface: no global state, no display."""
 
-import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from vjvcr_fast.reference import cumulative_spectrum
 from vjvcr_fast.training.checkpoint import write_atomic
 
 
 def require_matplotlib() -> None:
     """Raises ImportError, naming the extra, where matplotlib is missing: better before hours of training than after."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("matplotlib is not installed: pip install 'vjvcr_fast[train]'")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise ImportError("matplotlib is not installed: pip install 'vjvcr_fast[train]'") from None
 
 
 def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> None:
@@ -71,12 +74,9 @@ def spectrum(path: Path, singular_values: Mapping[str, Sequence[float]]) -> None
     figure = _figure((7.5, 3.0))
     left, right = figure.subplots(1, 2)
     for title, values in singular_values.items():
-        total, running, cumulative = sum(values), 0.0, []
-        for value in values:
-            running += value
-            cumulative.append(running / total)
-        left.plot(range(1, len(values) + 1), values, label=title)
-        right.plot(range(1, len(values) + 1), cumulative, label=title)
+        indices = range(1, len(values) + 1)
+        left.plot(indices, values, label=title)
+        right.plot(indices, cumulative_spectrum(torch.tensor(values)).tolist(), label=title)
     count = max(len(values) for values in singular_values.values())
     right.plot([0, count], [0, 1], "k--", linewidth=0.8, label="no collapse")
     left.set(yscale="log", xlabel="index", title="singular values of encoder outputs")

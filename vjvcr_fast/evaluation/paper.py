@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError, override, resolve_device
+from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, override, resolve_device
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, frozen_decoder, load_run
 from vjvcr_fast.evaluation.probes import training_probe
@@ -103,7 +103,8 @@ def _run(out: Path, row: str, seed: int) -> Path:
 
 def _summary(row: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     mse, db = PAPER_TABLE1[row]
-    keys = ("speed_mse", "speed_mse_least_squares", "speed_mse_of_the_mean", "psnr", "rank_me")
+    measured = ("speed_mse", "speed_mse_least_squares", "speed_mse_of_the_mean", "psnr", "rank_me")
+    keys = (*measured, "step", "train_seconds", "evaluate_seconds")
     ours = {key: [e[key] for e in evaluations] for key in keys}
     first = evaluations[0]
     about = {key: first[key] for key in ("digits", "decoder", "rank_me_rows")}
@@ -130,14 +131,19 @@ def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: S
         lines.append("| " + " | ".join(cells) + " |")
     mean = spread([e["speed_mse_of_the_mean"] for e in results["vj-vcr"]], 3)
     d = config.model.channels[-1] * config.model.pool**2
+    changed = differences(config, PRESETS.get(config.preset, Config()))
+    other = "".join(f", {name} {ours}" for name, (ours, _) in changed.items() if not name.startswith("data.root"))
+    seconds = {k: sum(e[f"{k}_seconds"] for es in results.values() for e in es) for k in ("train", "evaluate")}
     notes = [
-        f"Preset `{config.preset}`: {data.canvas}x{data.canvas} frames, {data.frames_in} -> {data.frames_out}, "
+        f"Preset `{config.preset}`{other}: {data.canvas}x{data.canvas} frames, {data.frames_in} -> {data.frames_out}, "
         f"d = {d}, {training.steps:,} steps of {training.batch} videos; {_seeds(seeds)}.",
         f"Digits: {first['digits']}. Speeds: uniform in {data.speed[0]:g} to {data.speed[1]:g} pixels/frame; MSE in "
         f"(pixels/frame)^2; predicting the mean gives {mean}. The paper does not state its unit: compare orderings.",
         f"Speed MSE: linear probe on the predicted target frames, Adam {config.evaluate.probe_lr:g}, "
         f"{config.evaluate.probe_epochs} epochs; least squares: the exact linear probe. PSNR in dB per frame, clipped "
         f"to [0, 1], averaged. RankMe: {first['rank_me_rows']}.",
+        f"{len(seeds) * len(results)} runs on {machine(config)['name']}: {seconds['train']:.0f} s of training, "
+        f"{seconds['evaluate']:.0f} s of evaluation.",
     ]
     return "\n".join(["# Table 1, MovingMNIST: ours beside the paper's", "", *lines, "", *notes]) + "\n"
 

@@ -11,7 +11,7 @@ from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training.build import build_videos
-from vjvcr_fast.training.loop import autocast, split_frames
+from vjvcr_fast.training.loop import DivergedError, split_frames
 
 
 class Features(NamedTuple):
@@ -27,20 +27,23 @@ class Features(NamedTuple):
 def extract(
     model: EnergyModel, videos: MovingMNIST, count: int, config: Config, start: int = 0, encoded: bool = False
 ) -> Features:
-    """Features of videos start .. start + count - 1, the model in evaluation mode, `evaluate.probe_batch` at a time."""
+    """Features of videos start .. start + count - 1, the model in evaluation mode and full precision,
+    `evaluate.probe_batch` at a time. Raises DivergedError where they are not finite."""
     values, speeds, rows = [], [], []
     training = model.training
     model.eval()
     for at in range(start, start + count, config.evaluate.probe_batch):
         batch = videos.batch(at, min(config.evaluate.probe_batch, start + count - at))
         x, y = split_frames(batch, config)
-        with autocast(config, videos.device):
-            values.append(model.predict(x).float().flatten(1))
-            if encoded:
-                rows.append(model.encoder(y).float().flatten(0, 1))
+        values.append(model.predict(x).flatten(1))
+        if encoded:
+            rows.append(model.encoder(y).flatten(0, 1))
         speeds.append(batch.speed)
     model.train(training)
-    return Features(torch.cat(values), torch.cat(speeds), torch.cat(rows) if encoded else torch.empty(0))
+    features = Features(torch.cat(values), torch.cat(speeds), torch.cat(rows) if encoded else torch.empty(0))
+    if not (features.values.isfinite().all() and features.encoded.isfinite().all()):
+        raise DivergedError("the model's representations are not finite: there is nothing to probe")
+    return features
 
 
 def adam_probe(train: Features, validation: Features, config: Config, seed: int) -> list[float]:
@@ -86,11 +89,15 @@ def mean_predictor(train: Features, validation: Features) -> float:
     return (validation.speed.double() - train.speed.double().mean()).square().mean().item()
 
 
-def training_probe(model: EnergyModel, config: Config, digits: Digits) -> float:
-    """The exact probe on a small sample, for learning curves during training; from training digits alone, fitted on
-    one stretch of the "probe" stream and measured on the next."""
+def training_probe(model: EnergyModel, config: Config, digits: Digits) -> dict[str, float]:
+    """The exact probe's speed MSE on a small sample, and the mean predictor's, for learning curves during training.
+
+    From training digits alone: fitted on one stretch of the "probe" stream and measured on the next."""
     videos = build_videos(config, digits, "probe", next(model.parameters()).device)
     count = min(config.evaluate.probe_videos, 4_096)
     fitted = extract(model, videos, count, config)
     measured = extract(model, videos, max(2, count // 4), config, start=count)
-    return least_squares_probe(fitted, measured)
+    return {
+        "speed_mse": least_squares_probe(fitted, measured),
+        "speed_mse_of_the_mean": mean_predictor(fitted, measured),
+    }

@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, read without running pickled code."""
 
+import hashlib
 import json
 import os
 import uuid
@@ -50,6 +51,11 @@ def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
             part.load_state_dict(state[name])
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: its {name} is not this run's: {_line(error)}") from None
+
+
+def digest(path: Path) -> str:
+    """A short hash of a file's content: results remember what they were made from."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError, resolve_device
+from vjvcr_fast.config import Config, ConfigError, differences, resolve_device
 from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 from vjvcr_fast.models.energy import Energy, EnergyModel
@@ -29,7 +29,7 @@ from vjvcr_fast.training.build import build_digits, build_model, build_videos
 # there are is checked by what they are, not by where they lie.
 _FREE = ("data.root", "data.download", "train.steps", "train.tensorboard", "evaluate.")
 
-Probe = Callable[[EnergyModel, Config, Digits], float]
+Probe = Callable[[EnergyModel, Config, Digits], dict[str, float]]
 
 
 class StopRequestedError(RuntimeError):
@@ -43,7 +43,7 @@ class DivergedError(RuntimeError):
 def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     """Pre-trains config's model in the folder `run`, or goes on with what is there.
 
-    probe: measures the speed MSE of a frozen model, called every `config.train.probe_every` steps.
+    probe: what to measure of the frozen model, by name; called every `config.train.probe_every` steps.
 
     Raises:
         ConfigError: `run` holds a run of another config or of other digits.
@@ -62,13 +62,14 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     energy = compiled(model, settings.compile, device)
     torch.manual_seed(settings.seed)
 
-    step, best = 0, float("inf")
+    step, best, started = 0, float("inf"), time.perf_counter()
     sums, counted = torch.zeros(len(Energy._fields), device=device), 0
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", device)
         checkpoint.restore(run / "last.pt", state, model=model, optimizer=optimizer)
         check_digits(run, state, training_digits)
         step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
+        started -= state["seconds"]
         _set_rng(state["rng"])
 
     def save(name: str) -> None:
@@ -77,6 +78,8 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             "optimizer": optimizer.state_dict(),
             "rng": _rng(),
             "digits": training_digits.source,
+            "digits_hash": training_digits.fingerprint(),
+            "seconds": time.perf_counter() - started,
             "version": __version__,
         }
         state |= {"step": step, "best": best, "sums": sums, "counted": counted, "config": config.to_json()}
@@ -101,7 +104,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
                 sums, counted = torch.zeros_like(sums), 0
             if settings.probe_every and probe is not None and step % settings.probe_every == 0:
                 with log.paused():
-                    log.write(step, {"speed_mse": probe(model, config, training_digits)})
+                    log.write(step, probe(model, config, training_digits))
             if step % settings.validate_every == 0 or step == settings.steps:
                 with log.paused():
                     loss = validate(model, held_out, config)
@@ -146,7 +149,7 @@ def autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Callable[..., Any]:
-    """torch.compile, or the module itself. On a CPU compiling these networks takes longer than it saves."""
+    """torch.compile, or the module itself; "auto" compiles on CUDA."""
     return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
 
 
@@ -234,27 +237,21 @@ def claim(run: Path, config: Config) -> None:
     """
     file = run / "config.json"
     if file.exists() and (run / "last.pt").exists():
-        theirs, ours = flat(Config.load(file)), flat(config)
-        different = [k for k in ours if ours[k] != theirs[k] and not k.startswith(_FREE)]
+        changed = differences(Config.load(file), config)
+        different = {k: values for k, values in changed.items() if not k.startswith(_FREE)}
         if different:
-            changes = ", ".join(f"{k} {theirs[k]} -> {ours[k]}" for k in different)
+            changes = ", ".join(f"{k} {theirs} -> {ours}" for k, (theirs, ours) in different.items())
             raise ConfigError(f"{run} holds a run of another config ({changes}); choose another --out")
     checkpoint.write_atomic(file, config.to_json())
 
 
 def check_digits(run: Path, state: dict[str, Any], digits: Digits) -> None:
     """Raises ConfigError where a run's checkpoint was made from other digits than are here now."""
-    if state["digits"] != digits.source:
+    if state["digits_hash"] != digits.fingerprint():
         raise ConfigError(
             f"{run} was trained on {state['digits']}; here are {digits.source}: set --data.root or VJVCR_DATA, "
             "or choose another --out"
         )
-
-
-def flat(config: Config) -> dict[str, Any]:
-    """{"train.lr": 1e-3, ...}."""
-    groups = {k: v for k, v in config.to_dict().items() if isinstance(v, dict)}
-    return {f"{group}.{name}": value for group, values in groups.items() for name, value in values.items()}
 
 
 def _means(sums: Tensor, counted: int) -> dict[str, float]:
