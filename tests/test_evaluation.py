@@ -1,5 +1,6 @@
 """Probes against problems with a known answer, PSNR by hand, and whole evaluations of tiny runs."""
 
+import functools
 import json
 import math
 import shutil
@@ -200,11 +201,12 @@ def test_mean_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
     model = model_of(config).eval()
     videos = build_videos(config, build_digits(config)[1], "validation", CPU)
     x, y = split_frames(videos.batch(0, 24), config)
-    decoded = evaluate.decode(model, model.decoder, x, config)
+    decoded = evaluate.decode(model, model.decoder, x)
     assert decoded.dtype == torch.float32
     assert 0 <= decoded.min() <= decoded.max() <= 1
     expected = psnr(decoded, y).mean().item()
-    assert mean_psnr(model, model.decoder, videos, config) == pytest.approx(expected, rel=FLOAT32)
+    predict = functools.partial(evaluate.decode, model, model.decoder)
+    assert mean_psnr(videos, config, predict) == pytest.approx(expected, rel=FLOAT32)
 
 
 # -- A whole run ----------------------------------------------------------------------------------------------------

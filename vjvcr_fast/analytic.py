@@ -139,7 +139,8 @@ def _one_pass(h: Tensor, settings: Settings, count: int) -> tuple[_Moments, Tens
 
 
 def _made_in_forward(h: Tensor, settings: Settings) -> bool:
-    """Whether forward makes the gradient. Not in half precision: it would underflow before a loss scale reaches it."""
+    """Whether forward makes the gradient. Not of a single block, where more operations cost more than a second read;
+    not in half precision, where it would underflow before a loss scale reaches it."""
     blocks = h.device.type == "cpu" and not torch.compiler.is_compiling() and _block_steps(h) < h.shape[1]
     return settings.gradient and blocks and h.dtype == compute_dtype(h)
 

@@ -14,7 +14,18 @@ from typing import Any, NoReturn
 import torch
 
 from vjvcr_fast import __version__, backends
-from vjvcr_fast.config import PRESETS, Config, ConfigError, default_preset, fields, help_text, override, parse, preset
+from vjvcr_fast.config import (
+    PRESETS,
+    Config,
+    ConfigError,
+    default_preset,
+    fields,
+    help_text,
+    override,
+    parse,
+    preset,
+    resolve_device,
+)
 from vjvcr_fast.data.digits import DigitsError, load_digits
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
@@ -108,7 +119,8 @@ def _add_fields(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",), 
     """An option for every field: --train.lr, and --lr where no other group has a field of that name."""
     wanted = [k for k in fields() if k.startswith(only) and k not in without]
     leaves = Counter(name.split(".")[1] for name in wanted)
-    options = parser.add_argument_group("configuration", "defaults are those of the preset moving-mnist")
+    about = "defaults are those of the preset moving-mnist; another preset, a config file or a run brings its own"
+    options = parser.add_argument_group("configuration", about)
     for name in wanted:
         leaf = name.split(".")[1]
         spellings = [name, *([leaf] if leaves[leaf] == 1 else [])]
@@ -138,12 +150,14 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.evaluation.evaluate import evaluate_run
 
+    if not (arguments.run / "config.json").exists():
+        raise ConfigError(f"{arguments.run}: not the folder of a run: it has no config.json")
     config = override(Config.load(arguments.run / "config.json"), _overrides(arguments))
     result = evaluate_run(arguments.run, config)
     for key, value in result.items():
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
-    print(f"wrote {arguments.run / 'evaluation.json'}")
+    print(f"these and more are in {arguments.run / 'evaluation.json'}")
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
@@ -154,7 +168,8 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
     out = arguments.out or Path("runs") / f"table1-{config.preset}"
-    print(f"reproduce table1: preset {config.preset}, into {out}", flush=True)
+    where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
+    print(f"reproduce table1: {where}; runs that are there already go on or are kept", flush=True)
     text = paper.table1(config, out, seeds)
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in paper.TABLE1_FILES)}")
 
@@ -184,4 +199,5 @@ def _reject(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
     name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
     near = difflib.get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
     hint = f"did you mean {' or '.join(near)}? " if near else ""
-    parser.error(f"{name}: no such option; {hint}`{parser.prog} --help` lists all")
+    what = "no such option" if name.startswith("-") else "unexpected argument"
+    parser.error(f"{name}: {what}; {hint}`{parser.prog} --help` lists all")

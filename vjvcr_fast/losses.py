@@ -118,7 +118,7 @@ class VCRLoss(nn.Module):
 class VICRegLoss(nn.Module):
     """VICReg (arXiv 2105.04906): lambda * invariance + mu * variance + nu * covariance of two branches.
 
-    By default the numbers are those of the `lightly` package and of facebookresearch/vicreg: invariance is the mean
+    By default the formulas are those of the `lightly` package and of facebookresearch/vicreg: invariance is the mean
     squared error; variance the mean of the two branches' hinge means; covariance the sum over both branches of the
     squared off-diagonal covariances, each divided by d. Coefficients do not carry over between conventions:
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, resolve_device
 from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.evaluation import probes
 from vjvcr_fast.evaluation.metrics import psnr
 from vjvcr_fast.models.convnet import ConvDecoder
@@ -80,7 +82,8 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         "speed_mse_by_epoch": curve,
         "speed_mse_least_squares": probes.least_squares_probe(train, validation),
         "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
-        "psnr": mean_psnr(model, decoder, held_out, config),
+        "psnr": mean_psnr(held_out, config, lambda x: decode(model, decoder, x)),
+        "psnr_of_black": mean_psnr(held_out, config, lambda x: x.new_zeros(())),
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
@@ -129,15 +132,15 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
 
 
 @torch.no_grad()
-def decode(model: EnergyModel, decoder: nn.Module, x: Tensor, config: Config) -> Tensor:
+def decode(model: EnergyModel, decoder: nn.Module, x: Tensor) -> Tensor:
     """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1]."""
     return decoder(model.predict(x)).clamp(0, 1)
 
 
-def mean_psnr(model: EnergyModel, decoder: nn.Module, videos: Any, config: Config) -> float:
-    """Mean over target frames and validation videos, in dB (`metrics.psnr`)."""
+def mean_psnr(videos: MovingMNIST, config: Config, predict: Callable[[Tensor], Tensor]) -> float:
+    """Mean over target frames and validation videos of what `predict` makes of x, in dB (`metrics.psnr`)."""
     total, count = [], config.evaluate.validation_videos
     for start in range(0, count, config.evaluate.probe_batch):
         x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
-        total.append(psnr(decode(model, decoder, x, config), y).flatten())
+        total.append(psnr(predict(x), y).flatten())
     return torch.cat(total).mean().item()

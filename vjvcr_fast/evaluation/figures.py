@@ -52,16 +52,16 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         "pixel": "pixel term D(y)",
         "variance": "variance hinge",
         "covariance": "covariance penalty",
-        "validation_loss": "validation energy",
-        "speed_mse": "speed MSE (probe during training)",
+        "validation_loss": "validation energy, of each its own",
+        "speed_mse": "speed MSE, training digits",
     }
     present = [n for n in names if any(row.get(n) for rows in runs.values() for row in rows)]
     figure = _figure((3.2 * len(present), 2.8))
     for axis, name in zip(figure.subplots(1, len(present), squeeze=False)[0], present, strict=True):
-        for title, rows in runs.items():
+        for color, (title, rows) in enumerate(runs.items()):  # a model keeps its colour where others have no curve
             points = [(row["step"], row[name]) for row in rows if row.get(name)]
             if points:
-                axis.plot(*zip(*points, strict=True), label=title, linewidth=1.2)
+                axis.plot(*zip(*points, strict=True), f"C{color}", label=title, linewidth=1.2)
         axis.set(title=names[name], xlabel="step", yscale="log")
         axis.title.set_fontsize(9)
         axis.legend(fontsize=6)

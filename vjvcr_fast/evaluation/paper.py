@@ -85,7 +85,7 @@ def figure5(runs: dict[str, Path], path: Path) -> None:
         device = next(model.parameters()).device
         x, y = split_frames(build_videos(config, validation_digits, "validation", device).batch(0, 3), config)
         decoder = frozen_decoder(runs[row], config, model, training_digits)
-        predictions[ROWS[row].title] = decode(model, decoder, x, config)
+        predictions[ROWS[row].title] = decode(model, decoder, x)
     figures.clips(path, x, y, predictions)
 
 
@@ -114,7 +114,7 @@ def _summary(row: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
     first = results["vj-vcr"][0]
     data, training = config.data, config.train
-    head = ["model", "D(h_y)", "D(y)", "VCR", "speed MSE", "paper", "least squares", "PSNR", "paper", "RankMe"]
+    head = ["model", "D(h_y)", "D(y)", "VCR", "speed MSE", "paper's", "least squares", "PSNR", "paper's PSNR", "RankMe"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for row, evaluations in results.items():
         terms, (paper_mse, paper_psnr) = ROWS[row], PAPER_TABLE1[row]
@@ -141,7 +141,7 @@ def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: S
         f"(pixels/frame)^2; predicting the mean gives {mean}. The paper does not state its unit: compare orderings.",
         f"Speed MSE: linear probe on the predicted target frames, Adam {config.evaluate.probe_lr:g}, "
         f"{config.evaluate.probe_epochs} epochs; least squares: the exact linear probe. PSNR in dB per frame, clipped "
-        f"to [0, 1], averaged. RankMe: {first['rank_me_rows']}.",
+        f"to [0, 1], averaged; a black frame has {first['psnr_of_black']:.1f}. RankMe: {first['rank_me_rows']}.",
         f"{len(seeds) * len(results)} runs on {machine(config)['name']}: {seconds['train']:.0f} s of training, "
         f"{seconds['evaluate']:.0f} s of evaluation.",
     ]
