@@ -94,6 +94,11 @@ def _product(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
     return product
 
 
+def _squared_norms(product: Tensor, out: Tensor) -> Tensor:
+    """||product||^2 of each time step. By rows: no copy of the squares, and short sums keep their digits."""
+    return torch.sum(torch.linalg.vector_norm(product, dim=2).square_(), dim=1, out=out)
+
+
 def _moments(h: Tensor, settings: Settings) -> _Moments:
     n, steps, d = h.shape
     if not _in_blocks(h):
@@ -107,12 +112,12 @@ def _moments(h: Tensor, settings: Settings) -> _Moments:
     dtype = compute_dtype(h)
     squares, norms = torch.empty(steps, d, dtype=dtype), torch.empty(steps, dtype=dtype)
     product = torch.empty(steps, size, size, dtype=dtype)
-    for at, x, z, work, small in _blocks(h, size):
+    for at, x, z, work, _ in _blocks(h, 0):
         _centred(x, out=z)
         torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
         if settings.covariance:
             block = _product(z, settings.gram, out=product[at])
-            torch.sum(torch.mul(block, block, out=small), dim=(1, 2), out=norms[at])
+            _squared_norms(block, out=norms[at])
     return _Moments(squares, product, norms) if settings.covariance else _Moments(squares, None)
 
 
@@ -132,7 +137,7 @@ def _one_pass(h: Tensor, settings: Settings, count: int) -> tuple[_Moments, Tens
         torch.mul(z, diagonal.unsqueeze(1), out=target)
         if settings.covariance:
             _product(z, settings.gram, out=product)
-            torch.sum(product.square(), dim=(1, 2), out=norms[at])
+            _squared_norms(product, out=norms[at])
             left, right = (product, z) if settings.gram else (z, product)
             target.baddbmm_(left, right, alpha=b)
     return _Moments(squares, None, norms if settings.covariance else None), gradient
@@ -153,19 +158,21 @@ def _hinge_diagonal(squares: Tensor, n: int, settings: Settings) -> Tensor:
 
 def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
     """The unweighted variance and covariance terms over all tensors, summed in float64. count: T d of them all."""
-    zero = torch.zeros((), dtype=torch.float64, device=moments[0].squares.device)
     hinges, penalties = [], []
     for squares, _, norms in moments:
         if settings.variance:
             sigma = (squares / (n - 1) + settings.eps).sqrt()
             hinges.append((settings.threshold - sigma).relu().sum(dtype=torch.float64))
         if norms is not None:
-            penalties.append(norms.sum(dtype=torch.float64))
-            if settings.gram:
-                penalties.append(-squares.square().sum(dtype=torch.float64))
-    variance = _sum(hinges) / count if hinges else zero
-    covariance = _sum(penalties) / (count * (n - 1) ** 2) if penalties else zero
+            penalty = norms.sum(dtype=torch.float64)
+            penalties.append(penalty - squares.square().sum(dtype=torch.float64) if settings.gram else penalty)
+    variance = _sum(hinges) / count if hinges else _zero(moments)
+    covariance = _sum(penalties) / (count * (n - 1) ** 2) if penalties else _zero(moments)
     return variance, covariance
+
+
+def _zero(moments: Sequence[_Moments]) -> Tensor:
+    return torch.zeros((), dtype=torch.float64, device=moments[0].squares.device)
 
 
 def _sum(scalars: list[Tensor]) -> Tensor:
@@ -240,7 +247,7 @@ class VCR(torch.autograd.Function):
                     kept += [found.squares] if found.product is None else [found.squares, found.product]
                 moments.append(found)
             variance, covariance = _terms(moments, n, count, settings)
-        loss = settings.alpha * variance + settings.beta * covariance
+        loss = torch.add(settings.alpha * variance, covariance, alpha=settings.beta)
         dtype = compute_dtype(hs[0])
         return loss.to(dtype), variance.to(dtype), covariance.to(dtype), *kept
 

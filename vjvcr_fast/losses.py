@@ -242,24 +242,31 @@ def _as_slices(h: Representations) -> list[Tensor]:
     tensors = [h] if isinstance(h, Tensor) else list(h)
     if not tensors:
         raise ValueError("h is an empty sequence: at least one tensor (N, ..., d) is needed")
+    first = tensors[0]
     for i, tensor in enumerate(tensors):
         name = "h" if isinstance(h, Tensor) else f"h[{i}]"
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
-        described = f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"{described}: float16, bfloat16, float32 or float64 is needed")
+        shape, dtype = tensor.shape, tensor.dtype
+        if dtype not in _DTYPES:
+            raise TypeError(f"{_described(name, tensor)}: float16, bfloat16, float32 or float64 is needed")
         if tensor.ndim < 2:
-            raise ValueError(f"{described}: (N, d) or (N, ..., d) is needed")
-        if tensor.shape[0] < 2:
-            raise ValueError(f"{described}: N >= 2 is needed, the variance is over the batch")
-        if 0 in tensor.shape:
-            raise ValueError(f"{described}: it is empty")
-        first = tensors[0]
-        if (tensor.shape[0], tensor.shape[-1]) != (first.shape[0], first.shape[-1]):
-            raise ValueError(f"{described}, h[0] {tuple(first.shape)}: tensors of a sequence must share N and d")
-        if tensor.dtype != first.dtype:
-            raise TypeError(f"{described}, h[0] {first.dtype}: tensors of a sequence must share their dtype")
+            raise ValueError(f"{_described(name, tensor)}: (N, d) or (N, ..., d) is needed")
+        if shape[0] < 2:
+            raise ValueError(f"{_described(name, tensor)}: N >= 2 is needed, the variance is over the batch")
+        if 0 in shape:
+            raise ValueError(f"{_described(name, tensor)}: it is empty")
+        if (shape[0], shape[-1]) != (first.shape[0], first.shape[-1]):
+            what = f"{_described(name, tensor)}, {_described('h[0]', first)}"
+            raise ValueError(f"{what}: tensors of a sequence must share N and d")
+        if dtype != first.dtype:
+            what = f"{_described(name, tensor)}, {_described('h[0]', first)}"
+            raise TypeError(f"{what}: tensors of a sequence must share their dtype")
         if tensor.device != first.device:
-            raise ValueError(f"{described} on {tensor.device}, h[0] on {first.device}: they must share a device")
+            what = f"{_described(name, tensor)} on {tensor.device}, h[0] on {first.device}"
+            raise ValueError(f"{what}: they must share a device")
     return [t.unsqueeze(1) if t.ndim == 2 else t if t.ndim == 3 else t.flatten(1, -2) for t in tensors]
+
+
+def _described(name: str, tensor: Tensor) -> str:
+    return f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype}"
