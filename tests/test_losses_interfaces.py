@@ -171,9 +171,17 @@ class TestCompiled:
             results.append((loss, torch.cat([leaf.grad for leaf in leaves])))
         assert all(relative(b, a) <= tolerances.COMPILED for a, b in zip(*results, strict=True))
 
-    def test_double_backward_is_refused(self):
+    def test_large_half_precision(self):
+        leaf = (random(*WIDE) * 1e3).half().requires_grad_()
+        expected = vcr_loss(leaf, alpha=ALPHA, beta=0.0).loss
+        compiled = torch.compile(lambda h: vcr_loss(h, alpha=ALPHA, beta=0.0).loss, fullgraph=True, backend="aot_eager")
+        assert compiled(leaf).isfinite()
+        assert relative(compiled(leaf), expected, scale=1.0) <= tolerances.COMPILED
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_double_backward_is_refused(self, dtype):
         """It cannot work in a compiled graph; what must not happen is a gradient that is silently wrong."""
-        leaf = random(*WIDE).requires_grad_()
+        leaf = random(*WIDE).to(dtype).requires_grad_()
         loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
         with pytest.raises(RuntimeError, match="double backward"):

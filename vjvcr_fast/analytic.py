@@ -151,9 +151,13 @@ def _made_in_forward(h: Tensor, settings: Settings) -> bool:
     return settings.gradient and blocks and h.dtype == compute_dtype(h)
 
 
+def _sigma(squares: Tensor, n: int, settings: Settings) -> Tensor:
+    return (squares / (n - 1) + settings.eps).sqrt()
+
+
 def _hinge_diagonal(squares: Tensor, n: int, settings: Settings) -> Tensor:
     """[sigma < threshold] / sigma, of squares (T, d)."""
-    sigma = (squares / (n - 1) + settings.eps).sqrt()
+    sigma = _sigma(squares, n, settings)
     return (sigma < settings.threshold) / sigma
 
 
@@ -162,8 +166,7 @@ def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) 
     hinges, penalties = [], []
     for squares, _, norms in moments:
         if settings.variance:
-            sigma = (squares / (n - 1) + settings.eps).sqrt()
-            hinges.append((settings.threshold - sigma).relu().sum(dtype=torch.float64))
+            hinges.append((settings.threshold - _sigma(squares, n, settings)).relu().sum(dtype=torch.float64))
         if norms is not None:
             penalty = norms.sum(dtype=torch.float64)
             penalties.append(penalty - squares.square().sum(dtype=torch.float64) if settings.gram else penalty)
@@ -195,13 +198,8 @@ def _gradient(h: Tensor, moments: _Moments, a: Tensor | None, b: Tensor | None, 
     gradient = torch.empty_like(h)
     for at, x, z, work, small in _blocks(h, 0 if product is None else product.shape[-1]):
         _centred(x, out=z)
-        target = gradient[:, at].transpose(0, 1)
-        # One time step of a full-precision gradient is a plain matrix: write it where it belongs, without a copy.
-        direct = len(target) == 1 and h.dtype == z.dtype and gradient.stride(-1) == 1
         block = None if product is None else product[at]
-        out = _apply(z, diagonal[at], block, b, settings.gram, target if direct else work, small)
-        if not direct:
-            target.copy_(out)
+        gradient[:, at].transpose(0, 1).copy_(_apply(z, diagonal[at], block, b, settings.gram, work, small))
     return gradient
 
 
@@ -222,10 +220,7 @@ def _apply(
     if not gram:
         scaled.diagonal(dim1=1, dim2=2).copy_(diagonal)
         return torch.bmm(z, scaled, out=out)
-    rescaled = torch.mul(z, diagonal.unsqueeze(1), out=out)
-    if len(z) == 1:
-        return rescaled[0].addmm_(scaled[0], z[0]).unsqueeze(0)  # baddbmm_ would copy a strided output
-    return rescaled.baddbmm_(scaled, z)
+    return torch.mul(z, diagonal.unsqueeze(1), out=out).baddbmm_(scaled, z)
 
 
 class VCR(torch.autograd.Function):

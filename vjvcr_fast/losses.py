@@ -225,7 +225,8 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
     if torch.compiler.is_compiling():
         # A compiled graph cannot be differentiated twice. torch says so only where an input itself is kept for
         # backward, and is silently wrong elsewhere: this keeps one, and changes no number.
-        guard = 0 * sum((h * h).sum(dtype=terms[0].dtype) for h in hs)
+        # Zero first: squares of large half-precision values overflow, and 0 * inf is NaN.
+        guard = sum((0 * h * h).sum(dtype=terms[0].dtype) for h in hs)
         terms = [term + guard for term in terms]
     return VCRTerms(*terms)
 
