@@ -1,5 +1,6 @@
 """A run small enough to train in a second, and digits that need no file."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -33,6 +34,12 @@ TINY = {
     "evaluate.probe_batch": 16,
     "evaluate.decoder_steps": 6,
 }
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A run that is there to test a GPU fails where it finds none; any other run skips what needs one."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        (pytest.fail if os.environ.get("FAIL_WITHOUT_CUDA") == "1" else pytest.skip)("no CUDA device")
 
 
 @pytest.fixture

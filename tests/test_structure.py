@@ -14,8 +14,8 @@ PACKAGE = ROOT / "vjvcr_fast"
 # From the ground up: a module imports from lower layers and from its own folder only.
 LAYERS = [
     ("reference", "data", "kernels"),
-    ("ops",),
-    ("analytic", "backends"),
+    ("analytic",),
+    ("ops", "backends"),
     ("losses", "latents"),
     ("models",),
     ("config",),

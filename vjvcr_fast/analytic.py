@@ -267,12 +267,8 @@ class VCR(torch.autograd.Function):
     def backward(ctx, g_loss, g_variance, g_covariance, *_) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         settings: Settings = ctx.settings
         hs, saved = ctx.saved_tensors[: ctx.tensors], list(ctx.saved_tensors[ctx.tensors :])
-        n, count = hs[0].shape[0], _count(hs)
-        a = b = None
-        if settings.variance:
-            a = _coefficient(1 / (count * (n - 1)), settings.alpha, g_loss, g_variance)
-        if settings.covariance:
-            b = _coefficient(4 / (count * (n - 1) ** 2), settings.beta, g_loss, g_covariance)
+        count = _count(hs)
+        a, b = _coefficients(hs, settings, g_loss, g_variance, g_covariance)
         # Where someone differentiates the gradient, what forward kept has no graph: it is made anew.
         anew = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         loss_alone = g_loss is not None and g_variance is None and g_covariance is None
@@ -291,6 +287,36 @@ class VCR(torch.autograd.Function):
                         moments = _moments(h, settings)
                     gradients.append(_gradient(h, moments, a, b, settings))
         return tuple(gradients)
+
+
+def gradients(
+    hs: Sequence[Tensor],
+    settings: Settings,
+    g_loss: Tensor | None,
+    g_variance: Tensor | None,
+    g_covariance: Tensor | None,
+) -> list[Tensor]:
+    """dL/dh of each tensor (N, T, d), made from nothing but the tensors, so that it can be differentiated again."""
+    a, b = _coefficients(hs, settings, g_loss, g_variance, g_covariance)
+    with full_precision(hs[0]):
+        return [_gradient(h, _moments(h, settings), a, b, settings) for h in hs]
+
+
+def _coefficients(
+    hs: Sequence[Tensor],
+    settings: Settings,
+    g_loss: Tensor | None,
+    g_variance: Tensor | None,
+    g_covariance: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """a and b of `_gradient`, from what comes back to the three terms."""
+    n, count = hs[0].shape[0], _count(hs)
+    a = b = None
+    if settings.variance:
+        a = _coefficient(1 / (count * (n - 1)), settings.alpha, g_loss, g_variance)
+    if settings.covariance:
+        b = _coefficient(4 / (count * (n - 1) ** 2), settings.beta, g_loss, g_covariance)
+    return a, b
 
 
 def _kept(settings: Settings) -> int:

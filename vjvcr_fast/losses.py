@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast import analytic, backends, reference
+from vjvcr_fast import analytic, backends, ops, reference
 from vjvcr_fast.backends import Backend
 
 Form = Literal["auto", "gram", "covariance"]
+Made = Literal["auto", "forward", "backward"]
 Representations: TypeAlias = Tensor | Sequence[Tensor]
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,22 +33,25 @@ class VCRTerms(NamedTuple):
     covariance: Tensor
 
 
-def variance_hinge(h: Representations, *, threshold: float = 1.0, eps: float = 1e-4) -> Tensor:
+def variance_hinge(
+    h: Representations, *, threshold: float = 1.0, eps: float = 1e-4, backend: Backend = "auto"
+) -> Tensor:
     """Equation (1): mean over time steps and features of max(0, threshold - sqrt(Var + eps)), Var over N, unbiased.
 
     Args, errors: as `vcr_loss`. Returns a scalar.
     """
     hs = _as_slices(h)
-    return _evaluate(hs, analytic.Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False)).loss
+    return _evaluate(hs, analytic.Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False), backend).loss
 
 
-def covariance_penalty(h: Representations) -> Tensor:
+def covariance_penalty(h: Representations, *, backend: Backend = "auto") -> Tensor:
     """Equation (2): 1/(T d) sum over time steps of the squared off-diagonal covariances, divisor N - 1.
 
     Args, errors: as `vcr_loss`. Returns a scalar.
     """
     hs = _as_slices(h)
-    return _evaluate(hs, analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False)).loss
+    settings = analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False)
+    return _evaluate(hs, settings, backend).loss
 
 
 def vcr_loss(
@@ -59,6 +63,7 @@ def vcr_loss(
     eps: float = 1e-4,
     backend: Backend = "auto",
     form: Form = "auto",
+    gradient: Made = "auto",
 ) -> VCRTerms:
     """Equation (4), l_vcr = alpha * variance_hinge + beta * covariance_penalty, in one pass.
 
@@ -67,20 +72,23 @@ def vcr_loss(
             float32 or float64; any strides.
         alpha, beta: weights of the two terms.
         threshold: the paper's tau. eps: added to the variance before the root, >= 0.
-        backend: "torch" (analytic gradient), "reference" (autograd through reference.py, for comparison) or "auto".
+        backend: "triton" (fused kernels, CUDA), "torch" (analytic gradient in plain operations), "reference" (autograd
+            through reference.py, for comparison) or "auto": triton where it can serve h, else torch.
         form: "gram" (N x N products), "covariance" (d x d products) or "auto", which takes the smaller of the two.
             Both are exact; see docs/math.md for their rounding.
+        gradient: make that of the loss in the "forward" pass, while h is in the cache, or in the "backward" pass; a
+            wish that only changes speed and memory. Where none is wanted none is made. "auto": forward on a CPU.
 
     Returns: VCRTerms(loss, variance, covariance).
 
     Raises:
         ValueError: N < 2, fewer than two dimensions, an empty tensor, an empty sequence, tensors of a sequence that
-            disagree in N, d or device, an unknown backend or form, eps < 0.
+            disagree in N, d or device, an unknown backend, form or gradient, a backend that cannot serve h, eps < 0.
         TypeError: not a tensor, a dtype that is not one of the four, tensors of a sequence that disagree in dtype.
     """
     hs = _as_slices(h)
     settings = analytic.Settings(alpha, beta, threshold, eps, gram=_use_gram(form, hs[0]))
-    return _evaluate(hs, settings, backend)
+    return _evaluate(hs, settings, backend, gradient)
 
 
 class VCRLoss(nn.Module):
@@ -94,11 +102,13 @@ class VCRLoss(nn.Module):
         eps: float = 1e-4,
         backend: Backend = "auto",
         form: Form = "auto",
+        gradient: Made = "auto",
     ) -> None:
         super().__init__()
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
         self.backend: Backend = backend
         self.form: Form = form
+        self.gradient: Made = gradient
 
     def forward(self, h: Representations) -> VCRTerms:
         return vcr_loss(
@@ -109,6 +119,7 @@ class VCRLoss(nn.Module):
             eps=self.eps,
             backend=self.backend,
             form=self.form,
+            gradient=self.gradient,
         )
 
     def extra_repr(self) -> str:
@@ -209,19 +220,26 @@ def _world_size() -> int:
     return torch.distributed.get_world_size()
 
 
-def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "auto") -> VCRTerms:
+def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "auto", gradient: str = "auto") -> VCRTerms:
     if settings.eps < 0:
         raise ValueError(f"eps={settings.eps}: must be >= 0, it is added to the variance before the square root")
-    if backends.resolve(backend, hs[0]) == "reference":
+    if gradient not in get_args(Made):
+        raise ValueError(f"gradient={gradient!r}: choose one of {', '.join(get_args(Made))}")
+    chosen = backends.resolve(backend, hs[0])
+    if chosen == "reference":
         h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
         with analytic.full_precision(h):
             return VCRTerms(*reference.vcr(h, settings.alpha, settings.beta, settings.threshold, settings.eps))
     wanted = torch.is_grad_enabled() and any(h.requires_grad for h in hs)
+    if chosen == "triton":
+        # The compiler's graphs keep what forward makes alive for long, and may not change it in place.
+        settings = settings._replace(gradient=wanted and gradient == "forward" and not torch.compiler.is_compiling())
+        return VCRTerms(*ops.vcr(hs, *settings)[:3])
     if torch.compiler.is_compiling() and not wanted:
         # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
         # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.
         return VCRTerms(*analytic.VCR.forward(settings, *hs)[:3])
-    terms = analytic.VCR.apply(settings._replace(gradient=wanted), *hs)[:3]
+    terms = analytic.VCR.apply(settings._replace(gradient=wanted and gradient != "backward"), *hs)[:3]
     if torch.compiler.is_compiling():
         # A compiled graph cannot be differentiated twice. torch says so only where an input itself is kept for
         # backward, and is silently wrong elsewhere: this keeps one, and changes no number.

@@ -1,0 +1,258 @@
+"""The covariance penalty of a batch that is larger than its features: d <= 256 and N up to millions.
+
+For one time step with Z (N, d), centred over the batch, and A = Z'Z without its diagonal (d, d):
+
+    sum_{i != j} C_ij^2 = ||A||^2 / (N-1)^2
+    dZ = b Z A - a Z diag([sigma < threshold] / sigma)
+
+    a = dL/dvariance / (T d (N-1)),   b = 4 dL/dcovariance / (T d (N-1)^2)
+
+`_covariance` reads h once. A program takes a part of the batch and subtracts the mean of its first samples, so that
+its sums are of the size of sigma; where it ends it centres them. `_join` adds the parts, with what their means differ
+by, masks the diagonal, and squares. `_gradient` is one product with the rest in its epilogue.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from vjvcr_fast.kernels.launch import (
+    Config,
+    Mode,
+    config,
+    enough_parts,
+    launch,
+    mode_of,
+    operand_dtype,
+    precision,
+    shape_class,
+)
+from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, coefficient, hinge_slope
+
+MOST_FEATURES = 256  # beyond it the library's product of d x d matrices is the better one
+JOINED = 16  # rows of A that a program of `_join` makes
+
+# -- On the device --------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _covariance(
+    h, part_products, part_means, part_squares, stride_n, stride_t, stride_d, n, steps, d, rows, BD: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
+    diagonal also write the samples' mean, from the time step's first sample, and s.
+
+    Bytes: h once from memory, and 2 d / BD - 1 times more from the cache; BD^2 x 4 a part.
+    """
+    panels = tl.cdiv(d, BD)
+    pid = tl.program_id(0)
+    pair = pid % (panels * panels)
+    i, j = pair // panels, pair % panels
+    t = (pid // (panels * panels)) % steps
+    part = pid // (panels * panels * steps)
+    cols_i, cols_j = i * BD + tl.arange(0, BD), j * BD + tl.arange(0, BD)
+    inner = tl.arange(0, BK)
+    base = h + t.to(tl.int64) * stride_t
+    base_i, base_j = base + cols_i.to(tl.int64) * stride_d, base + cols_j.to(tl.int64) * stride_d
+    first = part * rows
+    last = tl.minimum(first + rows, n)
+    # The mean of the part's first samples, from the time step's first one.
+    first_i = tl.load(base_i, mask=cols_i < d, other=0.0).to(tl.float32)
+    first_j = tl.load(base_j, mask=cols_j < d, other=0.0).to(tl.float32)
+    at = (first + inner).to(tl.int64)[:, None] * stride_n
+    mask_i = (first + inner < last)[:, None] & (cols_i < d)[None, :]
+    mask_j = (first + inner < last)[:, None] & (cols_j < d)[None, :]
+    few = tl.minimum(last - first, BK).to(tl.float32)
+    x_i = tl.load(base_i[None, :] + at, mask=mask_i, other=0.0).to(tl.float32)
+    x_j = tl.load(base_j[None, :] + at, mask=mask_j, other=0.0).to(tl.float32)
+    shift_i = tl.sum(tl.where(mask_i, x_i - first_i[None, :], 0.0), axis=0) / few
+    shift_j = tl.sum(tl.where(mask_j, x_j - first_j[None, :], 0.0), axis=0) / few
+
+    product = tl.zeros((BD, BD), tl.float32)
+    sums_i = tl.zeros((BK, BD), tl.float32)
+    sums_j = tl.zeros((BK, BD), tl.float32)
+    squares_i = tl.zeros((BK, BD), tl.float32)
+    for start in range(first, last, BK):
+        at = (start + inner).to(tl.int64)[:, None] * stride_n
+        mask_i = (start + inner < last)[:, None] & (cols_i < d)[None, :]
+        mask_j = (start + inner < last)[:, None] & (cols_j < d)[None, :]
+        x_i = tl.load(base_i[None, :] + at, mask=mask_i, other=0.0).to(tl.float32)
+        x_j = tl.load(base_j[None, :] + at, mask=mask_j, other=0.0).to(tl.float32)
+        x_i = tl.where(mask_i, x_i - first_i[None, :] - shift_i[None, :], 0.0)
+        x_j = tl.where(mask_j, x_j - first_j[None, :] - shift_j[None, :], 0.0)
+        product = tl.dot(tl.trans(x_i.to(DTYPE)), x_j.to(DTYPE), product, input_precision=PRECISION)
+        sums_i += x_i
+        sums_j += x_j
+        squares_i += x_i * x_i
+    count = (last - first).to(tl.float32)
+    sum_i, sum_j = tl.sum(sums_i, axis=0), tl.sum(sums_j, axis=0)
+    product -= sum_i[:, None] * (sum_j / count)[None, :]
+    slot = (part * steps + t).to(tl.int64)
+    to = part_products + slot * d * d
+    tl.store(to + cols_i[:, None] * d + cols_j[None, :], product, mask=(cols_i < d)[:, None] & (cols_j < d)[None, :])
+    if i == j:
+        to = slot * d + cols_i
+        tl.store(part_means + to, shift_i + sum_i / count, mask=cols_i < d)
+        squares = tl.sum(squares_i, axis=0) - sum_i * (sum_i / count)
+        tl.store(part_squares + to, squares, mask=cols_i < d)
+
+
+@triton.jit
+def _join(
+    part_products, part_means, part_squares, product, means, squares, hinges, norms, parts, rows, n, steps, d,
+    threshold, eps, BR: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """BR rows of A, with their features' mean, s, sum of hinges and sum of A^2. Bytes: 4 (parts + 1) an entry."""
+    blocks = tl.cdiv(d, BR)
+    pid = tl.program_id(0)
+    t, block = pid // blocks, pid % blocks
+    r, c = block * BR + tl.arange(0, BR), tl.arange(0, BD)
+    inside_r, inside_c = r < d, c < d
+    mask = inside_r[:, None] & inside_c[None, :]
+    mean_r, mean_c = tl.zeros((BR,), tl.float32), tl.zeros((BD,), tl.float32)
+    for part in range(parts):
+        slot = (part * steps + t).to(tl.int64)
+        share = tl.minimum(n - part * rows, rows).to(tl.float32) / n
+        mean_r += share * tl.load(part_means + slot * d + r, mask=inside_r, other=0.0)
+        mean_c += share * tl.load(part_means + slot * d + c, mask=inside_c, other=0.0)
+    A = tl.zeros((BR, BD), tl.float32)
+    square = tl.zeros((BR,), tl.float32)
+    for part in range(parts):
+        slot = (part * steps + t).to(tl.int64)
+        count = tl.minimum(n - part * rows, rows).to(tl.float32)
+        off_r = tl.load(part_means + slot * d + r, mask=inside_r, other=0.0) - mean_r
+        off_c = tl.load(part_means + slot * d + c, mask=inside_c, other=0.0) - mean_c
+        A += tl.load(part_products + slot * d * d + r[:, None] * d + c[None, :], mask=mask, other=0.0)
+        A += count * off_r[:, None] * off_c[None, :]
+        square += tl.load(part_squares + slot * d + r, mask=inside_r, other=0.0) + count * off_r * off_r
+    A = tl.where(r[:, None] == c[None, :], 0.0, A)
+    A = tl.where(mask, A, 0.0)
+    tl.store(norms + pid, tl.sum(A * A))
+    to = product + t.to(tl.int64) * d * d + r[:, None] * d + c[None, :]
+    tl.store(to, A.to(product.dtype.element_ty), mask=mask)
+    to = t.to(tl.int64) * d + r
+    tl.store(means + to, mean_r, mask=inside_r)
+    tl.store(squares + to, square, mask=inside_r)
+    sigma = tl.sqrt_rn(square / (n - 1) + eps)
+    hinge = tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(hinges + pid, tl.sum(tl.where(inside_r, hinge, 0.0)))
+
+
+@triton.jit
+def _gradient(
+    h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, stride_d, out_n, out_t,
+    out_d, n, steps, d, alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BC: tl.constexpr,
+    BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr, SHAPE: tl.constexpr,
+):  # fmt: skip
+    """dZ for BN samples and BC features of one time step: Z A. Bytes: h once from memory, d / BC times and once more
+    from the cache; A from the cache; the gradient once."""
+    blocks, chunks = tl.cdiv(d, BC), tl.cdiv(n, BN)
+    pid = tl.program_id(0)
+    cols = (pid % blocks) * BC + tl.arange(0, BC)
+    rows = (pid // blocks) % chunks * BN + tl.arange(0, BN)
+    t = (pid // (blocks * chunks)).to(tl.int64)
+    base = h + t * stride_t
+    at = rows.to(tl.int64)[:, None] * stride_n
+    product += t * d * d
+    gradient = tl.zeros((BN, BC), tl.float32)
+    for k in range(0, d, BK):
+        ks = k + tl.arange(0, BK)
+        inside = ks < d
+        offset = ks.to(tl.int64) * stride_d
+        mean = tl.load(means + t * d + ks, mask=inside, other=0.0)
+        shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+        mask = (rows < n)[:, None] & inside[None, :]
+        x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+        z = tl.where(mask, x - shift[None, :] - mean[None, :], 0.0)
+        # A is symmetric: read by rows, used by columns.
+        A = tl.load(product + cols[:, None] * d + ks[None, :], mask=(cols < d)[:, None] & inside[None, :], other=0.0)
+        gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
+    gradient *= coefficient(g_loss, g_covariance, beta, penalty_scale)
+    inside = cols < d
+    mask = (rows < n)[:, None] & inside[None, :]
+    offset = cols.to(tl.int64) * stride_d
+    if HINGE:
+        slope = hinge_slope(tl.load(squares + t * d + cols, mask=inside, other=1.0), n, threshold, eps)
+        slope *= coefficient(g_loss, g_variance, alpha, hinge_scale)
+        mean = tl.load(means + t * d + cols, mask=inside, other=0.0)
+        shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+        gradient -= slope[None, :] * (x - shift[None, :] - mean[None, :])
+    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols.to(tl.int64)[None, :] * out_d
+    tl.store(to, gradient.to(out.dtype.element_ty), mask=mask)
+
+
+# -- Launchers ------------------------------------------------------------------------------------------------------
+
+
+class Covariance(NamedTuple):
+    """A (T, d, d) in the dtype its product with Z is made in, the moments, and sums of A^2 of rows, flat."""
+
+    product: Tensor
+    moments: Moments
+    norms: Tensor
+
+
+def panel(d: int) -> int:
+    """Features of a panel of A."""
+    return min(max(triton.next_power_of_2(d), 16), 128)
+
+
+_MODES: tuple[Mode, ...] = ("bf16", "tf32", "tf32x3")
+COVARIANCE: dict[tuple[Mode, int], list[Config]] = {
+    **{(mode, bd): [config(4, 3, 2, BK=64)] for mode in _MODES for bd in (16, 32)},
+    **{(mode, 64): [config(4, 3, 2, BK=64), config(8, 3, 1, BK=128)] for mode in _MODES},
+    **{(mode, 128): [config(8, 3, 1, BK=32), config(8, 3, 1, BK=64)] for mode in _MODES},
+}
+JOIN: dict[int, list[Config]] = {bd: [config(4, 1, 2, BR=JOINED, BD=bd)] for bd in (16, 32, 64, 128, 256)}
+GRADIENT: dict[tuple[Mode, int], list[Config]] = {
+    **{(mode, bd): [config(4, 3, 2, BN=128, BC=bd, BK=bd)] for mode in _MODES for bd in (16, 32)},
+    **{(mode, 64): [config(4, 2, 2, BN=128, BC=64, BK=64), config(8, 2, 1, BN=256, BC=64, BK=64)] for mode in _MODES},
+    **{(mode, 128): [config(8, 2, 1, BN=128, BC=128, BK=32), config(8, 3, 1, BN=128, BC=64, BK=64)] for mode in _MODES},
+}
+
+
+def covariance(h: Tensor, weights: Weights) -> Covariance:
+    """Of h (N, T, d), d <= MOST_FEATURES."""
+    n, steps, d = h.shape
+    mode, bd = mode_of(h), panel(d)
+    pairs = triton.cdiv(d, bd) ** 2
+    rows = triton.cdiv(n, enough_parts(steps * pairs, n, 256, h.device))
+    parts = triton.cdiv(n, rows)
+    part_products = torch.empty(parts, steps, d, d, device=h.device)
+    part_means = torch.empty(parts, steps, d, device=h.device)
+    part_squares = torch.empty_like(part_means)
+    launch(
+        _covariance, COVARIANCE[mode, bd], lambda meta: parts * steps * pairs,
+        h, part_products, part_means, part_squares, *h.stride(), n, steps, d, rows, BD=bd, **precision(mode),
+        SHAPE=shape_class(n, steps, d),
+    )  # fmt: skip
+    product = torch.empty(steps, d, d, dtype=operand_dtype(mode), device=h.device)
+    means = torch.empty(steps, d, device=h.device)
+    norms = torch.empty(steps * triton.cdiv(d, JOINED), device=h.device)
+    moments = Moments(means, torch.empty_like(means), torch.empty_like(norms), torch.empty_like(norms))
+    launch(
+        _join, JOIN[triton.next_power_of_2(max(d, 16))], lambda meta: norms.numel(),
+        part_products, part_means, part_squares, product, moments.means, moments.squares, moments.hinges, norms, parts,
+        rows, n, steps, d, weights.threshold, weights.eps,
+    )  # fmt: skip
+    return Covariance(product, moments, norms)
+
+
+def gradient(
+    h: Tensor, product: Tensor, means: Tensor, squares: Tensor, out: Tensor, incoming: Incoming, weights: Weights,
+    count: int,
+) -> None:  # fmt: skip
+    """dL/dh into out, (N, T, d) of any strides. count: T d of all tensors of the loss."""
+    n, steps, d = h.shape
+    mode: Mode = "bf16" if product.dtype == torch.bfloat16 else mode_of(h)
+    launch(
+        _gradient, GRADIENT[mode, panel(d)],
+        lambda meta: steps * triton.cdiv(d, meta["BC"]) * triton.cdiv(n, meta["BN"]),
+        h, product, means, squares, out, *incoming, *h.stride(), *out.stride(), n, steps, d, weights.alpha,
+        weights.beta, weights.threshold, weights.eps, 1 / (count * (n - 1)), 4 / (count * (n - 1) ** 2),
+        **precision(mode), HINGE=weights.variance, SHAPE=shape_class(n, steps, d),
+    )  # fmt: skip

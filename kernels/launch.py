@@ -1,0 +1,143 @@
+"""How kernels are launched: configurations with their occupancy plan, autotuning, precision, the device's size.
+
+Which configuration is fastest depends on the shape, so most kernels have two or three: triton.autotune times them on
+the first call of a shape class and keeps its choice, on disk too. Different ones add in different orders: under
+torch.use_deterministic_algorithms the first is taken untimed, so that every process rounds alike.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# How the operands of products are rounded: to bfloat16, to TF32, or split into two TF32 numbers each whose three
+# larger products are added, which keeps float32's accuracy.
+Mode = Literal["bf16", "tf32", "tf32x3"]
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Config(NamedTuple):
+    """Tile sizes by their names in the kernel, warps of 32 threads, pipeline stages; `blocks` is the plan how many
+    thread blocks share a multiprocessor, which ahead-of-time compilation checks on the architectures in `archs`."""
+
+    tiles: tuple[tuple[str, int], ...]
+    warps: int = 4
+    stages: int = 3
+    blocks: int = 2
+    archs: tuple[int, ...] = (80, 90)
+
+
+def config(warps: int, stages: int, blocks: int, archs: tuple[int, ...] = (80, 90), **tiles: int) -> Config:
+    return Config(tuple(tiles.items()), warps, stages, blocks, archs)
+
+
+def mode_of(h: Tensor) -> Mode:
+    """bfloat16 stays what it is; float16 has as many digits as TF32 and less range; float32 follows torch's setting
+    for matrix products on CUDA ("highest" and unset: full accuracy)."""
+    if h.dtype == torch.bfloat16:
+        # The interpreter cannot compute in bfloat16.
+        return "tf32" if INTERPRETED else "bf16"
+    return "tf32" if h.dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def operand_dtype(mode: Mode) -> torch.dtype:
+    """Of matrices that are stored to be multiplied."""
+    return torch.bfloat16 if mode == "bf16" else torch.float32
+
+
+def precision(mode: Mode) -> dict[str, object]:
+    """A kernel's constants for it: DTYPE of the operands, PRECISION of float32 ones."""
+    return {"DTYPE": tl.bfloat16, "PRECISION": "tf32"} if mode == "bf16" else {"DTYPE": tl.float32, "PRECISION": mode}
+
+
+def shape_class(*sizes: int) -> int:
+    """One number for all shapes whose sizes have the same binary logarithms: autotuning's key."""
+    return functools.reduce(lambda key, size: 32 * key + max(size - 1, 0).bit_length(), sizes, 0)
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded rather than made."""
+
+    kernel: Any
+    configs: tuple[Config, ...]
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within it launchers launch nothing and their launches are listed: what to compile ahead of time. Tensors may be
+    on the meta device."""
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+def launch(
+    kernel: Any, configs: Sequence[Config], programs: Callable[[dict[str, Any]], int], *args: Any, **constants: Any
+) -> None:
+    """kernel[programs(tile sizes),](*args, **constants) in the fastest of `configs`. The kernel takes the shape class
+    as its constant SHAPE."""
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(Launch(kernel, tuple(configs), args, constants))
+        return
+    arch = _architecture(args[0].device)
+    fitting = tuple(c for c in configs if arch >= min(c.archs)) or tuple(configs)
+    if len(fitting) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
+        _autotuned(kernel, fitting)[lambda meta: (programs(meta),)](*args, **constants)
+        return
+    first = fitting[0]
+    meta = dict(first.tiles) | constants
+    kernel[(programs(meta),)](*args, **meta, num_warps=first.warps, num_stages=first.stages)
+
+
+@functools.cache
+def _autotuned(kernel: Any, configs: tuple[Config, ...]) -> Any:
+    choices = [triton.Config(dict(c.tiles), num_warps=c.warps, num_stages=c.stages) for c in configs]
+    return triton.autotune(choices, key=["SHAPE"], cache_results=True)(kernel)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """80, 90, ...; 90 where there is no GPU."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 under the interpreter, that small shapes are cut into parts there too; else those of an H100."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 4 if INTERPRETED else 132
+
+
+@functools.cache
+def cache_bytes(device: torch.device) -> int:
+    """Of the L2 cache; 32 KiB under the interpreter, that small shapes are cut into blocks there too."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 1 << 15 if INTERPRETED else 50 << 20
+
+
+def enough_parts(programs: int, length: int, least: int, device: torch.device) -> int:
+    """Into how many parts to cut a sum of `length` so that `programs` times as many programs fill the device about
+    twice, none shorter than `least`."""
+    wanted = triton.cdiv(2 * multiprocessors(device), programs)
+    return max(1, min(wanted, triton.cdiv(length, least)))

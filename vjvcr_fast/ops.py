@@ -1,0 +1,124 @@
+"""The operators that torch sees: schemas, fake kernels and autograd around the project's kernels.
+
+Importing this needs no kernel: Triton is imported by the first call. Every operator is opaque to the compiler,
+allocates what it returns, and reads torch's precision setting for matrix products when it runs.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast import analytic
+
+# -- Variance-covariance regularisation -----------------------------------------------------------------------------
+
+
+@torch.library.custom_op("vjvcr::vcr", mutates_args=())
+def vcr(
+    hs: Sequence[Tensor],
+    alpha: float,
+    beta: float,
+    threshold: float,
+    eps: float,
+    gram: bool,
+    variance: bool,
+    covariance: bool,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """alpha * variance + beta * covariance of tensors (N, T, d), equation (4), in Triton kernels.
+
+    Args: as `analytic.Settings`, whose fields these are. gradient: make that of the loss now, while a time step is in
+        the cache.
+
+    Returns: the scalars (loss, variance, covariance), float32; then what backward needs: (product, means, squares) of
+        each tensor, and, if asked for, each tensor's gradient.
+    """
+    from vjvcr_fast.kernels import vcr as kernels
+
+    weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
+    forward = kernels.forward_with_gradient if gradient else kernels.forward
+    with analytic.full_precision(hs[0]):
+        return forward(hs, weights, gram)
+
+
+@vcr.register_fake
+def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  # type: ignore[no-untyped-def]
+    from vjvcr_fast.kernels.launch import mode_of, operand_dtype
+
+    kept = []
+    for h in hs:
+        n, steps, d = h.shape
+        size = n if gram else d
+        dtype = operand_dtype(mode_of(h))
+        kept.append(h.new_empty((steps, size, size), dtype=dtype) if covariance else h.new_empty(0))
+        kept += [h.new_empty((steps, d), dtype=torch.float32) for _ in range(2)]
+    if gradient:
+        kept += [torch.empty_like(h) for h in hs]
+    loss, variance, covariance = (hs[0].new_empty((), dtype=torch.float32) for _ in range(3))
+    return loss, variance, covariance, kept
+
+
+@torch.library.custom_op("vjvcr::vcr_backward", mutates_args=())
+def vcr_backward(
+    hs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    g_loss: Tensor | None,
+    g_variance: Tensor | None,
+    g_covariance: Tensor | None,
+    alpha: float,
+    beta: float,
+    threshold: float,
+    eps: float,
+    gram: bool,
+    variance: bool,
+    covariance: bool,
+) -> list[Tensor]:
+    """dL/dh of each tensor, from what `vcr` kept and the three terms' gradients, None for zero."""
+    from vjvcr_fast.kernels import vcr as kernels
+
+    weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
+    with analytic.full_precision(hs[0]):
+        return kernels.backward(hs, kept, kernels.Incoming(g_loss, g_variance, g_covariance), weights, gram)
+
+
+@vcr_backward.register_fake
+def _(hs, *_):  # type: ignore[no-untyped-def]
+    return [torch.empty_like(h) for h in hs]
+
+
+@torch.library.custom_op("vjvcr::scale_", mutates_args=("tensor",))
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """tensor *= factor, a scalar on the device; where that is one, memory is not touched."""
+    from vjvcr_fast.kernels import vcr as kernels
+
+    kernels.scale_(tensor, factor)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hs, *options = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings, ctx.tensors = analytic.Settings(*options), len(hs)
+    kept = output[3]
+    ctx.gradients = [gradient.detach() for gradient in kept[3 * len(hs) :]]  # an output itself would be a cycle
+    ctx.save_for_backward(*hs, *kept[: 3 * len(hs)])
+
+
+def _backward(ctx: Any, g_loss: Tensor | None, g_variance: Tensor | None, g_covariance: Tensor | None, _: Any) -> Any:
+    settings, hs, kept = ctx.settings, ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+    nothing = (None,) * len(settings)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # Someone differentiates the gradient: in plain torch operations, which have one.
+        return analytic.gradients(hs, settings, g_loss, g_variance, g_covariance), *nothing
+    if ctx.gradients and g_variance is None and g_covariance is None:
+        # Given away once; a second backward makes them again.
+        gradients, ctx.gradients = ctx.gradients, []
+        for gradient in gradients:
+            scale_(gradient, g_loss)
+        return gradients, *nothing
+    options = settings[:-1]
+    return vcr_backward(list(hs), list(kept), g_loss, g_variance, g_covariance, *options), *nothing
+
+
+vcr.register_autograd(_backward, setup_context=_setup_context)
