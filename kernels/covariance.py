@@ -38,14 +38,23 @@ JOINED = 16  # rows of A that a program of `_join` makes
 
 
 @triton.jit
+def _shifted(base, start, last, stride_n, inside, first, shift, BK: tl.constexpr):
+    """Samples start .. start + BK of the features at base (BD,), less `first` and `shift`; zero from `last` on."""
+    rows = start + tl.arange(0, BK)
+    mask = (rows < last)[:, None] & inside[None, :]
+    x = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, x - first[None, :] - shift[None, :], 0.0)
+
+
+@triton.jit
 def _covariance(
     h, part_products, part_means, part_squares, stride_n, stride_t, stride_d, n, steps, d, rows, BD: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SHAPE: tl.constexpr,
+    BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
     diagonal also write the samples' mean, from the time step's first sample, and s.
 
-    Bytes: h once from memory, and 2 d / BD - 1 times more from the cache; BD^2 x 4 a part.
+    Bytes: h once from memory, and 2 d / BD - 1 times more from the cache unless there is one panel; BD^2 x 4 a part.
     """
     panels = tl.cdiv(d, BD)
     pid = tl.program_id(0)
@@ -54,50 +63,42 @@ def _covariance(
     t = (pid // (panels * panels)) % steps
     part = pid // (panels * panels * steps)
     cols_i, cols_j = i * BD + tl.arange(0, BD), j * BD + tl.arange(0, BD)
-    inner = tl.arange(0, BK)
+    inside_i, inside_j = cols_i < d, cols_j < d
     base = h + t.to(tl.int64) * stride_t
     base_i, base_j = base + cols_i.to(tl.int64) * stride_d, base + cols_j.to(tl.int64) * stride_d
-    first = part * rows
-    last = tl.minimum(first + rows, n)
-    # The mean of the part's first samples, from the time step's first one.
-    first_i = tl.load(base_i, mask=cols_i < d, other=0.0).to(tl.float32)
-    first_j = tl.load(base_j, mask=cols_j < d, other=0.0).to(tl.float32)
-    at = (first + inner).to(tl.int64)[:, None] * stride_n
-    mask_i = (first + inner < last)[:, None] & (cols_i < d)[None, :]
-    mask_j = (first + inner < last)[:, None] & (cols_j < d)[None, :]
-    few = tl.minimum(last - first, BK).to(tl.float32)
-    x_i = tl.load(base_i[None, :] + at, mask=mask_i, other=0.0).to(tl.float32)
-    x_j = tl.load(base_j[None, :] + at, mask=mask_j, other=0.0).to(tl.float32)
-    shift_i = tl.sum(tl.where(mask_i, x_i - first_i[None, :], 0.0), axis=0) / few
-    shift_j = tl.sum(tl.where(mask_j, x_j - first_j[None, :], 0.0), axis=0) / few
+    start = part * rows
+    last = tl.minimum(start + rows, n)
+    # Sums stay of the size of sigma: from each sample goes the time step's first, and the mean of the part's first.
+    few = tl.minimum(last - start, BK).to(tl.float32)
+    zero = tl.zeros((BD,), tl.float32)
+    first_i = tl.load(base_i, mask=inside_i, other=0.0).to(tl.float32)
+    shift_i = tl.sum(_shifted(base_i, start, last, stride_n, inside_i, first_i, zero, BK), axis=0) / few
+    first_j = tl.load(base_j, mask=inside_j, other=0.0).to(tl.float32)
+    shift_j = tl.sum(_shifted(base_j, start, last, stride_n, inside_j, first_j, zero, BK), axis=0) / few
 
     product = tl.zeros((BD, BD), tl.float32)
     sums_i = tl.zeros((BK, BD), tl.float32)
     sums_j = tl.zeros((BK, BD), tl.float32)
     squares_i = tl.zeros((BK, BD), tl.float32)
-    for start in range(first, last, BK):
-        at = (start + inner).to(tl.int64)[:, None] * stride_n
-        mask_i = (start + inner < last)[:, None] & (cols_i < d)[None, :]
-        mask_j = (start + inner < last)[:, None] & (cols_j < d)[None, :]
-        x_i = tl.load(base_i[None, :] + at, mask=mask_i, other=0.0).to(tl.float32)
-        x_j = tl.load(base_j[None, :] + at, mask=mask_j, other=0.0).to(tl.float32)
-        x_i = tl.where(mask_i, x_i - first_i[None, :] - shift_i[None, :], 0.0)
-        x_j = tl.where(mask_j, x_j - first_j[None, :] - shift_j[None, :], 0.0)
+    for k in range(start, last, BK):
+        x_i = _shifted(base_i, k, last, stride_n, inside_i, first_i, shift_i, BK)
+        x_j = x_i if ONE_PANEL else _shifted(base_j, k, last, stride_n, inside_j, first_j, shift_j, BK)
         product = tl.dot(tl.trans(x_i.to(DTYPE)), x_j.to(DTYPE), product, input_precision=PRECISION)
         sums_i += x_i
-        sums_j += x_j
         squares_i += x_i * x_i
-    count = (last - first).to(tl.float32)
-    sum_i, sum_j = tl.sum(sums_i, axis=0), tl.sum(sums_j, axis=0)
+        if not ONE_PANEL:
+            sums_j += x_j
+    count = (last - start).to(tl.float32)
+    sum_i = tl.sum(sums_i, axis=0)
+    sum_j = tl.sum(sums_i if ONE_PANEL else sums_j, axis=0)
     product -= sum_i[:, None] * (sum_j / count)[None, :]
     slot = (part * steps + t).to(tl.int64)
-    to = part_products + slot * d * d
-    tl.store(to + cols_i[:, None] * d + cols_j[None, :], product, mask=(cols_i < d)[:, None] & (cols_j < d)[None, :])
+    to = part_products + slot * d * d + cols_i[:, None] * d + cols_j[None, :]
+    tl.store(to, product, mask=inside_i[:, None] & inside_j[None, :])
     if i == j:
         to = slot * d + cols_i
-        tl.store(part_means + to, shift_i + sum_i / count, mask=cols_i < d)
-        squares = tl.sum(squares_i, axis=0) - sum_i * (sum_i / count)
-        tl.store(part_squares + to, squares, mask=cols_i < d)
+        tl.store(part_means + to, shift_i + sum_i / count, mask=inside_i)
+        tl.store(part_squares + to, tl.sum(squares_i, axis=0) - sum_i * (sum_i / count), mask=inside_i)
 
 
 @triton.jit
@@ -142,13 +143,24 @@ def _join(
 
 
 @triton.jit
+def _centred(base, at, cols, inside, means, stride_d, mask):
+    """Z at rows `at` and features `cols` of one time step."""
+    offset = cols.to(tl.int64) * stride_d
+    shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.load(means + cols, mask=inside, other=0.0)
+    x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, x - shift[None, :] - mean[None, :], 0.0)
+
+
+@triton.jit
 def _gradient(
     h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, stride_d, out_n, out_t,
     out_d, n, steps, d, alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BC: tl.constexpr,
-    BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr, SHAPE: tl.constexpr,
+    BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
-    """dZ for BN samples and BC features of one time step: Z A. Bytes: h once from memory, d / BC times and once more
-    from the cache; A from the cache; the gradient once."""
+    """dZ for BN samples and BC features of one time step: Z A. Bytes: h once from memory (d / BC times and once more
+    from the cache, unless one panel holds all features), A from the cache, the gradient once."""
     blocks, chunks = tl.cdiv(d, BC), tl.cdiv(n, BN)
     pid = tl.program_id(0)
     cols = (pid % blocks) * BC + tl.arange(0, BC)
@@ -156,31 +168,28 @@ def _gradient(
     t = (pid // (blocks * chunks)).to(tl.int64)
     base = h + t * stride_t
     at = rows.to(tl.int64)[:, None] * stride_n
+    means += t * d
+    squares += t * d
     product += t * d * d
-    gradient = tl.zeros((BN, BC), tl.float32)
-    for k in range(0, d, BK):
-        ks = k + tl.arange(0, BK)
-        inside = ks < d
-        offset = ks.to(tl.int64) * stride_d
-        mean = tl.load(means + t * d + ks, mask=inside, other=0.0)
-        shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
-        mask = (rows < n)[:, None] & inside[None, :]
-        x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
-        z = tl.where(mask, x - shift[None, :] - mean[None, :], 0.0)
-        # A is symmetric: read by rows, used by columns.
-        A = tl.load(product + cols[:, None] * d + ks[None, :], mask=(cols < d)[:, None] & inside[None, :], other=0.0)
-        gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
-    gradient *= coefficient(g_loss, g_covariance, beta, penalty_scale)
     inside = cols < d
     mask = (rows < n)[:, None] & inside[None, :]
-    offset = cols.to(tl.int64) * stride_d
+    if ONE_PANEL:
+        z = _centred(base, at, cols, inside, means, stride_d, mask)
+        A = tl.load(product + cols[:, None] * d + cols[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
+        gradient = tl.dot(z.to(DTYPE), tl.trans(A), input_precision=PRECISION)
+    else:
+        gradient = tl.zeros((BN, BC), tl.float32)
+        for k in range(0, d, BK):
+            ks = k + tl.arange(0, BK)
+            z = _centred(base, at, ks, ks < d, means, stride_d, (rows < n)[:, None] & (ks < d)[None, :])
+            # A is symmetric: read by rows, used by columns.
+            A = tl.load(product + cols[:, None] * d + ks[None, :], mask=inside[:, None] & (ks < d)[None, :], other=0.0)
+            gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
+        z = _centred(base, at, cols, inside, means, stride_d, mask)
+    gradient *= coefficient(g_loss, g_covariance, beta, penalty_scale)
     if HINGE:
-        slope = hinge_slope(tl.load(squares + t * d + cols, mask=inside, other=1.0), n, threshold, eps)
-        slope *= coefficient(g_loss, g_variance, alpha, hinge_scale)
-        mean = tl.load(means + t * d + cols, mask=inside, other=0.0)
-        shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
-        x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
-        gradient -= slope[None, :] * (x - shift[None, :] - mean[None, :])
+        slope = hinge_slope(tl.load(squares + cols, mask=inside, other=1.0), n, threshold, eps)
+        gradient -= (slope * coefficient(g_loss, g_variance, alpha, hinge_scale))[None, :] * z
     to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols.to(tl.int64)[None, :] * out_d
     tl.store(to, gradient.to(out.dtype.element_ty), mask=mask)
 
@@ -227,7 +236,8 @@ def covariance(h: Tensor, weights: Weights) -> Covariance:
     part_squares = torch.empty_like(part_means)
     launch(
         _covariance, COVARIANCE[mode, bd], lambda meta: parts * steps * pairs,
-        h, part_products, part_means, part_squares, *h.stride(), n, steps, d, rows, BD=bd, **precision(mode),
+        h, part_products, part_means, part_squares, *h.stride(), n, steps, d, rows, BD=bd, ONE_PANEL=d <= bd,
+        **precision(mode),
         SHAPE=shape_class(n, steps, d),
     )  # fmt: skip
     product = torch.empty(steps, d, d, dtype=operand_dtype(mode), device=h.device)
@@ -249,10 +259,12 @@ def gradient(
     """dL/dh into out, (N, T, d) of any strides. count: T d of all tensors of the loss."""
     n, steps, d = h.shape
     mode: Mode = "bf16" if product.dtype == torch.bfloat16 else mode_of(h)
+    configs = GRADIENT[mode, panel(d)]
     launch(
-        _gradient, GRADIENT[mode, panel(d)],
+        _gradient, configs,
         lambda meta: steps * triton.cdiv(d, meta["BC"]) * triton.cdiv(n, meta["BN"]),
         h, product, means, squares, out, *incoming, *h.stride(), *out.stride(), n, steps, d, weights.alpha,
         weights.beta, weights.threshold, weights.eps, 1 / (count * (n - 1)), 4 / (count * (n - 1) ** 2),
-        **precision(mode), HINGE=weights.variance, SHAPE=shape_class(n, steps, d),
+        ONE_PANEL=all(dict(c.tiles)["BC"] >= d for c in configs), **precision(mode), HINGE=weights.variance,
+        SHAPE=shape_class(n, steps, d),
     )  # fmt: skip
