@@ -23,15 +23,17 @@ from vjvcr_fast.kernels.launch import (
     Mode,
     config,
     enough_parts,
+    fitting,
     launch,
     mode_of,
     operand_dtype,
     precision,
     shape_class,
 )
-from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, coefficient, hinge_slope
+from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, coefficient, hinge_of, hinge_slope
 
 MOST_FEATURES = 256  # beyond it the library's product of d x d matrices is the better one
+PANEL = 128  # features of A's panel at most
 JOINED = 16  # rows of A that a program of `_join` makes
 
 # -- On the device --------------------------------------------------------------------------------------------------
@@ -48,7 +50,7 @@ def _shifted(base, start, last, stride_n, inside, first, shift, BK: tl.constexpr
 
 @triton.jit
 def _covariance(
-    h, part_products, part_means, part_squares, stride_n, stride_t, stride_d, n, steps, d, rows, BD: tl.constexpr,
+    h, part_products, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BD: tl.constexpr,
     BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
@@ -65,7 +67,7 @@ def _covariance(
     cols_i, cols_j = i * BD + tl.arange(0, BD), j * BD + tl.arange(0, BD)
     inside_i, inside_j = cols_i < d, cols_j < d
     base = h + t.to(tl.int64) * stride_t
-    base_i, base_j = base + cols_i.to(tl.int64) * stride_d, base + cols_j.to(tl.int64) * stride_d
+    base_i, base_j = base + cols_i, base + cols_j
     start = part * rows
     last = tl.minimum(start + rows, n)
     # Sums stay of the size of sigma: from each sample goes the time step's first, and the mean of the part's first.
@@ -96,9 +98,9 @@ def _covariance(
     to = part_products + slot * d * d + cols_i[:, None] * d + cols_j[None, :]
     tl.store(to, product, mask=inside_i[:, None] & inside_j[None, :])
     if i == j:
-        to = slot * d + cols_i
-        tl.store(part_means + to, shift_i + sum_i / count, mask=inside_i)
-        tl.store(part_squares + to, tl.sum(squares_i, axis=0) - sum_i * (sum_i / count), mask=inside_i)
+        at = slot * d + cols_i
+        tl.store(part_means + at, shift_i + sum_i / count, mask=inside_i)
+        tl.store(part_squares + at, tl.sum(squares_i, axis=0) - sum_i * (sum_i / count), mask=inside_i)
 
 
 @triton.jit
@@ -137,27 +139,23 @@ def _join(
     to = t.to(tl.int64) * d + r
     tl.store(means + to, mean_r, mask=inside_r)
     tl.store(squares + to, square, mask=inside_r)
-    sigma = tl.sqrt_rn(square / (n - 1) + eps)
-    hinge = tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(hinges + pid, tl.sum(tl.where(inside_r, hinge, 0.0)))
+    tl.store(hinges + pid, tl.sum(tl.where(inside_r, hinge_of(square, n, threshold, eps), 0.0)))
 
 
 @triton.jit
-def _centred(base, at, cols, inside, means, stride_d, mask):
+def _centred(base, at, cols, inside, means, mask):
     """Z at rows `at` and features `cols` of one time step."""
-    offset = cols.to(tl.int64) * stride_d
-    shift = tl.load(base + offset, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(base + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(means + cols, mask=inside, other=0.0)
-    x = tl.load(base + at + offset[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(base + at + cols[None, :], mask=mask, other=0.0).to(tl.float32)
     return tl.where(mask, x - shift[None, :] - mean[None, :], 0.0)
 
 
 @triton.jit
 def _gradient(
-    h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, stride_d, out_n, out_t,
-    out_d, n, steps, d, alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BC: tl.constexpr,
-    BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr,
-    SHAPE: tl.constexpr,
+    h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, out_n, out_t, n, steps, d,
+    alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
+    ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """dZ for BN samples and BC features of one time step: Z A. Bytes: h once from memory (d / BC times and once more
     from the cache, unless one panel holds all features), A from the cache, the gradient once."""
@@ -174,23 +172,23 @@ def _gradient(
     inside = cols < d
     mask = (rows < n)[:, None] & inside[None, :]
     if ONE_PANEL:
-        z = _centred(base, at, cols, inside, means, stride_d, mask)
+        z = _centred(base, at, cols, inside, means, mask)
         A = tl.load(product + cols[:, None] * d + cols[None, :], mask=inside[:, None] & inside[None, :], other=0.0)
         gradient = tl.dot(z.to(DTYPE), tl.trans(A), input_precision=PRECISION)
     else:
         gradient = tl.zeros((BN, BC), tl.float32)
         for k in range(0, d, BK):
             ks = k + tl.arange(0, BK)
-            z = _centred(base, at, ks, ks < d, means, stride_d, (rows < n)[:, None] & (ks < d)[None, :])
+            z = _centred(base, at, ks, ks < d, means, (rows < n)[:, None] & (ks < d)[None, :])
             # A is symmetric: read by rows, used by columns.
             A = tl.load(product + cols[:, None] * d + ks[None, :], mask=inside[:, None] & (ks < d)[None, :], other=0.0)
             gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
-        z = _centred(base, at, cols, inside, means, stride_d, mask)
+        z = _centred(base, at, cols, inside, means, mask)
     gradient *= coefficient(g_loss, g_covariance, beta, penalty_scale)
     if HINGE:
         slope = hinge_slope(tl.load(squares + cols, mask=inside, other=1.0), n, threshold, eps)
         gradient -= (slope * coefficient(g_loss, g_variance, alpha, hinge_scale))[None, :] * z
-    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols.to(tl.int64)[None, :] * out_d
+    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols[None, :]
     tl.store(to, gradient.to(out.dtype.element_ty), mask=mask)
 
 
@@ -205,27 +203,49 @@ class Covariance(NamedTuple):
     norms: Tensor
 
 
+def serves(d: int) -> bool:
+    """Two panels with their sums and, for a d that is no multiple of 16, their addresses do not fit the registers."""
+    return d <= MOST_FEATURES and (d <= PANEL or d % 16 == 0)
+
+
 def panel(d: int) -> int:
     """Features of a panel of A."""
-    return min(max(triton.next_power_of_2(d), 16), 128)
+    return min(max(triton.next_power_of_2(d), 16), PANEL)
 
 
 _MODES: tuple[Mode, ...] = ("bf16", "tf32", "tf32x3")
 COVARIANCE: dict[tuple[Mode, int], list[Config]] = {
     **{(mode, bd): [config(4, 3, 2, BK=64)] for mode in _MODES for bd in (16, 32)},
-    **{(mode, 64): [config(4, 3, 2, BK=64), config(8, 3, 1, BK=128)] for mode in _MODES},
-    **{(mode, 128): [config(8, 3, 1, BK=32), config(8, 3, 1, BK=64)] for mode in _MODES},
+    ("bf16", 64): [config(4, 3, 2, BK=64), config(8, 3, 1, BK=128)],
+    ("tf32", 64): [config(4, 2, 2, BK=64), config(8, 3, 1, BK=64)],
+    ("tf32x3", 64): [config(8, 3, 1, BK=32), config(4, 2, 2, BK=32)],
+    ("bf16", 128): [config(8, 2, 1, BK=32)],
+    ("tf32", 128): [config(8, 2, 1, BK=32)],
+    ("tf32x3", 128): [config(8, 2, 1, BK=16)],
 }
 JOIN: dict[int, list[Config]] = {bd: [config(4, 1, 2, BR=JOINED, BD=bd)] for bd in (16, 32, 64, 128, 256)}
 GRADIENT: dict[tuple[Mode, int], list[Config]] = {
-    **{(mode, bd): [config(4, 3, 2, BN=128, BC=bd, BK=bd)] for mode in _MODES for bd in (16, 32)},
-    **{(mode, 64): [config(4, 2, 2, BN=128, BC=64, BK=64), config(8, 2, 1, BN=256, BC=64, BK=64)] for mode in _MODES},
-    **{(mode, 128): [config(8, 2, 1, BN=128, BC=128, BK=32), config(8, 3, 1, BN=128, BC=64, BK=64)] for mode in _MODES},
+    **{(mode, 16): [config(4, 2, 4, BN=128, BC=16, BK=16)] for mode in _MODES},
+    **{(mode, 32): [config(8, 2, 2, BN=128, BC=32, BK=32), config(4, 2, 3, BN=64, BC=32, BK=32)] for mode in _MODES},
+    **{
+        (mode, 64): [config(8, 2, 1, BN=128, BC=64, BK=64), config(4, 2, 2, BN=64, BC=64, BK=64)]
+        for mode in ("bf16", "tf32")
+    },
+    ("tf32x3", 64): [
+        config(8, 2, 1, BN=128, BC=64, BK=64, archs=(90,)),
+        config(4, 2, 2, BN=64, BC=64, BK=64, archs=(90,)),
+        config(8, 3, 1, BN=64, BC=64, BK=32, archs=(80,)),
+    ],
+    **{(mode, 128): [config(8, 3, 1, BN=64, BC=128, BK=32), config(8, 3, 1, BN=128, BC=64, BK=32)] for mode in _MODES},
+    ("tf32x3", 128): [
+        config(8, 3, 1, BN=64, BC=128, BK=32),
+        config(8, 3, 1, BN=128, BC=64, BK=32, archs=(90,)),
+    ],
 }
 
 
 def covariance(h: Tensor, weights: Weights) -> Covariance:
-    """Of h (N, T, d), d <= MOST_FEATURES."""
+    """Of h (N, T, d), `serves(d)`."""
     n, steps, d = h.shape
     mode, bd = mode_of(h), panel(d)
     pairs = triton.cdiv(d, bd) ** 2
@@ -236,7 +256,7 @@ def covariance(h: Tensor, weights: Weights) -> Covariance:
     part_squares = torch.empty_like(part_means)
     launch(
         _covariance, COVARIANCE[mode, bd], lambda meta: parts * steps * pairs,
-        h, part_products, part_means, part_squares, *h.stride(), n, steps, d, rows, BD=bd, ONE_PANEL=d <= bd,
+        h, part_products, part_means, part_squares, *h.stride()[:2], n, steps, d, rows, BD=bd, ONE_PANEL=d <= bd,
         **precision(mode),
         SHAPE=shape_class(n, steps, d),
     )  # fmt: skip
@@ -259,12 +279,13 @@ def gradient(
     """dL/dh into out, (N, T, d) of any strides. count: T d of all tensors of the loss."""
     n, steps, d = h.shape
     mode: Mode = "bf16" if product.dtype == torch.bfloat16 else mode_of(h)
-    configs = GRADIENT[mode, panel(d)]
+    configs = fitting(GRADIENT[mode, panel(d)], h)
+    one_panel = all(min(dict(c.tiles)["BC"], dict(c.tiles)["BK"]) >= d for c in configs)
     launch(
         _gradient, configs,
         lambda meta: steps * triton.cdiv(d, meta["BC"]) * triton.cdiv(n, meta["BN"]),
-        h, product, means, squares, out, *incoming, *h.stride(), *out.stride(), n, steps, d, weights.alpha,
+        h, product, means, squares, out, *incoming, *h.stride()[:2], *out.stride()[:2], n, steps, d, weights.alpha,
         weights.beta, weights.threshold, weights.eps, 1 / (count * (n - 1)), 4 / (count * (n - 1) ** 2),
-        ONE_PANEL=all(dict(c.tiles)["BC"] >= d for c in configs), **precision(mode), HINGE=weights.variance,
+        ONE_PANEL=one_panel, **precision(mode), HINGE=weights.variance,
         SHAPE=shape_class(n, steps, d),
     )  # fmt: skip

@@ -24,18 +24,25 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 class Config(NamedTuple):
-    """Tile sizes by their names in the kernel, warps of 32 threads, pipeline stages; `blocks` is the plan how many
-    thread blocks share a multiprocessor, which ahead-of-time compilation checks on the architectures in `archs`."""
+    """Tile sizes by their names in the kernel, warps of 32 threads, pipeline stages.
+
+    blocks: the plan how many thread blocks share a multiprocessor, which ahead-of-time compilation checks. archs: the
+    architectures it is for. aligned: it is only for rows that are multiples of 16 long: the addresses of others, which
+    are read one number at a time, would not fit the registers beside such a tile.
+    """
 
     tiles: tuple[tuple[str, int], ...]
     warps: int = 4
     stages: int = 3
     blocks: int = 2
     archs: tuple[int, ...] = (80, 90)
+    aligned: bool = False
 
 
-def config(warps: int, stages: int, blocks: int, archs: tuple[int, ...] = (80, 90), **tiles: int) -> Config:
-    return Config(tuple(tiles.items()), warps, stages, blocks, archs)
+def config(
+    warps: int, stages: int, blocks: int, archs: tuple[int, ...] = (80, 90), aligned: bool = False, **tiles: int
+) -> Config:
+    return Config(tuple(tiles.items()), warps, stages, blocks, archs, aligned)
 
 
 def mode_of(h: Tensor) -> Mode:
@@ -71,19 +78,24 @@ class Launch(NamedTuple):
     constants: dict[str, Any]
 
 
-_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+class _Recording(NamedTuple):
+    launches: list[Launch]
+    arch: int
+
+
+_recording: ContextVar[_Recording | None] = ContextVar("recording", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Within it launchers launch nothing and their launches are listed: what to compile ahead of time. Tensors may be
-    on the meta device."""
+def recording(arch: int) -> Iterator[list[Launch]]:
+    """Within it launchers launch nothing and their launches are listed: what to compile ahead of time for GPUs of that
+    architecture. Tensors may be on the meta device."""
     launches: list[Launch] = []
-    token = _recorded.set(launches)
+    token = _recording.set(_Recording(launches, arch))
     try:
         yield launches
     finally:
-        _recorded.reset(token)
+        _recording.reset(token)
 
 
 def launch(
@@ -91,16 +103,15 @@ def launch(
 ) -> None:
     """kernel[programs(tile sizes),](*args, **constants) in the fastest of `configs`. The kernel takes the shape class
     as its constant SHAPE."""
-    recorded = _recorded.get()
+    configs = fitting(configs, args[0])
+    recorded = _recording.get()
     if recorded is not None:
-        recorded.append(Launch(kernel, tuple(configs), args, constants))
+        recorded.launches.append(Launch(kernel, configs, args, constants))
         return
-    arch = _architecture(args[0].device)
-    fitting = tuple(c for c in configs if arch >= min(c.archs)) or tuple(configs)
-    if len(fitting) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
-        _autotuned(kernel, fitting)[lambda meta: (programs(meta),)](*args, **constants)
+    if len(configs) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
+        _autotuned(kernel, configs)[lambda meta: (programs(meta),)](*args, **constants)
         return
-    first = fitting[0]
+    first = configs[0]
     meta = dict(first.tiles) | constants
     kernel[(programs(meta),)](*args, **meta, num_warps=first.warps, num_stages=first.stages)
 
@@ -111,11 +122,23 @@ def _autotuned(kernel: Any, configs: tuple[Config, ...]) -> Any:
     return triton.autotune(choices, key=["SHAPE"], cache_results=True)(kernel)
 
 
-@functools.cache
-def _architecture(device: torch.device) -> int:
+def fitting(configs: Sequence[Config], tensor: Tensor) -> tuple[Config, ...]:
+    """Those for the tensor's rows and device; newer architectures take what the newest listed one does."""
+    arch = 90 if architecture(tensor.device) >= 90 else 80
+    aligned = tensor.ndim > 0 and tensor.shape[-1] % 16 == 0
+    return tuple(c for c in configs if arch in c.archs and (aligned or not c.aligned))
+
+
+def architecture(device: torch.device) -> int:
     """80, 90, ...; 90 where there is no GPU."""
-    if device.type != "cuda":
-        return 90
+    recorded = _recording.get()
+    if recorded is not None:
+        return recorded.arch
+    return _capability(device) if device.type == "cuda" else 90
+
+
+@functools.cache
+def _capability(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 

@@ -15,7 +15,7 @@ from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, moments
 
 @triton.jit
 def _centred(
-    h, means, out, stride_n, stride_t, stride_d, n, steps, d, BN: tl.constexpr, BD: tl.constexpr, SHAPE: tl.constexpr
+    h, means, out, stride_n, stride_t, n, steps, d, BN: tl.constexpr, BD: tl.constexpr, SHAPE: tl.constexpr
 ):  # fmt: skip
     """Z (T, N, d) of h (N, T, d). Bytes: h once, Z once."""
     blocks, chunks = tl.cdiv(d, BD), tl.cdiv(n, BN)
@@ -25,7 +25,7 @@ def _centred(
     t = (pid // (blocks * chunks)).to(tl.int64)
     inside = cols < d
     mask = (rows < n)[:, None] & inside[None, :]
-    base = h + t * stride_t + cols.to(tl.int64) * stride_d
+    base = h + t * stride_t + cols
     shift = tl.load(base, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(means + t * d + cols, mask=inside, other=0.0)
     x = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def centred(h: Tensor, means: Tensor) -> Tensor:
     z = torch.empty(steps, n, d, dtype=operand_dtype(mode_of(h)), device=h.device)
     launch(
         _centred, CENTRED, lambda meta: steps * triton.cdiv(d, meta["BD"]) * triton.cdiv(n, meta["BN"]),
-        h, means, z, *h.stride(), n, steps, d, SHAPE=0,
+        h, means, z, *h.stride()[:2], n, steps, d, SHAPE=0,
     )  # fmt: skip
     return z
 

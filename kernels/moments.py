@@ -60,6 +60,13 @@ def joined(mean, square, count, other_mean, other_square, more):
 
 
 @triton.jit
+def hinge_of(square, n, threshold, eps):
+    """max(0, threshold - sigma)."""
+    sigma = tl.sqrt_rn(square / (n - 1) + eps)
+    return tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def hinge_slope(square, n, threshold, eps):
     """[sigma < threshold] / sigma."""
     sigma = tl.sqrt_rn(square / (n - 1) + eps)
@@ -98,15 +105,13 @@ def merge(
     to = t.to(tl.int64) * d + cols
     tl.store(means + to, mean, mask=inside)
     tl.store(squares + to, square, mask=inside)
-    sigma = tl.sqrt_rn(square / (n - 1) + eps)
-    hinge = tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(hinges + t * blocks + block, tl.sum(tl.where(inside, hinge, 0.0)))
+    tl.store(hinges + t * blocks + block, tl.sum(tl.where(inside, hinge_of(square, n, threshold, eps), 0.0)))
     tl.store(fourths + t * blocks + block, tl.sum(square * square))
 
 
 @triton.jit
 def _moments(
-    h, part_means, part_squares, stride_n, stride_t, stride_d, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr,
+    h, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr,
     SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Means and s of BD features over `rows` samples of one time step. Bytes: h once."""
@@ -116,7 +121,7 @@ def _moments(
     t = (pid // blocks) % steps
     part = pid // (blocks * steps)
     inside = cols < d
-    base = h + t.to(tl.int64) * stride_t + cols.to(tl.int64) * stride_d
+    base = h + t.to(tl.int64) * stride_t + cols
     shift = tl.load(base, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros((BD,), tl.float32)
     square = tl.zeros((BD,), tl.float32)
@@ -152,7 +157,7 @@ def _merge(
 
 @triton.jit
 def _hinge_gradient(
-    h, means, squares, out, g_loss, g_variance, stride_n, stride_t, stride_d, out_n, out_t, out_d, n, steps, d, alpha,
+    h, means, squares, out, g_loss, g_variance, stride_n, stride_t, out_n, out_t, n, steps, d, alpha,
     threshold, eps, scale, BN: tl.constexpr, BD: tl.constexpr, SHAPE: tl.constexpr,
 ):  # fmt: skip
     """dZ = -a Z diag([sigma < threshold] / sigma), a = dL/dvariance / (T d (N-1)). Bytes: h once, the gradient once."""
@@ -163,14 +168,14 @@ def _hinge_gradient(
     t = (pid // (blocks * chunks)).to(tl.int64)
     inside = cols < d
     mask = (rows < n)[:, None] & inside[None, :]
-    base = h + t * stride_t + cols.to(tl.int64) * stride_d
+    base = h + t * stride_t + cols
     at = t * d + cols
     shift = tl.load(base, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(means + at, mask=inside, other=0.0)
     x = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
     slope = hinge_slope(tl.load(squares + at, mask=inside, other=1.0), n, threshold, eps)
     slope *= -coefficient(g_loss, g_variance, alpha, scale)
-    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols.to(tl.int64)[None, :] * out_d
+    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols[None, :]
     tl.store(to, ((x - shift[None, :] - mean[None, :]) * slope[None, :]).to(out.dtype.element_ty), mask=mask)
 
 
@@ -215,7 +220,7 @@ def _scale(tensor, factor, elements, BLOCK: tl.constexpr):
 MOMENTS = [config(4, 3, 4, BN=32, BD=128), config(4, 3, 4, BN=128, BD=32)]
 HINGE_GRADIENT = [config(4, 1, 4, BN=32, BD=128)]
 MERGE = [config(4, 1, 8, BD=MERGED)]
-COMBINE = [config(4, 1, 1, BLOCK=1024)]
+COMBINE = [config(4, 1, 1, BLOCK=512)]
 SCALE = [config(4, 1, 8, BLOCK=4096)]
 
 
@@ -230,7 +235,7 @@ def moments(h: Tensor, weights: Weights) -> Moments:
     found = empty_moments(h)
     launch(
         _moments, MOMENTS, lambda meta: parts * steps * triton.cdiv(d, meta["BD"]),
-        h, part_means, part_squares, *h.stride(), n, steps, d, rows, SHAPE=shape_class(n, steps, d),
+        h, part_means, part_squares, *h.stride()[:2], n, steps, d, rows, SHAPE=shape_class(n, steps, d),
     )  # fmt: skip
     launch(
         _merge, MERGE, lambda meta: steps * triton.cdiv(d, meta["BD"]),
@@ -255,7 +260,7 @@ def hinge_gradient(
     launch(
         _hinge_gradient, HINGE_GRADIENT,
         lambda meta: steps * triton.cdiv(d, meta["BD"]) * triton.cdiv(n, meta["BN"]),
-        h, means, squares, out, incoming.loss, incoming.variance, *h.stride(), *out.stride(), n, steps, d,
+        h, means, squares, out, incoming.loss, incoming.variance, *h.stride()[:2], *out.stride()[:2], n, steps, d,
         weights.alpha, weights.threshold, weights.eps, 1 / (count * (n - 1)), SHAPE=0,
     )  # fmt: skip
 

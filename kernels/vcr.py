@@ -26,12 +26,19 @@ def route(n: int, d: int, use_gram: bool) -> str:
     """Which module serves the penalty of N samples with d features: "gram", "covariance" or "library"."""
     if use_gram:
         return "gram" if n <= gram.MOST_SAMPLES else "library"
-    return "covariance" if d <= covariance.MOST_FEATURES else "library"
+    return "covariance" if covariance.serves(d) else "library"
+
+
+def product_shape(n: int, steps: int, d: int, use_gram: bool) -> tuple[int, int, int]:
+    """Of what the penalty keeps for its gradient: K or A of each time step."""
+    if route(n, d, use_gram) == "gram":
+        return steps, n, gram.pitch(n)
+    return (steps, n, n) if use_gram else (steps, d, d)
 
 
 def forward(hs: Sequence[Tensor], weights: Weights, use_gram: bool) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """hs: (N, T, d) each. Returns the scalars (loss, variance, covariance) and what backward needs: for each h its
-    product, empty where no penalty is asked for, means and squares."""
+    """hs: (N, T, d) each, features side by side in memory. Returns the scalars (loss, variance, covariance) and what
+    backward needs: for each h its product, empty where no penalty is asked for, means and squares."""
     parts = [_forward(h, weights, use_gram) for h in hs]
     kept = [tensor for product, found, _ in parts for tensor in (product, found.means, found.squares)]
     terms = combine([p[1] for p in parts], [p[2] for p in parts], weights, use_gram, hs[0].shape[0], _count(hs))

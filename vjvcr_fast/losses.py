@@ -69,7 +69,8 @@ def vcr_loss(
 
     Args:
         h: (N, d), (N, ..., d), or a sequence of such tensors with the same N and d; N >= 2; float16, bfloat16,
-            float32 or float64; any strides.
+            float32 or float64; any strides. The Triton kernels copy it first where features, the last
+            dimension, are not side by side in memory.
         alpha, beta: weights of the two terms.
         threshold: the paper's tau. eps: added to the variance before the root, >= 0.
         backend: "triton" (fused kernels, CUDA), "torch" (analytic gradient in plain operations), "reference" (autograd
@@ -234,7 +235,8 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
     if chosen == "triton":
         # The compiler's graphs keep what forward makes alive for long, and may not change it in place.
         settings = settings._replace(gradient=wanted and gradient == "forward" and not torch.compiler.is_compiling())
-        return VCRTerms(*ops.vcr(hs, *settings)[:3])
+        # Features that are not side by side are copied once: read in place, they would cost several times their bytes.
+        return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
     if torch.compiler.is_compiling() and not wanted:
         # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
         # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.

@@ -37,6 +37,9 @@ def vcr(
     """
     from vjvcr_fast.kernels import vcr as kernels
 
+    for h in hs:
+        if h.stride(-1) != 1 and h.shape[-1] > 1:
+            raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
     weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
     forward = kernels.forward_with_gradient if gradient else kernels.forward
     with analytic.full_precision(hs[0]):
@@ -46,13 +49,13 @@ def vcr(
 @vcr.register_fake
 def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  # type: ignore[no-untyped-def]
     from vjvcr_fast.kernels.launch import mode_of, operand_dtype
+    from vjvcr_fast.kernels.vcr import product_shape
 
     kept = []
     for h in hs:
         n, steps, d = h.shape
-        size = n if gram else d
-        dtype = operand_dtype(mode_of(h))
-        kept.append(h.new_empty((steps, size, size), dtype=dtype) if covariance else h.new_empty(0))
+        shape = product_shape(n, steps, d, gram) if covariance else (0,)
+        kept.append(h.new_empty(shape, dtype=operand_dtype(mode_of(h)) if covariance else h.dtype))
         kept += [h.new_empty((steps, d), dtype=torch.float32) for _ in range(2)]
     if gradient:
         kept += [torch.empty_like(h) for h in hs]
