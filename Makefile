@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help train test test-slow check format bench clean
+.PHONY: help train test test-slow check format aot bench gpu has-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -49,8 +49,34 @@ format: $(VENV)/.dev  ## format and fix in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; registers, spills, tensor cores
+	$(BIN)/python -m vjvcr_fast.kernels.aot $(ARGS)
+
 bench: $(VENV)/.dev  ## benchmarks against the reference; writes benchmarks/results/
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
-clean:  ## remove the virtual environment and caches; runs/ stays
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+# A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
+GPU_VENV := .venv-gpu
+GPU := $(GPU_VENV)/bin/python
+SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+
+$(GPU_VENV)/.done: pyproject.toml setup.py | has-gpu
+	@rm -rf $(GPU_VENV)
+	@$(PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV)
+	@$(PYTHON) -c '$(SITE)' >"$$($(GPU) -c '$(SITE)')/parent.pth"
+	@$(GPU) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@touch $@
+
+has-gpu:
+	@$(PYTHON) benchmarks/check_gpu.py
+
+gpu: started := $(shell date +%s)
+gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torch: all tests and benchmarks
+	@failed=; \
+	FAIL_WITHOUT_CUDA=1 $(GPU) -m pytest -m "not slow" $(ARGS) || failed="$$failed tests"; \
+	$(GPU) -m pytest benchmarks || failed="$$failed benchmarks"; \
+	echo "make gpu: $$(($$(date +%s) - $(started))) s$${failed:+, failed:$$failed}"; \
+	test -z "$$failed"
+
+clean:  ## remove the virtual environments and caches; runs/ stays
+	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

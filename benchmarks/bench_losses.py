@@ -1,4 +1,4 @@
-"""vcr_loss, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
+"""vcr_loss on a CPU, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
 
     pytest benchmarks/bench_losses.py [--full]               checks and times
     pytest benchmarks/bench_losses.py --benchmark-disable    checks alone
@@ -14,42 +14,21 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import providers
 import pytest
 import torch
-from torch import Tensor
+from providers import SIGMA, Case, Outputs, Provider, compiled
 
-from vjvcr_fast import reference
-from vjvcr_fast.losses import vcr_loss
-
-ALPHA, BETA = 25.0, 1.0
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TOLERANCE = 1e-5  # relative, loss and gradient, float32 against float64
-SIGMA = 0.7  # of the features: below the threshold, so that the hinge is on and no small difference of large numbers
 SECONDS, SECONDS_FULL = 3.0, 30.0  # a case's rounds take about this long ...
 ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
 MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is left out
 
-Parts = Sequence[Tensor]
-Step = Callable[[], tuple[Tensor, ...]]  # loss and gradients of one forward and backward pass
-
-
-class Case(NamedTuple):
-    """(N, T, d); with several entries in `steps` h is a sequence, [h_x, h_y]. target: what the project promises of our
-    ratio to the eager reference on a CPU."""
-
-    n: int
-    steps: tuple[int, ...]
-    d: int
-    target: float = 0.9
-
-    def __str__(self) -> str:
-        return f"{self.n}, {'+'.join(map(str, self.steps))}, {self.d}"
-
+Step = Callable[[], Outputs]
 
 CASES = [
     Case(160, (100,), 2048, target=20.0),
@@ -74,50 +53,20 @@ MORE_CASES = [
     Case(1000, (7,), 100),
     Case(33, (5, 6, 7), 65),
 ]
-
-
-# -- Providers: each maps the parts of h to the loss ----------------------------------------------------------------
-
-
-def eager_reference(parts: Parts) -> Tensor:
-    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-    return reference.vcr(h, ALPHA, BETA)[0]
-
-
-def gram_form(parts: Parts) -> Tensor:
-    """What a reader of the identity would write: ||ZZ'||^2 less the squared variances."""
-    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-    n, steps, d = h.shape
-    z = (h - h.mean(dim=0)).transpose(0, 1)
-    variance = z.square().sum(dim=1) / (n - 1)
-    hinge = torch.relu(1.0 - torch.sqrt(variance + 1e-4)).mean()
-    gram = z @ z.mT / (n - 1)
-    penalty = (gram.square().sum() - variance.square().sum()) / (steps * d)
-    return ALPHA * hinge + BETA * penalty
-
-
-def ours(parts: Parts) -> Tensor:
-    return vcr_loss(parts if len(parts) > 1 else parts[0], alpha=ALPHA, beta=BETA).loss
-
-
 PLAIN = ("eager reference", "compiled reference", "gram form", "compiled gram form")
 
 
-def providers(case: Case) -> dict[str, Callable[[Parts], Tensor] | str]:
+def compared(case: Case) -> dict[str, Provider | str]:
     """Name to function, or to the reason why it is left out."""
-    too_large = f"N > d: its {case.n} x {case.n} products are the larger ones" if case.n > case.d else None
+    gram_form = providers.gram_form_of(case)
     return {
-        "eager reference": eager_reference,
-        "compiled reference": _compiled(eager_reference),
-        "gram form": too_large or gram_form,
-        "compiled gram form": too_large or _compiled(gram_form),
-        "ours": ours,
-        "ours compiled": _compiled(ours),
+        "eager reference": providers.eager_reference,
+        "compiled reference": compiled(providers.eager_reference),
+        "gram form": gram_form,
+        "compiled gram form": compiled(gram_form),
+        "ours": providers.ours,
+        "ours compiled": compiled(providers.ours),
     }
-
-
-def _compiled(function: Callable[[Parts], Tensor]) -> Callable[[Parts], Tensor]:
-    return torch.compile(function, fullgraph=True, dynamic=False)
 
 
 # -- The benchmark --------------------------------------------------------------------------------------------------
@@ -132,25 +81,27 @@ def test_vcr_loss(case, benchmark, report, full):
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     parts = [SIGMA * torch.randn(case.n, t, case.d, generator=generator) for t in case.steps]
-    parts = [part.to(DEVICE).requires_grad_() for part in parts]
+    parts = [part.requires_grad_() for part in parts]
     h_bytes = sum(part.nbytes for part in parts)
-    loss, gradient = _judge(parts)
+    loss, gradient = providers.judge(parts)
 
     steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, function in providers(case).items():
+    for name, function in compared(case).items():
         rows[name] = {"N, T, d": str(case), "provider": name}
         if isinstance(function, str):
             rows[name]["note"] = function
             continue
-        step: Step = partial(_step, function, parts)
+        step: Step = partial(providers.step, function, parts)
         if "compiled" in name:
             step()
         started = time.perf_counter()
         outputs, peak = _watch_memory(step)
         seconds = time.perf_counter() - started
-        error = _error(outputs, loss, gradient)
-        assert error <= TOLERANCE, f"{name} at {case}: off by {error:.1e} relative to the reference in float64"
+        error = max(providers.errors(outputs, loss, gradient))
+        assert error <= providers.tolerance("fp32", case.n), (
+            f"{name} at {case}: off by {error:.1e} relative to the reference in float64"
+        )
         rows[name] |= {"copies": peak / h_bytes, "_error": error}
         if name == "compiled reference" and (seconds > MOST_SECONDS or peak > MOST_BYTES):
             rows[name]["note"] = f"not timed: {seconds:.0f} s and {peak / 1e9:.1f} GB for a step"
@@ -207,7 +158,7 @@ def _compare(rows: dict[str, dict[str, Any]], case: Case) -> None:
             note = row.pop("note", None)
             copies = row.pop("copies")
             row |= ratios | {"copies": copies} | ({"note": note} if note else {})
-        if name == "ours" and DEVICE.type == "cpu":
+        if name == "ours":
             row["target"] = case.target
             row["met"] = "yes" if row["x eager"] >= case.target else "no"
 
@@ -215,42 +166,8 @@ def _compare(rows: dict[str, dict[str, Any]], case: Case) -> None:
 # -- Measuring ------------------------------------------------------------------------------------------------------
 
 
-def _step(function: Callable[[Parts], Tensor], parts: Parts) -> tuple[Tensor, ...]:
-    """(loss, gradient of each part), computed when this returns."""
-    loss = function(parts)
-    gradients = torch.autograd.grad(loss, parts)
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-    return loss, *gradients
-
-
-def _judge(parts: Parts) -> tuple[Tensor, Tensor]:
-    """The reference's loss and gradient in float64, a time step at a time: they are independent, and all of them at
-    once would need d x d x T x 8 bytes several times over."""
-    h = torch.cat([part.detach() for part in parts], dim=1)
-    total = torch.zeros((), dtype=torch.float64, device=h.device)
-    gradient = torch.empty_like(h)
-    for t in range(h.shape[1]):
-        x = h[:, t : t + 1].double().requires_grad_()
-        loss = reference.vcr(x, ALPHA, BETA)[0] / h.shape[1]
-        gradient[:, t : t + 1] = torch.autograd.grad(loss, x)[0]
-        total += loss.detach()
-    return total, gradient
-
-
-def _error(outputs: tuple[Tensor, ...], loss: Tensor, gradient: Tensor) -> float:
-    """The larger relative error of loss and gradient; NaN counts as infinite."""
-    ours = torch.cat(outputs[1:], dim=1)
-    errors = [(outputs[0].detach().double() - loss).abs() / loss.abs(), (ours - gradient).norm() / gradient.norm()]
-    return float(torch.stack([e.double() for e in errors]).nan_to_num(nan=torch.inf).max())
-
-
-def _watch_memory(step: Step) -> tuple[tuple[Tensor, ...], int]:
+def _watch_memory(step: Step) -> tuple[Outputs, int]:
     """(what step returns, the most bytes it holds at once beyond what was there before)."""
-    if DEVICE.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        return step(), torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         outputs = step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]

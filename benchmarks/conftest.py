@@ -1,31 +1,41 @@
 """What every benchmark shares: the --full option, the table at the end of a run, and the small file in results/.
 
 A benchmark hands its rows to the `report` fixture. Rows that belong together are measured in one session, in turns, so
-their ratios mean something on a busy machine; absolute times go to the file only.
+their ratios mean something on a busy machine; absolute times of a CPU go to the file only.
 """
 
-import json
+import importlib.metadata
 import os
 import platform
 import re
-import subprocess
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import pytest
+import records
+import report as reports
 import torch
 
+from vjvcr_fast.training.checkpoint import write_atomic
+
+collect_ignore = ["bench_losses.py" if torch.cuda.is_available() else "bench_losses_cuda.py"]
+
 BUSY = 0.1  # a run during which other processes used more than this share of the machine is shown, not kept
-RESULTS = Path(__file__).parent / "results"
-ROWS = pytest.StashKey[dict[str, list[dict[str, Any]]]]()
+ROWS = pytest.StashKey[dict[str, list[list[records.Row]]]]()
 EXPECTED = pytest.StashKey[dict[str, int]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="more rounds and a larger grid (many minutes)")
+    parser.addoption(
+        "--results",
+        type=Path,
+        default=records.ROOT / "benchmarks" / "results",
+        help="folder for the files of whole runs",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,27 +47,33 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """How many tests each file has before -k takes some away: only whole runs are kept."""
     for item in items:
-        name = item.path.stem.removeprefix("bench_")
+        name = _name(item.path)
         config.stash[EXPECTED][name] = config.stash[EXPECTED].get(name, 0) + 1
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
 
 
+@pytest.fixture(scope="session")
+def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What the files say of the machine; a benchmark may add to it."""
+    return request.config.stash[MACHINE]
+
+
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[[list[dict[str, Any]]], None]:
+def report(request: pytest.FixtureRequest) -> Callable[[list[records.Row]], None]:
     """report(rows): one call per test. A row is a flat dict of text and numbers; keys that start with an underscore
     go to the file and not into the table. `_busy_elsewhere` is the share of the machine that others used meanwhile."""
-    name = request.path.stem.removeprefix("bench_")
-    return lambda rows: request.config.stash[ROWS].setdefault(name, []).append(rows)
+    return lambda rows: request.config.stash[ROWS].setdefault(_name(request.path), []).append(rows)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    machine = config.stash[MACHINE]
     for name, groups in config.stash[ROWS].items():
         rows = [row for group in groups for row in group]
-        terminalreporter.section(f"{name} on {config.stash[MACHINE]['device']}")
+        terminalreporter.section(f"{name} on {machine['device']}")
         for line in _table(rows):
             terminalreporter.write_line(line)
         if len(groups) < config.stash[EXPECTED][name]:
@@ -67,16 +83,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if busy > BUSY:
             terminalreporter.write_line(f"others used up to {busy:.0%} of the machine: results/ left as it is")
             continue
-        path = RESULTS / f"{name}-{_slug(config.stash[MACHINE]['device'])}.json"
+        results = records.results(name, machine, rows)
+        path = config.getoption("--results") / records.file_name(name, machine)
         path.parent.mkdir(exist_ok=True)
-        rows = [{key.removeprefix("_"): _rounded(value) for key, value in row.items()} for row in rows]
-        text = ",\n".join("    " + json.dumps(row) for row in rows)  # a row is a line: readable, and so are diffs
-        head = json.dumps(config.stash[MACHINE], indent=2).removesuffix("\n}")
-        path.write_text(f'{head},\n  "rows": [\n{text}\n  ]\n}}\n')
-        terminalreporter.write_line(f"written: benchmarks/results/{path.name}")
+        write_atomic(path, records.dumps(results))
+        terminalreporter.write_line(f"written: {path}")
+        if "targets" in results:
+            text = reports.gpu_report(results)
+            write_atomic(path.with_suffix(".md"), text)
+            terminalreporter.write_line(text)
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
+def _table(rows: list[records.Row]) -> list[str]:
     columns = list(dict.fromkeys(key for row in rows for key in row if not key.startswith("_")))
     cells = [columns] + [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -87,8 +105,8 @@ def _cell(value: object) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _rounded(value: object) -> object:
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def _name(path: Path) -> str:
+    return path.stem.removeprefix("bench_")
 
 
 def _machine(config: pytest.Config) -> dict[str, Any]:
@@ -100,13 +118,31 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda if cuda else None,
+        "triton": _version("triton"),
         "python": platform.python_version(),
-        "commit": _git("rev-parse", "HEAD") or None,
-        "dirty": bool(_git("status", "--porcelain")),
+        "commit": records.commit(),
+        "dirty": records.dirty(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "load_before": _rounded(os.getloadavg()[0]),
+        "load_before": records.rounded(os.getloadavg()[0]),
         "command": " ".join(["pytest", *config.invocation_params.args]),
+    } | (_gpu() if cuda else {})
+
+
+def _gpu() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return {
+        "compute_capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "cache_mb": round(found.L2_cache_size / 2**20, 1),
+        "memory_gb": round(found.total_memory / 1e9, 1),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:
@@ -115,12 +151,3 @@ def _processor() -> str:
     except OSError:
         found = None
     return found[1] if found else platform.machine()
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=RESULTS.parent, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -1,4 +1,6 @@
-"""Puts measured numbers into the README, from the committed files that hold them: `python benchmarks/report.py`.
+"""Puts measured numbers into the README and draws the accuracy figure, from the files that hold them:
+
+    python benchmarks/report.py
 
 Each part of the README between `<!-- NAME -->` and `<!-- /NAME -->` is written here and nowhere else; a test checks
 that README and files agree.
@@ -6,13 +8,21 @@ that README and files agree.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-LOSSES = ROOT / "benchmarks" / "results" / "losses-cpu.json"
+RESULTS = ROOT / "benchmarks" / "results"
+LOSSES = RESULTS / "losses-cpu.json"
 TABLE1 = ROOT / "docs" / "results" / "table1-moving-mnist-mini.md"
+ACCURACY = ROOT / "docs" / "results" / "accuracy.png"
+
+Results = Row = dict[str, Any]
+
+
+# -- The README -----------------------------------------------------------------------------------------------------
 
 
 def losses() -> str:
@@ -34,24 +44,170 @@ def losses() -> str:
     return "\n".join([*lines, "", f"Forward and backward, float32, medians of one run on {machine}."])
 
 
+def losses_gpu(path: Path) -> str:
+    """Ours on a GPU, one line a shape and precision, and a link to the file."""
+    results = json.loads(path.read_text())
+    titles = ["(N, T, d)", "precision", "time", "vs two reads, one write", "vs reference, eager"]
+    titles += ["vs reference, compiled", "vs Gram form, compiled", "peak extra memory"]
+    lines = []
+    for (shape, precision), providers in by_provider(results["rows"]).items():
+        ours = providers["ours"]
+        ratios = [_ratio(providers, name) for name in ("eager reference", "compiled reference", "compiled gram form")]
+        copies = f"{ours['copies']:.1f} copies of h" if "copies" in ours else ""
+        lines.append((f"({shape})", precision, _us(ours), _times(ours.get("over floor")), *ratios, copies))
+    where = f"[{path.name}]({path.relative_to(ROOT).as_posix()})"
+    return f"{_markdown(titles, lines)}\n\n{_conditions(results)} File: {where}."
+
+
 def table1() -> str:
     """Table 1, without its title."""
     return TABLE1.read_text().split("\n", 2)[2].strip()
 
 
 PARTS: dict[str, Callable[[], str]] = {"losses": losses, "table1": table1}
+GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
 
 
-def render(readme: str) -> str:
-    """readme with every part replaced. Raises ValueError for a part whose markers are missing."""
+def render(readme: str, newest: bool = False) -> str:
+    """readme with every part replaced. The GPU's is replaced where it has markers: from the file that it links to, or,
+    if it links to none or `newest` is asked for, from the last one measured, so that a run on another GPU alone changes
+    nothing. Raises ValueError for another part whose markers are missing, and for markers without a file."""
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(readme):
             raise ValueError(f"README.md: no '<!-- {name} -->' ... '<!-- /{name} -->'")
         text = f"\n{make()}\n\n"
         readme = pattern.sub(lambda m, text=text: m[1] + text + m[2], readme)
-    return readme
+    found = GPU.search(readme)
+    if not found:
+        return readme
+    named = re.search(r"benchmarks/results/(gpu-[\w.-]+\.json)", found[2])
+    path = RESULTS / named[1] if named and not newest else last_gpu_file()
+    if path is None or not path.is_file():
+        raise ValueError("README.md has '<!-- losses-gpu -->', but its file in benchmarks/results/ is missing")
+    text = f"\n{losses_gpu(path)}\n\n"
+    return GPU.sub(lambda m: m[1] + text + m[3], readme)
+
+
+def last_gpu_file() -> Path | None:
+    """The file of the GPU that was measured last."""
+    files = sorted(RESULTS.glob("gpu-*.json"))
+    return max(files, key=lambda path: json.loads(path.read_text())["date"], default=None)
+
+
+# -- The table beside a GPU's file ----------------------------------------------------------------------------------
+
+
+def gpu_report(results: Results) -> str:
+    """All that was measured on a GPU: targets, times of every provider, rows where compiled plain code is faster."""
+    met = {None: "not measured", True: "yes", False: "no"}
+    targets = [(r["target"], r["wanted"], _number(r["got"]), met[r["met"]]) for r in results["targets"]]
+    names = list(dict.fromkeys(row["provider"] for row in results["rows"]))
+    names.sort(key=lambda name: name.startswith("ours"))
+    times, notes, slower = [], [], []
+    for (shape, precision), providers in by_provider(results["rows"]).items():
+        ours = providers["ours"]
+        over, copies = _times(ours.get("over floor")), _number(ours.get("copies"))
+        times.append((f"({shape})", precision, *(_us(providers.get(name, {})) for name in names), over, copies))
+        if ours.get("x compiled", 1.0) < 1.0:
+            slower.append(f"- ({shape}) {precision}: {ours['x compiled']:.2f}x")
+        notes += [f"- ({shape}) {precision}, {name}: {row['note']}" for name, row in providers.items() if "note" in row]
+    products = ", ".join(f"{name} {rate}" for name, rate in results["product_tflop_per_s"].items())
+    head = ("(N, T, d)", "precision", *names, "ours / floor", "ours: copies of h")
+    return "\n".join(
+        [
+            f"# Losses on {results['device']}",
+            "",
+            f"{_conditions(results)} Triton {results['triton']}, commit {results['commit']}"
+            f"{' with changes' if results['dirty'] else ''}, {results['date']}.",
+            f"Copy within the GPU's memory: {results['copy_gb_per_s']} GB/s; products, TFLOP/s: {products}.",
+            "",
+            "## Targets",
+            "",
+            _markdown(("target", "wanted", "got", "met"), targets),
+            "",
+            "## Microseconds",
+            "",
+            _markdown(head, times),
+            "",
+            "Floor: two reads of h and one write at the bandwidth of the copy. Copies of h: peak memory beyond the "
+            "input, the gradient included.",
+            *_section("Compiled plain code is faster", slower),
+            *_section("Notes", notes),
+            "",
+        ]
+    )
+
+
+def _section(title: str, lines: Sequence[str]) -> list[str]:
+    return ["", f"## {title}", "", *lines] if lines else []
+
+
+def _conditions(results: Results) -> str:
+    return (
+        f"Forward and backward on {results['device']}, torch {results['torch']}: medians of CUDA-graph replays; inputs "
+        'out of the cache; fp32 is "highest", tf32 float32 with TF32 products.'
+    )
+
+
+def by_provider(rows: Sequence[Row]) -> dict[tuple[str, str], dict[str, Row]]:
+    """(shape, precision) to provider to row."""
+    grouped: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        grouped.setdefault((row["N, T, d"], row["precision"]), {})[row["provider"]] = row
+    return grouped
+
+
+def _markdown(titles: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *lines))
+
+
+def _us(row: Row) -> str:
+    return f"{row['us']:,.0f} us" if row.get("us", 0) >= 100 else f"{row['us']:.1f} us" if "us" in row else ""
+
+
+def _ratio(providers: dict[str, Row], name: str) -> str:
+    other, ours = providers.get(name, {}), providers["ours"]
+    return _times(other["us"] / ours["us"]) if "us" in other and "us" in ours else ""
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}x" if value < 100 else f"{value:.0f}x"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+# -- The accuracy figure --------------------------------------------------------------------------------------------
+
+
+def accuracy(paths: Sequence[Path], out: Path) -> None:
+    """Relative errors of loss and gradient against N, d and T, log-log, one panel each; a column of panels a file."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.4 * len(paths)), layout="constrained")
+    axes = figure.subplots(len(paths), 3, squeeze=False, sharey=True)
+    for line, path in zip(axes, paths, strict=True):
+        results = json.loads(path.read_text())
+        for axis, size in zip(line, "NdT", strict=True):
+            rows = [row for row in results["rows"] if row["sweep"] == size]
+            for i, series in enumerate(dict.fromkeys(row["provider"] for row in rows)):
+                points = [row for row in rows if row["provider"] == series]
+                for what, style in (("gradient", "-o"), ("loss", "--^")):
+                    x, y = [row[size] for row in points], [row[f"{what} error"] for row in points]
+                    axis.plot(x, y, style, color=f"C{i}", markersize=3, linewidth=1, label=f"{series}: {what}")
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel(f"{size}  ({rows[0]['fixed']})")
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel(f"relative error, {'CPU' if results['cuda'] is None else results['device']}")
+        line[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=130)
 
 
 if __name__ == "__main__":
-    README.write_text(render(README.read_text()))
+    README.write_text(render(README.read_text(), newest=True))
+    if files := sorted(RESULTS.glob("accuracy-*.json")):
+        accuracy(files, ACCURACY)

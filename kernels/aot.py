@@ -41,6 +41,9 @@ REGISTERS, THREADS, BLOCKS = 65536, 2048, 32
 SHARED = {80: 164 << 10, 90: 228 << 10}
 BLOCK = {80: 99 << 10, 90: 227 << 10}
 
+# Bytes spilled. The configurations were chosen with 3.7; other versions' assemblers may miss by a register or two.
+TOLERATED = 0 if triton.__version__.startswith("3.7.") else 8
+
 # dtype of h and torch's setting for float32 products.
 INPUTS = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -251,7 +254,7 @@ def violations(rows: Sequence[Row], archs: Sequence[int]) -> list[str]:
         wrong = {
             "needs too much shared memory": row.shared > BLOCK[row.arch],
             "is a product without tensor cores": row.product and not row.tensor,
-            "spills registers": row.spilled > 0,
+            "spills registers": row.spilled > TOLERATED,
             f"is planned {row.planned} times a multiprocessor": row.regular and row.possible < row.planned,
         }
         found += [f"{words}: {line(row)}" for words, true in wrong.items() if true]
@@ -316,7 +319,12 @@ def main() -> int:
     print(f"Triton {triton.__version__}: {len(rows)} kernels compiled, {time.monotonic() - start:.0f} s")
     if options.json:
         partial = options.json.with_name(options.json.name + ".partial")
-        table = {"triton": triton.__version__, "rows": [row._asdict() for row in rows], "violations": wrong}
+        table = {
+            "triton": triton.__version__,
+            "tolerated": TOLERATED,
+            "rows": [row._asdict() for row in rows],
+            "violations": wrong,
+        }
         partial.write_text(json.dumps(table, indent=1))
         partial.replace(options.json)
     print(*wrong, sep="\n", file=sys.stderr)

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.launch import (
+    SUMMED,
     Config,
     Mode,
     config,
@@ -33,7 +34,7 @@ from vjvcr_fast.kernels.launch import (
 from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, coefficient, hinge_of, hinge_slope
 
 MOST_FEATURES = 256  # beyond it the library's product of d x d matrices is the better one
-PANEL = 128  # features of A's panel at most
+PANEL, SPLIT_PANEL = 128, 64  # features of A's panel at most; of split operands
 JOINED = 16  # rows of A that a program of `_join` makes
 
 # -- On the device --------------------------------------------------------------------------------------------------
@@ -49,9 +50,27 @@ def _shifted(base, start, last, stride_n, inside, first, shift, BK: tl.constexpr
 
 
 @triton.jit
+def _sums(
+    base_i, base_j, start, last, stride_n, inside_i, inside_j, first_i, first_j, shift_i, shift_j, product, sums_i,
+    sums_j, squares_i, BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds to X_i'X_j, and elementwise to X_i, X_j and X_i^2, the samples start .. last."""
+    for k in range(start, last, BK):
+        x_i = _shifted(base_i, k, last, stride_n, inside_i, first_i, shift_i, BK)
+        x_j = x_i if ONE_PANEL else _shifted(base_j, k, last, stride_n, inside_j, first_j, shift_j, BK)
+        product = tl.dot(tl.trans(x_i.to(DTYPE)), x_j.to(DTYPE), product, input_precision=PRECISION)
+        sums_i += x_i
+        squares_i += x_i * x_i
+        if not ONE_PANEL:
+            sums_j += x_j
+    return product, sums_i, sums_j, squares_i
+
+
+@triton.jit
 def _covariance(
     h, part_products, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BD: tl.constexpr,
-    BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, SHAPE: tl.constexpr,
+    BK: tl.constexpr, SPAN: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):  # fmt: skip
     """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
     diagonal also write the samples' mean, from the time step's first sample, and s.
@@ -82,14 +101,19 @@ def _covariance(
     sums_i = tl.zeros((BK, BD), tl.float32)
     sums_j = tl.zeros((BK, BD), tl.float32)
     squares_i = tl.zeros((BK, BD), tl.float32)
-    for k in range(start, last, BK):
-        x_i = _shifted(base_i, k, last, stride_n, inside_i, first_i, shift_i, BK)
-        x_j = x_i if ONE_PANEL else _shifted(base_j, k, last, stride_n, inside_j, first_j, shift_j, BK)
-        product = tl.dot(tl.trans(x_i.to(DTYPE)), x_j.to(DTYPE), product, input_precision=PRECISION)
-        sums_i += x_i
-        squares_i += x_i * x_i
-        if not ONE_PANEL:
-            sums_j += x_j
+    if SPAN:
+        for begin in range(start, last, SPAN):
+            block = tl.zeros((BD, BD), tl.float32)
+            block, sums_i, sums_j, squares_i = _sums(
+                base_i, base_j, begin, tl.minimum(begin + SPAN, last), stride_n, inside_i, inside_j, first_i, first_j,
+                shift_i, shift_j, block, sums_i, sums_j, squares_i, BK, ONE_PANEL, DTYPE, PRECISION,
+            )  # fmt: skip
+            product += block
+    else:
+        product, sums_i, sums_j, squares_i = _sums(
+            base_i, base_j, start, last, stride_n, inside_i, inside_j, first_i, first_j, shift_i, shift_j, product,
+            sums_i, sums_j, squares_i, BK, ONE_PANEL, DTYPE, PRECISION,
+        )  # fmt: skip
     count = (last - start).to(tl.float32)
     sum_i = tl.sum(sums_i, axis=0)
     sum_j = tl.sum(sums_i if ONE_PANEL else sums_j, axis=0)
@@ -215,13 +239,14 @@ def panel(d: int) -> int:
 
 _MODES: tuple[Mode, ...] = ("bf16", "tf32", "tf32x3")
 COVARIANCE: dict[tuple[Mode, int], list[Config]] = {
-    **{(mode, bd): [config(4, 3, 2, BK=64)] for mode in _MODES for bd in (16, 32)},
+    **{(mode, 16): [config(4, 3, 2, BK=64)] for mode in _MODES},
+    **{(mode, 32): [config(4, 3, 2, BK=64)] for mode in ("bf16", "tf32")},
+    ("tf32x3", 32): [config(8, 3, 1, BK=64)],
     ("bf16", 64): [config(4, 3, 2, BK=64), config(8, 3, 1, BK=128)],
     ("tf32", 64): [config(4, 2, 2, BK=64), config(8, 3, 1, BK=64)],
-    ("tf32x3", 64): [config(8, 3, 1, BK=32), config(4, 2, 2, BK=32)],
+    ("tf32x3", 64): [config(8, 3, 1, BK=16), config(8, 3, 1, BK=32, archs=(90,))],
     ("bf16", 128): [config(8, 2, 1, BK=32)],
     ("tf32", 128): [config(8, 2, 1, BK=32)],
-    ("tf32x3", 128): [config(8, 2, 1, BK=16)],
 }
 JOIN: dict[int, list[Config]] = {bd: [config(4, 1, 2, BR=JOINED, BD=bd)] for bd in (16, 32, 64, 128, 256)}
 GRADIENT: dict[tuple[Mode, int], list[Config]] = {
@@ -247,7 +272,8 @@ GRADIENT: dict[tuple[Mode, int], list[Config]] = {
 def covariance(h: Tensor, weights: Weights) -> Covariance:
     """Of h (N, T, d), `serves(d)`."""
     n, steps, d = h.shape
-    mode, bd = mode_of(h), panel(d)
+    mode = mode_of(h)
+    bd = min(panel(d), SPLIT_PANEL) if mode == "tf32x3" else panel(d)
     pairs = triton.cdiv(d, bd) ** 2
     rows = triton.cdiv(n, enough_parts(steps * pairs, n, 256, h.device))
     parts = triton.cdiv(n, rows)
@@ -256,9 +282,8 @@ def covariance(h: Tensor, weights: Weights) -> Covariance:
     part_squares = torch.empty_like(part_means)
     launch(
         _covariance, COVARIANCE[mode, bd], lambda meta: parts * steps * pairs,
-        h, part_products, part_means, part_squares, *h.stride()[:2], n, steps, d, rows, BD=bd, ONE_PANEL=d <= bd,
-        **precision(mode),
-        SHAPE=shape_class(n, steps, d),
+        h, part_products, part_means, part_squares, *h.stride()[:2], n, steps, d, rows, BD=bd,
+        SPAN=SUMMED if mode == "tf32x3" else 0, ONE_PANEL=d <= bd, **precision(mode), SHAPE=shape_class(n, steps, d),
     )  # fmt: skip
     product = torch.empty(steps, d, d, dtype=operand_dtype(mode), device=h.device)
     means = torch.empty(steps, d, device=h.device)

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.launch import (
+    SUMMED,
     Config,
     Mode,
     architecture,
@@ -322,6 +323,8 @@ def gram(h: Tensor, weights: Weights) -> Gram:
     tile = min(panels[0], 64) if panels else 64 if narrow else TILE
     pairs = _pairs(n, tile)
     parts = enough_parts(steps if panels else steps * pairs, d, 128, h.device)
+    if mode == "tf32x3":
+        parts = max(parts, triton.cdiv(d, SUMMED))
     width = 64 * triton.cdiv(d, 64 * parts)
     parts = triton.cdiv(d, width)
     rows = n if panels else tile

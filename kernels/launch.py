@@ -20,6 +20,10 @@ from torch import Tensor
 # larger products are added, which keeps float32's accuracy.
 Mode = Literal["bf16", "tf32", "tf32x3"]
 
+# Tensor cores truncate their sums, so a long sum is biased towards zero (Ootomo and Yokota 2022, arXiv 2203.03341).
+# Products of split operands add no more than this many numbers there; what comes of it is added with rounding.
+SUMMED = 512
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 

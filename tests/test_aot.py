@@ -42,8 +42,9 @@ def test_the_plan_holds(table: dict[str, Any]) -> None:
     assert table["printed"].count("\n") > len(table["rows"])
 
 
-def test_nothing_spills(rows: list[dict[str, Any]]) -> None:
-    assert named([row for row in rows if row["spilled"]]) == []
+def test_nothing_spills(table: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    assert table["tolerated"] == (0 if table["triton"].startswith("3.7.") else 8)
+    assert named([row for row in rows if row["spilled"] > table["tolerated"]]) == []
 
 
 def test_registers_and_shared_memory_leave_room_for_the_planned_blocks(rows: list[dict[str, Any]]) -> None:

@@ -135,7 +135,8 @@ def venv(tmp_path: Path) -> Path:
     folder = tmp_path / "venv"
     assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path).returncode == 0
     purelib = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    (Path(purelib) / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    seen = [path for path in sys.path if path.endswith("-packages")]
+    (Path(purelib) / "parent.pth").write_text("\n".join(seen) + "\n")
     return folder / "bin" / "python"
 
 

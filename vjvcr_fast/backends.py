@@ -25,7 +25,7 @@ def resolve(backend: str, h: Tensor) -> str:
         raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend in ("torch", "reference"):
         return backend
-    obstacle = against_triton(h.device, h.dtype)
+    obstacle = against_triton(h.device, h.dtype) or _against_transforms()
     if backend == "auto":
         return "triton" if h.is_cuda and obstacle is None else "torch"
     if obstacle is not None:
@@ -47,6 +47,12 @@ def against_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> 
         return "this torch is built for AMD GPUs, where the kernels have not been tried"
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
+    return None
+
+
+def _against_transforms() -> str | None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "torch.func transforms do not go through custom operators with a gradient"
     return None
 
 

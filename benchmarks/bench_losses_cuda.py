@@ -1,0 +1,259 @@
+"""vcr_loss on a CUDA GPU, forward and backward, against plain PyTorch in three precisions.
+
+    pytest benchmarks/bench_losses_cuda.py [--full]               checks and times
+    pytest benchmarks/bench_losses_cuda.py --benchmark-disable    checks alone
+
+Every provider's loss and gradient, and after timing those of its graph, are checked against the reference in float64.
+Columns: `us` is the median time of a pass on the GPU, replayed as a CUDA graph (timing.py); where a provider cannot be
+captured the note says so, and its launches count. `over floor` is that over the time of two reads of h and a write at
+the bandwidth of a copy; `x eager` is the eager reference's time over the provider's, `x compiled` that of the faster
+of the compiled two; `copies` is the peak of memory beyond the input, gradient included, in copies of h. The file also
+has `launched_us`, passes launched from Python one after the other.
+
+The shapes that have targets (records.py) are timed in all precisions, the README's others in float32 "highest". Cases
+that would begin after BUDGET seconds are left out, and the file says so; those with targets come first.
+"""
+
+import contextlib
+import functools
+import gc
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import providers
+import pytest
+import records
+import torch
+from providers import SIGMA, Case, Outputs, Parts, Provider
+from records import Row
+from timing import COPIED, PRECISIONS, Ceilings, Cuda, Device, Region, ceilings, copies, precision, spread, take_turns
+from torch import Tensor
+
+from vjvcr_fast import backends
+
+BUDGET = 240.0  # seconds
+SLACK = 10.0  # times our tolerance is plain PyTorch's: it also rounds variances to TF32, and all it has to bfloat16
+SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # of graphs
+LAUNCHED_ROUNDS, LAUNCHED_PASSES = 5, 8  # of launches
+
+TARGETED = [Case(160, (100,), 2048), Case(256, (26,), 2048), Case(256, (15,), 512), Case(2_600_000, (1,), 64)]
+OTHERS = [
+    Case(256, (10, 5), 512),
+    Case(256, (26,), 1024),
+    Case(16384, (1,), 64),
+    Case(32, (4,), 64),
+    Case(1024, (1,), 256),
+    Case(256, (15,), 256),
+    Case(128, (9,), 256),
+    Case(64, (8,), 128),
+    Case(4096, (1,), 64),
+]
+Check = Callable[[Row, Outputs], bool]
+KERNELS = ("ours", "ours, gradient in forward", "ours compiled")
+
+
+def compared(case: Case, compiled: Callable[[Provider | str], Provider | str]) -> dict[str, Provider | str]:
+    """Name to function, or to the reason why it is left out."""
+    return {
+        "eager reference": providers.eager_reference,
+        "compiled reference": compiled(providers.eager_reference),
+        "compiled gram form": compiled(providers.gram_form_of(case)),
+        "ours": providers.ours,
+        "ours, gradient in forward": providers.ours_in_forward,
+        "ours compiled": compiled(providers.ours),
+        "ours in torch": providers.ours_in_torch,
+    }
+
+
+# -- The benchmark --------------------------------------------------------------------------------------------------
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    full = metafunc.config.getoption("--full")
+    wanted = [(case, name) for case in TARGETED for name in PRECISIONS]
+    wanted += [(case, name) for case in OTHERS for name in (PRECISIONS if full else PRECISIONS[:1])]
+    ids = [f"{str(case).replace(', ', 'x')}-{name}" for case, name in wanted]
+    metafunc.parametrize(("case", "name"), wanted, ids=ids)
+
+
+@pytest.fixture(scope="module")
+def gpu(request: pytest.FixtureRequest, machine: dict[str, Any]) -> tuple[Device, Ceilings | None, float]:
+    """The device, its ceilings, which are put into the file, too, or None where nothing is timed; when it started."""
+    started, device = time.monotonic(), Cuda()
+    if request.config.getoption("benchmark_disable", False):
+        return device, None, started
+    found = ceilings(device, min(COPIED, torch.cuda.mem_get_info()[0] // 8))
+    machine["auto"] = backends.explain()["cuda"]
+    machine["copy_gb_per_s"] = records.rounded(found.copy / 1e9)
+    machine["product_tflop_per_s"] = {name: records.rounded(rate / 1e12) for name, rate in found.products.items()}
+    return device, found, started
+
+
+def test_vcr_loss(case, name, gpu, report, full):
+    device, found, started = gpu
+
+    def leave_out(note: str) -> None:
+        report([{"N, T, d": str(case), "precision": name, "provider": "ours", "note": note}])
+        pytest.skip(note)
+
+    if not full and time.monotonic() - started > BUDGET:
+        leave_out(f"left out: the benchmarks' {BUDGET:.0f} s were over")
+    torch._dynamo.reset()
+    began, rows, wrong = time.monotonic(), [], []
+    with contextlib.suppress(torch.OutOfMemoryError):
+        rows, wrong = compare(case, name, device, found, SECONDS_FULL if full else SECONDS)
+    gc.collect()
+    torch.cuda.empty_cache()
+    if not rows:
+        leave_out("left out: too large for this GPU")
+    rows[0]["_case_seconds"] = time.monotonic() - began
+    if found is not None:
+        report(rows)
+    assert not wrong, "; ".join(wrong)
+
+
+def compare(
+    case: Case,
+    name: str,
+    device: Device,
+    found: Ceilings | None,
+    seconds: float,
+    compiled: Callable[[Provider | str], Provider | str] = providers.compiled,
+) -> tuple[list[Row], list[str]]:
+    """(a row for each provider, what is wrong with any of them). Without ceilings nothing is timed."""
+    rows: dict[str, Row] = {}
+    with precision(name) as dtype, device.stream():
+        sets = _inputs(case, dtype, device)
+        check = functools.partial(_wrong, providers.judge(sets[0]), name, case)
+        checked: dict[str, Provider] = {}
+        for provider, function in compared(case, compiled).items():
+            row = rows[provider] = {"N, T, d": str(case), "precision": name, "provider": provider}
+            if isinstance(function, str):
+                row["note"] = function
+                continue
+            if _run(function, sets[0], check, device, row):
+                checked[provider] = function
+        if found is not None:
+            _time_graphs(checked, sets, check, device, seconds, rows)
+            _time_launches(checked, sets, device, rows)
+    if found is not None:
+        _put_ratios(rows, case, name, found, dtype.itemsize)
+    wrong = [f"{row['provider']} at {case}, {name}: {row['note']}" for row in rows.values() if row.pop("_wrong", False)]
+    return list(rows.values()), wrong
+
+
+def _inputs(case: Case, dtype: torch.dtype, device: Device) -> list[Parts]:
+    """Copies of h, each as its parts, that together do not fit the cache. The same numbers: one judge serves all."""
+    generator = torch.Generator(device.torch_device).manual_seed(0)
+    like = {"generator": generator, "device": device.torch_device}
+    parts = [(SIGMA * torch.randn(case.n, t, case.d, **like)).to(dtype) for t in case.steps]
+    count = copies(sum(part.nbytes for part in parts), device.cache_bytes)
+    return [[part.clone().requires_grad_() for part in parts] for _ in range(count)]
+
+
+def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, outputs: Outputs) -> bool:
+    """Puts the errors of outputs into row, and says there if they are too large."""
+    loss, gradient = providers.errors(outputs, *judge)
+    kernels = row["provider"] in KERNELS
+    bound = providers.TOLERANCES[name] if kernels else SLACK * providers.tolerance(name, case.n)
+    if max(loss, gradient) <= bound:
+        row |= {"_loss_error": loss, "_gradient_error": gradient}
+        return False
+    row |= {"note": f"wrong: loss off by {loss:.1e}, gradient by {gradient:.1e}, allowed {bound:.1e}", "_wrong": True}
+    return True
+
+
+def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Row) -> bool:
+    """Whether function runs and is right; the reason why not, or errors and memory, are put into row."""
+    try:
+        providers.step(function, parts)  # compiles, tunes
+        outputs, peak = _watch_memory(functools.partial(providers.step, function, parts), device)
+    except torch.OutOfMemoryError:
+        row["note"] = "out of memory"
+        return False
+    except Exception as error:  # of compilers and drivers, whose errors have no common class
+        row |= {"note": _first_line(error), "_wrong": True}
+        return False
+    row["copies"] = peak / sum(part.nbytes for part in parts)
+    return not check(row, outputs)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
+
+
+def _watch_memory(step: Callable[[], Outputs], device: Device) -> tuple[Outputs, int]:
+    """(what step returns, the most bytes it holds at once beyond what was there before)."""
+    if device.torch_device.type != "cuda":
+        return step(), 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    outputs = step()
+    return outputs, torch.cuda.max_memory_allocated() - before
+
+
+def _time_graphs(
+    checked: dict[str, Provider],
+    sets: Sequence[Parts],
+    check: Check,
+    device: Device,
+    seconds: float,
+    rows: dict[str, Row],
+) -> None:
+    """Puts times of graphs into rows; where one cannot be captured its launches count, and the row says so, as it does
+    where a graph's outputs are wrong."""
+    regions, captured = {}, {}
+    for provider, function in checked.items():
+        try:
+            replay, captured[provider] = device.capture(functools.partial(_passes, function, sets))
+            regions[provider] = Region(replay, len(sets))
+        except RuntimeError as error:
+            rows[provider]["note"] = f"not captured, so its launches count: {_first_line(error)}"
+            regions[provider] = _launched(function, sets)
+    for provider, times in take_turns(device, regions, seconds, *ROUNDS).items():
+        found = spread([1e3 * x for x in times])
+        rows[provider] |= {"us": found.median, "_least_us": found.least, "_iqr_us": found.iqr, "_rounds": len(times)}
+    for provider, outputs in captured.items():
+        if check(rows[provider], outputs):
+            rows[provider]["note"] += ", in its graph"
+
+
+def _time_launches(checked: dict[str, Provider], sets: Sequence[Parts], device: Device, rows: dict[str, Row]) -> None:
+    regions = {provider: _launched(function, sets) for provider, function in checked.items()}
+    for provider, times in take_turns(device, regions, 0.0, LAUNCHED_ROUNDS, LAUNCHED_ROUNDS).items():
+        rows[provider]["_launched_us"] = 1e3 * spread(times).median
+
+
+def _launched(function: Provider, sets: Sequence[Parts]) -> Region:
+    """LAUNCHED_PASSES passes one after the other, from Python."""
+    passes = [sets[i % len(sets)] for i in range(LAUNCHED_PASSES)]
+    return Region(functools.partial(_passes, function, passes), len(passes))
+
+
+def _passes(function: Provider, sets: Sequence[Parts]) -> Outputs:
+    """One pass over each copy; the last one's outputs."""
+    for parts in sets[:-1]:
+        providers.step(function, parts)
+    return providers.step(function, sets[-1])
+
+
+def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: Ceilings, element_size: int) -> None:
+    """Ratios to the floor and to the baselines. In the file also the floors' own times."""
+    shape = case.n, sum(case.steps), case.d
+    floor = 1e6 * records.floor_bytes(*shape, element_size) / found.copy
+    products = 1e6 * records.floor_flops(*shape) / found.products[name]
+    eager = rows["eager reference"].get("us")
+    plain = [rows[other]["us"] for other in records.COMPILED if "us" in rows[other]]
+    for row in rows.values():
+        if "us" not in row:
+            continue
+        row["over floor"] = row["us"] / floor
+        if eager:
+            row["x eager"] = eager / row["us"]
+        if plain:
+            row["x compiled"] = min(plain) / row["us"]
+        row |= {"copies": row.pop("copies"), "_floor_us": floor, "_product_us": products}
+        if "note" in row:
+            row["note"] = row.pop("note")

@@ -1,0 +1,440 @@
+"""The benchmarks' own code: floors, targets, records, tables, the order of timing; and that `make gpu` needs a GPU.
+
+What runs on a GPU runs here on the host, which takes the device's place, over shapes too small to mean anything.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_losses_cuda  # noqa: E402
+import check_gpu  # noqa: E402
+import providers  # noqa: E402
+import records  # noqa: E402
+import report  # noqa: E402
+import timing  # noqa: E402
+from providers import Case  # noqa: E402
+
+MACHINE = {
+    "device": "NVIDIA H100 80GB HBM3",
+    "torch": "2.11.0+cu130",
+    "cuda": "13.0",
+    "triton": "3.6.0",
+    "commit": "tree-0123456789",
+    "dirty": None,
+    "date": "2026-01-02T03:04:05+00:00",
+    "copy_gb_per_s": 3000.0,
+    "product_tflop_per_s": {"fp32": 50.0, "tf32": 400.0, "bf16": 800.0},
+}
+
+
+class Host:
+    """The host as a `timing.Device`. clock() gives milliseconds."""
+
+    torch_device = torch.device("cpu")
+    cache_bytes = 1 << 12
+
+    def __init__(self, clock: Callable[[], float] = lambda: 1e3 * time.perf_counter()) -> None:
+        self.clock, self.sweeps = clock, 0
+
+    def stream(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def sweep(self) -> None:
+        self.sweeps += 1
+
+    def event(self) -> float:
+        return self.clock()
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def synchronize(self) -> None:
+        pass
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        return function, function()
+
+
+# -- Floors and targets ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "megabytes", "gigaflops"),
+    [((160, 100, 2048), 393, 15.7), ((256, 26, 2048), 164, 10.5), ((256, 15, 512), 24, 1.5)],
+)
+def test_floors(shape, megabytes, gigaflops):
+    """As docs and plans state them, for float32 and the Gram form."""
+    assert round(records.floor_bytes(*shape, 4) / 1e6) == megabytes
+    assert round(records.floor_flops(*shape) / 1e9, 1) == gigaflops
+
+
+def test_floor_of_the_covariance_form():
+    assert records.floor_flops(2_600_000, 1, 64) == 3 * 2_600_000 * 64 * 64
+    assert records.floor_bytes(2_600_000, 1, 64, 2) == 3 * 2_600_000 * 64 * 2
+
+
+def rows_of(shape: str, precision: str, **times: float) -> list[records.Row]:
+    """Rows as in a file: microseconds of providers, whose names have underscores for blanks."""
+    same = {"N, T, d": shape, "precision": precision, "floor_us": 100.0, "copies": 2.0}
+    rows = [{**same, "provider": name.replace("_", " "), "us": us} for name, us in times.items()]
+    return [row | {"over floor": row["us"] / 100.0} for row in rows]
+
+
+def got(rows: list[records.Row]) -> dict[str, tuple[str, Any, Any]]:
+    return {record["target"]: (record["wanted"], record["got"], record["met"]) for record in records.judged(rows)}
+
+
+def test_targets_met_and_missed():
+    times = {"ours": 160.0, "eager_reference": 4800.0, "compiled_reference": 1279.0, "compiled_gram_form": 400.0}
+    rows = rows_of(records.CATER, "bf16", **times)
+    found = got(rows)
+    assert found["CATER bf16: time over floor"] == ("<= 1.6", 1.6, True)
+    assert found["CATER bf16: x eager reference"] == (">= 30", 30.0, True)
+    assert found["CATER bf16: x compiled reference"] == (">= 8", 7.994, False)
+    assert found["CATER bf16: x compiled gram form"] == (">= 1.5", 2.5, True)
+    assert found["CATER bf16: copies above input and gradient"] == ("<= 1.2", 1.0, True)
+    assert found["CATER tf32: time over floor"] == ("<= 1.6", None, None), "not measured"
+    assert found["every row: x the faster of the compiled two"] == (">= 1", 2.5, True)
+
+
+def test_the_time_of_full_precision_is_absolute():
+    assert got(rows_of(records.CATER, "fp32", ours=421.0))["CATER fp32: us"] == ("<= 420", 421.0, False)
+
+
+def test_one_slower_row_misses_the_target_of_all():
+    rows = rows_of(records.CATER, "fp32", ours=100.0, compiled_reference=800.0)
+    rows += rows_of("32, 4, 64", "fp32", ours=20.0, compiled_gram_form=18.0, compiled_reference=40.0)
+    assert got(rows)["every row: x the faster of the compiled two"] == (">= 1", 0.9, False)
+
+
+def test_every_target_belongs_to_a_case_that_is_timed():
+    timed = {str(case) for case in bench_losses_cuda.TARGETED}
+    assert {target.shape for target in records.TARGETS} <= timed
+    assert {precision for target in records.TARGETS for precision in target.precisions} == set(timing.PRECISIONS)
+    assert set(got([])) == {record["target"] for record in records.judged([])}, "no two have the same name"
+    assert all(met is None for _, _, met in got([]).values())
+
+
+# -- Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_file_names():
+    assert records.file_name("losses", {"device": "cpu", "cuda": None}) == "losses-cpu.json"
+    key = "nvidia-h100-80gb-hbm3-torch2.11.0-cu130-triton3.6.0"
+    assert records.file_name("losses_cuda", MACHINE) == f"gpu-{key}-tree-0123456789.json"
+    commit = {"commit": "0123456789abcdef" * 2 + "01234567", "triton": None}
+    named = records.file_name("accuracy", MACHINE | commit)
+    assert named == f"accuracy-gpu-{key.replace('3.6.0', 'none')}-0123456789.json"
+
+
+def test_a_row_is_a_line():
+    rows = rows_of(records.CATER, "bf16", ours=160.00001)
+    rows[0]["_least_us"] = 159.87654
+    results = records.results("losses_cuda", MACHINE, rows)
+    text = records.dumps(results)
+    assert json.loads(text) == results
+    assert (results["rows"][0]["us"], results["rows"][0]["least_us"]) == (160.0, 159.9)
+    assert sum('"provider"' in line for line in text.splitlines()) == len(rows)
+    assert "targets" not in records.results("losses", MACHINE, [])
+
+
+def test_commit(monkeypatch, tmp_path):
+    """The environment's; the checkout's; of a copy, even within another project's checkout, a digest."""
+    monkeypatch.delenv("VJVCR_COMMIT", raising=False)
+    answers = {"--show-toplevel": str(tmp_path), "HEAD": "f" * 40, "--porcelain": " M README.md"}
+    monkeypatch.setattr(records, "git", lambda root, *arguments: answers.get(arguments[-1], ""))
+    assert records.commit(tmp_path) == "f" * 40
+    assert records.dirty(tmp_path) is True
+    answers["--show-toplevel"] = str(tmp_path.parent)
+    assert records.commit(tmp_path).startswith("tree-")
+    answers.clear()
+    assert records.commit(tmp_path) == f"tree-{records.digest(tmp_path)}"
+    assert records.dirty(tmp_path) is None
+    monkeypatch.setenv("VJVCR_COMMIT", "v1.0")
+    assert records.commit(tmp_path) == "v1.0"
+    assert records.dirty(tmp_path) is None
+
+
+def test_digest(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "gram.py").write_text("one")
+    before = records.digest(tmp_path)
+    assert len(before) == 10
+    (tmp_path / "README.md").write_text("no code")
+    assert records.digest(tmp_path) == before
+    (tmp_path / "kernels" / "gram.py").write_text("two")
+    assert records.digest(tmp_path) != before
+
+
+def test_git_is_optional(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert records.git(tmp_path, "rev-parse", "HEAD") == ""
+
+
+# -- Tables ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def results() -> dict[str, Any]:
+    times = {"eager_reference": 4800.0, "compiled_reference": 1280.0, "compiled_gram_form": 400.0, "ours": 160.0}
+    rows = rows_of(records.CATER, "bf16", **times)
+    rows += rows_of("32, 4, 64", "fp32", eager_reference=60.0, compiled_reference=18.0, ours=20.0)
+    rows[-1] |= {"x compiled": 0.9}
+    rows.append({"N, T, d": "4096, 1, 64", "precision": "fp32", "provider": "ours", "note": "left out: time"})
+    return records.results("losses_cuda", MACHINE, rows)
+
+
+def test_report_of_a_gpu(results):
+    text = report.gpu_report(results)
+    assert "# Losses on NVIDIA H100 80GB HBM3\n" in text
+    assert "| CATER bf16: x eager reference | >= 30 | 30 | yes |" in text
+    assert "| CATER fp32: us | <= 420 |  | not measured |" in text
+    assert "| (160, 100, 2048) | bf16 | 4,800 us | 1,280 us | 400 us | 160 us | 1.6x | 2 |" in text
+    assert "## Compiled plain code is faster\n\n- (32, 4, 64) fp32: 0.90x\n" in text
+    assert "- (4096, 1, 64) fp32, ours: left out: time" in text
+
+
+@pytest.fixture
+def gpu_files(results, tmp_path, monkeypatch) -> Iterator[tuple[Path, Path]]:
+    """An old file and a new one, where report.py looks for them."""
+    monkeypatch.setattr(report, "PARTS", {})
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
+    report.RESULTS.mkdir(parents=True)
+    old, new = report.RESULTS / "gpu-b-old.json", report.RESULTS / "gpu-a-new.json"
+    old.write_text(records.dumps(results))
+    new.write_text(records.dumps(results | {"date": "2026-02-03T00:00:00+00:00"}))
+    return old, new
+
+
+def test_the_readme_shows_a_gpu_where_it_has_markers(gpu_files):
+    old, new = gpu_files
+    assert report.render("no markers") == "no markers"
+    empty = "before\n<!-- losses-gpu -->\n<!-- /losses-gpu -->\nafter"
+    readme = report.render(empty)
+    assert f"[{new.name}](benchmarks/results/{new.name})" in readme
+    assert "| (160, 100, 2048) | bf16 | 160 us | 1.6x | 30.0x | 8.0x | 2.5x | 2.0 copies of h |" in readme
+    assert report.render(readme) == readme
+    older = readme.replace(new.name, old.name)
+    assert report.render(older) == older, "a newer file alone changes nothing"
+    assert report.render(older, newest=True) == readme
+    old.unlink()
+    with pytest.raises(ValueError, match="losses-gpu"):
+        report.render(older)
+
+
+def test_accuracy_figure(tmp_path):
+    pytest.importorskip("matplotlib")
+    row = {"provider": "torch", "fixed": "", "N": 4, "d": 8, "T": 2, "loss error": 1e-7, "gradient error": 2e-7}
+    file = tmp_path / "accuracy-cpu.json"
+    file.write_text(json.dumps({"device": "cpu", "cuda": None, "rows": [row | {"sweep": size} for size in "NdT"]}))
+    report.accuracy([file], tmp_path / "out" / "accuracy.png")
+    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- Timing ---------------------------------------------------------------------------------------------------------
+
+
+def test_copies_of_the_inputs_exceed_the_cache():
+    cache = 50 << 20
+    assert timing.copies(160 * 100 * 2048 * 4, cache) == 1
+    assert timing.copies(256 * 15 * 512 * 4, cache) == 14
+    assert timing.copies(1 << 10, cache) == timing.MOST_COPIES
+
+
+def test_regions_take_turns_there_and_back():
+    now, order = 0.0, []
+
+    def passing(name: str, milliseconds: float) -> Callable[[], None]:
+        def run() -> None:
+            nonlocal now
+            now += milliseconds
+            order.append(name)
+
+        return run
+
+    host = Host(lambda: now)
+    regions = {"a": timing.Region(passing("a", 8.0), passes=4), "b": timing.Region(passing("b", 12.0))}
+    times = timing.take_turns(host, regions, seconds=0.06, fewest=1, most=5)
+    assert times == {"a": [2.0] * 3, "b": [12.0] * 3}, "60 ms hold three rounds of 20 ms"
+    assert "".join(order) == "ab" + "ab" + "ba" + "ab", "the first does not count"
+    assert host.sweeps == 8
+    assert len(timing.take_turns(host, regions, 0.0, fewest=2, most=5)["a"]) == 2
+    assert len(timing.take_turns(host, regions, 9.0, fewest=2, most=5)["a"]) == 5
+
+
+def test_spread():
+    assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0, 3.0)
+    assert timing.spread([2.0]) == (2.0, 2.0, 0.0)
+
+
+@pytest.mark.parametrize("name", timing.PRECISIONS)
+def test_precision_is_set_and_restored(name):
+    def fails() -> None:
+        with timing.precision(name) as dtype:
+            assert (torch.backends.cuda.matmul.fp32_precision == "tf32") == (name == "tf32")
+            assert dtype == (torch.bfloat16 if name == "bf16" else torch.float32)
+            raise KeyError
+
+    before = torch.get_float32_matmul_precision()
+    with pytest.raises(KeyError):
+        fails()
+    assert torch.get_float32_matmul_precision() == before
+    assert torch.backends.cuda.matmul.fp32_precision != "tf32"
+
+
+def test_ceilings():
+    found = timing.ceilings(Host(), copied=1 << 10, side=8)
+    assert found.copy > 0
+    assert set(found.products) == set(timing.PRECISIONS)
+
+
+# -- The benchmark of a GPU, on the host ----------------------------------------------------------------------------
+
+SMALL = timing.Ceilings(1e9, dict.fromkeys(timing.PRECISIONS, 1e9))
+
+
+def compare(case: Case, name: str = "fp32", device: timing.Device | None = None) -> tuple[list[records.Row], list[str]]:
+    """Nothing is compiled."""
+    return bench_losses_cuda.compare(
+        case, name, device or Host(), SMALL, seconds=0.0, compiled=lambda function: function
+    )
+
+
+@pytest.mark.parametrize("name", timing.PRECISIONS)
+@pytest.mark.parametrize("case", [Case(6, (2, 3), 20), Case(20, (3,), 6)])
+def test_every_provider_is_checked_and_timed(case, name):
+    rows, wrong = compare(case, name)
+    assert wrong == []
+    assert [row["provider"] for row in rows] == list(bench_losses_cuda.compared(case, lambda function: function))
+    for row in rows:
+        if row["provider"] == "compiled gram form" and case.n > case.d:
+            assert "N > d" in row["note"]
+            continue
+        assert row["us"] > 0
+        assert row["_launched_us"] > 0
+        assert row["_gradient_error"] <= bench_losses_cuda.SLACK * providers.tolerance(name, case.n)
+        assert row["over floor"] == pytest.approx(row["us"] / row["_floor_us"])
+    text = report.gpu_report(records.results("losses_cuda", MACHINE, rows))
+    assert f"| ({case}) | {name} |" in text
+
+
+@pytest.mark.parametrize("provider", ["ours", "eager_reference"])
+def test_wrong_outputs_are_found(monkeypatch, provider):
+    right = getattr(providers, provider)
+    monkeypatch.setattr(providers, provider, lambda parts: 1.001 * right(parts))
+    rows, wrong = compare(Case(6, (2,), 20))
+    row = next(row for row in rows if row["provider"] == provider.replace("_", " "))
+    assert "us" not in row
+    assert "wrong: loss off by 1.0e-03" in row["note"]
+    assert any(line.startswith(f"{row['provider']} at 6, 2, 20, fp32: wrong") for line in wrong)
+
+
+def test_a_failing_provider_does_not_hide_the_others(monkeypatch):
+    def failing(parts: providers.Parts) -> torch.Tensor:
+        raise ValueError("no such\nthing")
+
+    monkeypatch.setattr(providers, "ours_in_torch", failing)
+    rows, wrong = compare(Case(6, (2,), 20))
+    assert wrong == ["ours in torch at 6, 2, 20, fp32: ValueError: no such"]
+    assert sum("us" in row for row in rows) == len(rows) - 1
+
+
+def test_memory_that_runs_out_is_no_failure(monkeypatch):
+    def large(parts: providers.Parts) -> torch.Tensor:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(providers, "eager_reference", large)
+    rows, wrong = compare(Case(6, (2,), 20))
+    assert wrong == []
+    assert rows[0]["note"] == "out of memory"
+    assert all("x eager" not in row for row in rows)
+
+
+def test_what_cannot_be_captured_says_so():
+    class NoGraphs(Host):
+        def capture(self, function):
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    rows, wrong = compare(Case(6, (2,), 20), device=NoGraphs())
+    assert wrong == []
+    assert all(row["us"] > 0 for row in rows)
+    assert all(row["note"].startswith("not captured, so its launches count: RuntimeError: operation") for row in rows)
+
+
+def test_outputs_of_graphs_are_checked():
+    class Forgetful(Host):
+        def capture(self, function):
+            outputs = function()
+            return function, (outputs[0], *(0 * gradient for gradient in outputs[1:]))
+
+    rows, wrong = compare(Case(6, (2,), 20), device=Forgetful())
+    assert len(wrong) == len(rows)
+    assert all(row["note"].endswith("in its graph") for row in rows)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", timing.PRECISIONS)
+def test_on_a_gpu(name):
+    device = timing.Cuda()
+    rows, wrong = compare(Case(64, (4, 3), 128), name, device)
+    assert wrong == []
+    assert all(row["us"] > 0 and row["copies"] > 0 and "note" not in row for row in rows)
+
+
+# -- Commands -------------------------------------------------------------------------------------------------------
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
+    return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+class TestMakeGpu:
+    def test_tests_must_not_skip_what_needs_cuda(self):
+        done = run("make", "-n", "gpu", f"PYTHON={sys.executable}", "GPU_VENV=not-made-yet")
+        assert done.returncode == 0, done.stderr
+        steps = ["check_gpu.py", "-m venv", "--no-index", "FAIL_WITHOUT_CUDA=1", "-m pytest benchmarks", "make gpu:"]
+        places = [done.stdout.find(step) for step in steps]
+        assert -1 not in places
+        assert places == sorted(places)
+
+    def test_fails_at_once_without_a_gpu(self):
+        done = run("make", "gpu", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
+        assert done.returncode != 0
+        assert "make gpu: " in done.stderr
+        assert "pytest" not in done.stdout
+
+
+def test_what_make_gpu_misses_is_named(monkeypatch):
+    monkeypatch.setattr(check_gpu, "NEEDED", ("torch",))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert check_gpu.obstacle() == f"torch {torch.__version__} sees no CUDA device"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert check_gpu.obstacle() is None
+    monkeypatch.setattr(check_gpu, "SETUPTOOLS", 10**6)
+    assert "setuptools" in check_gpu.obstacle()
+    monkeypatch.setattr(check_gpu, "NEEDED", ("torch", "no_such_package"))
+    assert "has no no_such_package" in check_gpu.obstacle()
+
+
+def test_a_cpu_collects_the_benchmarks_of_a_cpu():
+    done = run(sys.executable, "-m", "pytest", "benchmarks", "--collect-only", "-q", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stdout
+    assert "bench_losses.py" in done.stdout
+    assert "bench_losses_cuda.py" not in done.stdout
