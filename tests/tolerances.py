@@ -58,6 +58,27 @@ def penalty_scale(h: Tensor) -> Tensor:
     return c.square().sum() / (h.shape[1] * h.shape[2])
 
 
+# -- GPU kernels: terms and gradients, unless one bound holds for both ----------------------------------------------
+
+# float32 input: operands split into two TF32 numbers each, the products of their lower halves (2^-22) left out. The
+# project's promise; the interpreter, whose products are float32 for every type of input, keeps it for all terms.
+TF32X3 = 1e-5
+
+# float32 input where torch allows TF32, and float16: tensor cores cut operands off at 2^-10, 4e-4 of each on average
+# and always downwards, so K and A are 7e-4 too small, their squares 1.4e-3; the gradient is two such products in a row,
+# less the diagonal. Emulated for 6 to 4000 samples: 2e-3 and 4e-3, in whichever form is the smaller.
+TF32 = 5e-3
+TF32_GRADIENT = 1e-2
+
+# bfloat16 input: the centred operands are rounded to 2^-9, as K or A and the gradient are; to nearest, so that sums
+# average it out where they are long. Emulated likewise: 3e-3 and 7e-3.
+BFLOAT16_PRODUCTS = 1e-2
+BFLOAT16_PRODUCTS_GRADIENT = 2e-2
+
+# Peak memory of forward and backward above h and its gradient, in copies of h: what backward keeps, T N^2 or T d^2, and
+# the parts that it is added from.
+CUDA_MEMORY_COPIES = 1.2
+
 # -- Networks, training, probes -------------------------------------------------------------------------------------
 
 # What a gradient is relative to at least, where it may vanish: float64 sums of ordinary numbers carry 1e-13 of these.

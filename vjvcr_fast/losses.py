@@ -233,8 +233,10 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
             return VCRTerms(*reference.vcr(h, settings.alpha, settings.beta, settings.threshold, settings.eps))
     wanted = torch.is_grad_enabled() and any(h.requires_grad for h in hs)
     if chosen == "triton":
-        # The compiler's graphs keep what forward makes alive for long, and may not change it in place.
-        settings = settings._replace(gradient=wanted and gradient == "forward" and not torch.compiler.is_compiling())
+        # The compiler's graphs keep what forward makes alive for long, and may not change it in place; a float16
+        # gradient that waits for its loss scale underflows.
+        early = gradient == "forward" and hs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
+        settings = settings._replace(gradient=wanted and early)
         # Features that are not side by side are copied once: read in place, they would cost several times their bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
     if torch.compiler.is_compiling() and not wanted:

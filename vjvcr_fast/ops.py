@@ -5,6 +5,7 @@ allocates what it returns, and reads torch's precision setting for matrix produc
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ def vcr(
             raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
     weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
     forward = kernels.forward_with_gradient if gradient else kernels.forward
-    with analytic.full_precision(hs[0]):
+    with analytic.full_precision(hs[0]), _device_of(hs[0]):
         return forward(hs, weights, gram)
 
 
@@ -82,7 +83,7 @@ def vcr_backward(
     from vjvcr_fast.kernels import vcr as kernels
 
     weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
-    with analytic.full_precision(hs[0]):
+    with analytic.full_precision(hs[0]), _device_of(hs[0]):
         return kernels.backward(hs, kept, kernels.Incoming(g_loss, g_variance, g_covariance), weights, gram)
 
 
@@ -96,7 +97,13 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
     """tensor *= factor, a scalar on the device; where that is one, memory is not touched."""
     from vjvcr_fast.kernels import vcr as kernels
 
-    kernels.scale_(tensor, factor)
+    with _device_of(tensor):
+        kernels.scale_(tensor, factor)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
