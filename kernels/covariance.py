@@ -24,6 +24,7 @@ from vjvcr_fast.kernels.launch import (
     Mode,
     config,
     enough_parts,
+    entry,
     fitting,
     launch,
     mode_of,
@@ -66,11 +67,11 @@ def _sums(
     return product, sums_i, sums_j, squares_i
 
 
-@triton.jit
+@entry
 def _covariance(
     h, part_products, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BD: tl.constexpr,
     BK: tl.constexpr, SPAN: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
-    SHAPE: tl.constexpr,
+    SHAPE,
 ):  # fmt: skip
     """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
     diagonal also write the samples' mean, from the time step's first sample, and s.
@@ -127,7 +128,7 @@ def _covariance(
         tl.store(part_squares + at, tl.sum(squares_i, axis=0) - sum_i * (sum_i / count), mask=inside_i)
 
 
-@triton.jit
+@entry
 def _join(
     part_products, part_means, part_squares, product, means, squares, hinges, norms, parts, rows, n, steps, d,
     threshold, eps, BR: tl.constexpr, BD: tl.constexpr,
@@ -175,11 +176,11 @@ def _centred(base, at, cols, inside, means, mask):
     return tl.where(mask, x - shift[None, :] - mean[None, :], 0.0)
 
 
-@triton.jit
+@entry
 def _gradient(
     h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, out_n, out_t, n, steps, d,
     alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
-    ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr, SHAPE: tl.constexpr,
+    ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr, HINGE: tl.constexpr, SHAPE,
 ):  # fmt: skip
     """dZ for BN samples and BC features of one time step: Z A. Bytes: h once from memory (d / BC times and once more
     from the cache, unless one panel holds all features), A from the cache, the gradient once."""
@@ -246,7 +247,7 @@ COVARIANCE: dict[tuple[Mode, int], list[Config]] = {
     ("tf32", 64): [config(4, 2, 2, BK=64), config(8, 3, 1, BK=64)],
     ("tf32x3", 64): [config(8, 3, 1, BK=16), config(8, 3, 1, BK=32, archs=(90,))],
     ("bf16", 128): [config(8, 2, 1, BK=32)],
-    ("tf32", 128): [config(8, 2, 1, BK=32)],
+    ("tf32", 128): [config(8, 3, 1, BK=16), config(8, 2, 1, archs=(90,), BK=32)],
 }
 JOIN: dict[int, list[Config]] = {bd: [config(4, 1, 2, BR=JOINED, BD=bd)] for bd in (16, 32, 64, 128, 256)}
 GRADIENT: dict[tuple[Mode, int], list[Config]] = {

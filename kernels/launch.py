@@ -68,6 +68,12 @@ def precision(mode: Mode) -> dict[str, object]:
     return {"DTYPE": tl.bfloat16, "PRECISION": "tf32"} if mode == "bf16" else {"DTYPE": tl.float32, "PRECISION": mode}
 
 
+def entry(function: Callable[..., None]) -> Any:
+    """triton.jit for a kernel: a size on which no address's alignment depends is not compiled in, so that another batch
+    or clip length runs the same binary."""
+    return triton.jit(function, do_not_specialize=("n", "steps", "parts", "rows", "SHAPE"))
+
+
 def shape_class(*sizes: int) -> int:
     """One number for all shapes whose sizes have the same binary logarithms: autotuning's key."""
     return functools.reduce(lambda key, size: 32 * key + max(size - 1, 0).bit_length(), sizes, 0)
@@ -105,8 +111,8 @@ def recording(arch: int) -> Iterator[list[Launch]]:
 def launch(
     kernel: Any, configs: Sequence[Config], programs: Callable[[dict[str, Any]], int], *args: Any, **constants: Any
 ) -> None:
-    """kernel[programs(tile sizes),](*args, **constants) in the fastest of `configs`. The kernel takes the shape class
-    as its constant SHAPE."""
+    """kernel[programs(tile sizes),](*args, **constants) in the fastest of `configs`. With several, the kernel
+    takes the shape class as SHAPE."""
     configs = fitting(configs, args[0])
     recorded = _recording.get()
     if recorded is not None:

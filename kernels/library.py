@@ -9,13 +9,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vjvcr_fast.kernels.launch import config, launch, mode_of, operand_dtype
+from vjvcr_fast.kernels.launch import config, entry, launch, mode_of, operand_dtype
 from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, moments
 
 
-@triton.jit
+@entry
 def _centred(
-    h, means, out, stride_n, stride_t, n, steps, d, BN: tl.constexpr, BD: tl.constexpr, SHAPE: tl.constexpr
+    h, means, out, stride_n, stride_t, n, steps, d, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Z (T, N, d) of h (N, T, d). Bytes: h once, Z once."""
     blocks, chunks = tl.cdiv(d, BD), tl.cdiv(n, BN)
@@ -42,7 +42,7 @@ def centred(h: Tensor, means: Tensor) -> Tensor:
     z = torch.empty(steps, n, d, dtype=operand_dtype(mode_of(h)), device=h.device)
     launch(
         _centred, CENTRED, lambda meta: steps * triton.cdiv(d, meta["BD"]) * triton.cdiv(n, meta["BN"]),
-        h, means, z, *h.stride()[:2], n, steps, d, SHAPE=0,
+        h, means, z, *h.stride()[:2], n, steps, d,
     )  # fmt: skip
     return z
 

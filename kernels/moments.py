@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vjvcr_fast.kernels.launch import config, enough_parts, launch, shape_class
+from vjvcr_fast.kernels.launch import config, enough_parts, entry, launch, shape_class
 
 
 class Weights(NamedTuple):
@@ -109,10 +109,10 @@ def merge(
     tl.store(fourths + t * blocks + block, tl.sum(square * square))
 
 
-@triton.jit
+@entry
 def _moments(
     h, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr,
-    SHAPE: tl.constexpr,
+    SHAPE,
 ):  # fmt: skip
     """Means and s of BD features over `rows` samples of one time step. Bytes: h once."""
     blocks = tl.cdiv(d, BD)
@@ -141,7 +141,7 @@ def _moments(
     tl.store(part_squares + to, square, mask=inside)
 
 
-@triton.jit
+@entry
 def _merge(
     part_means, part_squares, means, squares, hinges, fourths, parts, rows, n, steps, d, threshold, eps,
     BD: tl.constexpr,
@@ -155,10 +155,10 @@ def _merge(
     )  # fmt: skip
 
 
-@triton.jit
+@entry
 def _hinge_gradient(
     h, means, squares, out, g_loss, g_variance, stride_n, stride_t, out_n, out_t, n, steps, d, alpha,
-    threshold, eps, scale, BN: tl.constexpr, BD: tl.constexpr, SHAPE: tl.constexpr,
+    threshold, eps, scale, BN: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """dZ = -a Z diag([sigma < threshold] / sigma), a = dL/dvariance / (T d (N-1)). Bytes: h once, the gradient once."""
     blocks, chunks = tl.cdiv(d, BD), tl.cdiv(n, BN)
@@ -179,7 +179,7 @@ def _hinge_gradient(
     tl.store(to, ((x - shift[None, :] - mean[None, :]) * slope[None, :]).to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@entry
 def _combine(
     loss, variance_term, covariance_term, hinges, fourths, norms, hinge_count, norm_count, alpha, beta, scale,
     square_scale, GRAM: tl.constexpr, BLOCK: tl.constexpr,
@@ -205,7 +205,7 @@ def _combine(
     tl.store(covariance_term, covariance.to(tl.float32))
 
 
-@triton.jit
+@entry
 def _scale(tensor, factor, elements, BLOCK: tl.constexpr):
     """tensor *= factor in place. Bytes: the tensor twice; none where factor is one."""
     by = tl.load(factor)
@@ -261,7 +261,7 @@ def hinge_gradient(
         _hinge_gradient, HINGE_GRADIENT,
         lambda meta: steps * triton.cdiv(d, meta["BD"]) * triton.cdiv(n, meta["BN"]),
         h, means, squares, out, incoming.loss, incoming.variance, *h.stride()[:2], *out.stride()[:2], n, steps, d,
-        weights.alpha, weights.threshold, weights.eps, 1 / (count * (n - 1)), SHAPE=0,
+        weights.alpha, weights.threshold, weights.eps, 1 / (count * (n - 1)),
     )  # fmt: skip
 
 

@@ -21,16 +21,8 @@ def test_kernels_in_the_interpreter(marker, fewest, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed (pip install 'vjvcr_fast[triton]')")
     report = tmp_path / "report.xml"
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "FAIL_WITHOUT_CUDA": "0"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/test_triton.py",
-        "-m",
-        marker,
-        f"--junit-xml={report}",
-        "--tb=short",
-    ]
+    options = ["-m", marker, "--tb=short", f"--junit-xml={report}"]
+    command = [sys.executable, "-m", "pytest", "tests/test_triton.py", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     suite = ElementTree.parse(report).getroot()[0]

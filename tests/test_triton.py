@@ -4,7 +4,8 @@ The same tests run on a CUDA device where there is one, and on CPU tensors in Tr
 
     TRITON_INTERPRET=1 pytest tests/test_triton.py
 
-which test_interpreted.py does. The class at the end needs the device.
+which test_interpreted.py does. The interpreter rounds no product and hides no NaN: there the device is the judge, and
+the class at the end needs it.
 """
 
 import os
@@ -47,18 +48,9 @@ WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance 
 # batch, and sizes that fill no tile.
 SHAPES = {
     "gram": [
-        *[
-            (2, 1, 1),
-            (2, 3, 5),
-            (3, 1, 7),
-            (16, 2, 33),
-            (17, 3, 40),
-            (40, 2, 9),
-            (33, 2, 70),
-            (65, 2, 144),
-            (81, 1, 97),
-        ],
-        *[(97, 1, 130), (129, 1, 200), (161, 1, 162), (193, 1, 200), (257, 1, 272), (385, 1, 20), (1030, 1, 40)],
+        *[(2, 1, 1), (2, 3, 5), (3, 1, 7), (16, 2, 33), (17, 3, 40), (40, 2, 9), (33, 2, 70), (65, 2, 144)],
+        *[(81, 1, 97), (97, 1, 130), (129, 1, 200), (161, 1, 162), (193, 1, 200), (257, 1, 272), (385, 1, 20)],
+        (1030, 1, 40),
     ],
     "covariance": [
         *[(2, 1, 1), (2, 3, 5), (5, 2, 3), (40, 3, 17), (70, 2, 33), (140, 1, 65), (300, 2, 100), (600, 1, 20)],
@@ -319,11 +311,11 @@ class TestNumbers:
             assert gradient[:, 0].isfinite().all(), "other time steps are independent"
 
     @pytest.mark.usefixtures("route")
-    @pytest.mark.parametrize("backend", [variance_hinge, covariance_penalty])
+    @pytest.mark.parametrize("function", [variance_hinge, covariance_penalty])
     @pytest.mark.parametrize("shape", [WIDE, TALL, (1100, 1, 5)])
-    def test_terms_on_their_own(self, shape, backend):
+    def test_terms_on_their_own(self, shape, function):
         h = random(*shape).requires_grad_()
-        value, at = backend(h, backend="triton"), 1 if backend is variance_hinge else 2
+        value, at = function(h, backend="triton"), 1 if function is variance_hinge else 2
         values, scales, expected = judge(h)
         assert relative(value, values[at], scales[at]) <= tolerances.TF32X3
         assert relative(torch.autograd.grad(value, h)[0], expected[at]) <= tolerances.TF32X3
@@ -504,7 +496,7 @@ class TestBackward:
 
     @pytest.mark.parametrize("made", MADE)
     def test_a_change_in_between_is_noticed(self, made):
-        h = (random(*WIDE).requires_grad_() * 1).detach().requires_grad_()
+        h = random(*WIDE).requires_grad_()
         loss = fused(h, gradient=made).variance
         with torch.no_grad():
             h.mul_(2)
@@ -710,14 +702,14 @@ class TestCuda:
 
     @pytest.mark.usefixtures("tf32", "configuration")
     @pytest.mark.parametrize(
-        "shape", [(16, 2, 40), (32, 2, 70), (65, 2, 144), (160, 3, 512), (300, 2, 512), (300, 2, 100), (2000, 2, 250)]
+        "shape", [(16, 2, 40), (32, 2, 70), (65, 2, 144), (160, 3, 512), (300, 2, 512), (300, 2, 100), (2000, 2, 256)]
     )
     def test_tf32(self, shape):
         assert_agrees(random(*shape))
 
     @pytest.mark.usefixtures("configuration")
     @pytest.mark.parametrize("dtype", HALF)
-    @pytest.mark.parametrize("shape", [(160, 3, 512), (300, 2, 512), (2000, 2, 250), (1100, 1, 1200), (600, 2, 300)])
+    @pytest.mark.parametrize("shape", [(160, 3, 512), (300, 2, 512), (2000, 2, 256), (1100, 1, 1200), (600, 2, 300)])
     def test_half_precision(self, shape, dtype):
         assert_agrees(random(*shape, dtype=dtype))
 
