@@ -23,7 +23,7 @@ help:  ## list the targets
 $(VENV)/.train: $(SETUP)
 	@echo "setting up $(VENV) (first call only) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) torch setuptools
+	@$(PIP) torch setuptools ninja pybind11
 	@$(PIP) --no-build-isolation --editable '.[train]'
 	@touch $@
 

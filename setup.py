@@ -1,21 +1,116 @@
 """Build script: what pyproject.toml cannot say.
 
-`kernels/` sits at the top of the tree and installs as `vjvcr_fast.kernels`, never as a top-level
-`kernels`, which is the name of a popular package. torch is used when it is importable and is never a
-build requirement: an isolated build would download a CUDA build of several gigabytes.
+`kernels/` sits at the top of the tree and installs as `vjvcr_fast.kernels`, never as a top-level `kernels`, which is
+the name of a popular package. torch is used when it is importable and is never a build requirement: an isolated build
+would download a CUDA build of several gigabytes.
+
+`csrc/` becomes two extensions. `_operators` holds the operators, on torch's stable ABI and without Python: one library
+for CPU and CUDA builds of torch alike. `_native` is a small pybind11 module of build facts and host math. VJVCR_CUDA
+says whether CUDA kernels are built: "auto", where there is an nvcc; "0", never; "1", fail without. Without torch or a
+C++ compiler the package installs without extensions and says so.
 """
 
 import importlib.util
+import os
+import shutil
 import sys
+from pathlib import Path
 
 from setuptools import setup
 
-if importlib.util.find_spec("torch") is None:
-    print(
-        "vjvcr_fast: torch is not importable in this build environment, so this is a pure-Python install "
-        "(nothing compiled). For compiled operators install torch first and use pip's --no-build-isolation.",
-        file=sys.stderr,
-    )
+ROOT = Path(__file__).parent
+TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest that is supported
+ARCHITECTURES = ("80", "90a")
+# Host and device round alike without contraction into fused multiply-adds.
+CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
+NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xptxas=-v"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+
+
+def say(text):
+    print(f"vjvcr_fast: {text}", file=sys.stderr)
+
+
+def cuda_home():
+    """The folder of CUDA's compiler, None where CUDA kernels are not to be built."""
+    wanted = os.environ.get("VJVCR_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        sys.exit(f"VJVCR_CUDA={wanted!r}: choose auto, 0 or 1")
+    if wanted == "0":
+        return None
+    nvcc = shutil.which("nvcc")
+    found = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or (nvcc and _home_of(nvcc))
+    if found and (Path(found) / "bin" / "nvcc").exists():
+        return found
+    if wanted == "1":
+        sys.exit("VJVCR_CUDA=1, but there is no nvcc: put it on PATH or set CUDA_HOME")
+    say("no nvcc on PATH and no CUDA_HOME: building without CUDA kernels for latent variables")
+    return None
+
+
+def _home_of(nvcc):
+    """nvcc may be a script or a link that leads into the toolkit: the toolkit says itself where it is."""
+    import re
+    import subprocess
+
+    shown = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=False)
+    top = re.search(r"^#\$ TOP=(.*)$", shown.stderr, re.MULTILINE)
+    return os.path.normpath(top[1].strip()) if top else str(Path(nvcc).resolve().parents[1])
+
+
+def extensions():
+    """Arguments of setup() for the two extensions."""
+    if importlib.util.find_spec("torch") is None:
+        say(
+            "torch is not importable in this build environment, so this is a pure-Python install (nothing compiled). "
+            "For compiled operators install torch first and use pip's --no-build-isolation."
+        )
+        return {}
+    if shutil.which(os.environ.get("CXX", "c++")) is None:
+        say(
+            "no C++ compiler (c++ or $CXX): installing without compiled operators, latent inference runs in torch alone"
+        )
+        return {}
+    import torch
+    from torch.utils import cpp_extension
+
+    home = cuda_home()
+    sources, macros = sorted((ROOT / "csrc").glob("*.cpp")), [("TORCH_TARGET_VERSION", TORCH_TARGET)]
+    sources = [path for path in sources if path.name != "native.cpp"]
+    link, library_dirs = ["-Wl,--no-as-needed"], []
+    if home is not None:
+        sources += sorted((ROOT / "csrc").glob("*.cu"))
+        macros.append(("USE_CUDA", None))
+        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        library_dirs = [str(Path(home) / name) for name in ("lib64", "lib") if (Path(home) / name).is_dir()]
+        cpp_extension.CUDA_HOME = home
+        if torch.version.cuda is None:
+            cpp_extension._check_cuda_version = lambda *_: None  # there is no CUDA of torch's to compare with
+    found = [
+        cpp_extension.CppExtension(
+            "vjvcr_fast._operators",
+            [str(path.relative_to(ROOT)) for path in sources],
+            define_macros=macros,
+            extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
+            extra_link_args=link,
+            library_dirs=library_dirs,
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+            py_limited_api=True,
+        )
+    ]
+    if importlib.util.find_spec("pybind11") is None:
+        say("pybind11 is not installed: building without the module of build facts")
+    else:
+        from pybind11.setup_helpers import Pybind11Extension
+
+        facts = [("VJVCR_ARCHITECTURES", f'"{" ".join(ARCHITECTURES) if home else ""}"')]
+        found.append(
+            Pybind11Extension(
+                "vjvcr_fast._native", ["csrc/native.cpp"], define_macros=facts, extra_compile_args=CXX_FLAGS[2:]
+            )
+        )
+    return {"ext_modules": found, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+
 
 setup(
     packages=[
@@ -28,4 +123,5 @@ setup(
     ],
     package_dir={"vjvcr_fast.kernels": "kernels"},
     package_data={"vjvcr_fast": ["py.typed"]},
+    **extensions(),
 )

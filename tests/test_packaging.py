@@ -3,6 +3,7 @@
 import email.message
 import email.parser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,17 +38,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if run(sys.executable, "-m", "pip", "--version", cwd=copy.parent).returncode:
         pytest.skip("there is no pip in this environment")
     shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs")
+        ROOT, copy, ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "runs")
     )
     return copy
 
 
 @pytest.fixture(scope="module")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The wheel, and what its build said."""
     out = tmp_path_factory.mktemp("wheel")
-    pip("wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=source)
+    said = pip("wheel", ".", "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=source)
     (built,) = out.iterdir()
-    return built
+    return built, said
+
+
+@pytest.fixture(scope="module")
+def wheel(build: tuple[Path, str]) -> Path:
+    return build[0]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,9 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = {f"vjvcr_fast/{p.relative_to(ROOT / 'vjvcr_fast')}" for p in (ROOT / "vjvcr_fast").rglob("*.py")}
     kernels = {f"vjvcr_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
     assert "vjvcr_fast/kernels/__init__.py" in kernels
-    assert files(wheel) == package | kernels | {"vjvcr_fast/py.typed"}
+    compiled = {name for name in files(wheel) if name.endswith(".so")}
+    assert files(wheel) == package | kernels | {"vjvcr_fast/py.typed"} | compiled
+    assert {name.partition(".")[0] for name in compiled} <= {"vjvcr_fast/_operators", "vjvcr_fast/_native"}
 
 
 def test_no_top_level_kernels(wheel: Path) -> None:
@@ -110,6 +119,57 @@ def test_every_package_is_listed(wheel: Path) -> None:
     assert {name.rpartition("/")[0] for name in files(wheel)} == folders | {"vjvcr_fast/kernels"}
 
 
+# -- What is compiled -----------------------------------------------------------------------------------------------
+
+
+def test_one_operator_library_serves_cpu_and_cuda_torch(wheel: Path, tmp_path: Path) -> None:
+    """It has no Python ABI and needs no CUDA library; it loads here and its CPU operators run, wherever it was built.
+    The architectures of its CUDA kernels stand in its binary."""
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler")
+    target = tmp_path / "target"
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
+    (library,) = target.glob("vjvcr_fast/_operators*.so")
+    assert "cpython" not in library.name
+    lines = (
+        f"import torch; torch.ops.load_library({str(library)!r})",
+        "z = torch.ones(2, 3); one = torch.ones(2)",
+        "torch.ops.vjvcr.proximal_step(z, z.clone(), z.clone(), one, one, 0.0, -1.0, 1.0); print(z.sum().item())",
+    )
+    assert run(sys.executable, "-c", "\n".join(lines), cwd=tmp_path).stdout.strip() == "0.0"
+    if shutil.which("readelf"):
+        needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library, cwd=tmp_path).stdout)
+        assert not [name for name in needed if "python" in name or "cuda" in name]
+    if shutil.which("nvcc") and shutil.which("cuobjdump"):
+        listed = run("cuobjdump", "--list-elf", library, cwd=tmp_path).stdout
+        assert {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\w+?(?=\.)", listed))
+
+
+def test_cuda_kernels_do_not_spill(build: tuple[Path, str]) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", build[1])
+    assert {"sm_80", "sm_90a"} == set(compiled)
+    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", build[1])
+    assert spilled == [("0", "0")] * len(compiled)
+
+
+@pytest.mark.slow
+def test_cuda_wanted_and_missing_fails(source: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "tree"
+    shutil.copytree(source, copy)
+    hidden = os.pathsep.join(
+        folder for folder in os.environ["PATH"].split(os.pathsep) if not (Path(folder) / "nvcc").exists()
+    )
+    command = (sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path)
+    done = run(*command, cwd=copy, VJVCR_CUDA="1", PATH=hidden, CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode != 0
+    assert "VJVCR_CUDA=1, but there is no nvcc" in done.stdout
+    done = run(*command, cwd=copy, VJVCR_CUDA="maybe")
+    assert done.returncode != 0
+    assert "choose auto, 0 or 1" in done.stdout
+
+
 # -- Installs -------------------------------------------------------------------------------------------------------
 
 
@@ -143,7 +203,8 @@ def venv(tmp_path: Path) -> Path:
 def test_editable_install(source: Path, venv: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tree"
     shutil.copytree(source, copy)
-    pip("--python", venv, "install", "--no-deps", "--no-build-isolation", "--editable", copy, cwd=tmp_path)
+    arguments = "--python", venv, "install", "--no-deps", "--no-build-isolation", "--editable", copy
+    pip(*arguments, cwd=tmp_path, VJVCR_CUDA="0")
     assert_imports(venv, tmp_path, copy)
     shown = run(venv.parent / "vjvcr-fast", "--version", cwd=tmp_path)
     assert shown.stdout.startswith("vjvcr_fast ")

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "vjvcr_fast"
 
 # From the ground up: a module imports from lower layers and from its own folder only.
 LAYERS = [
-    ("reference", "data", "kernels"),
+    ("reference", "data", "kernels", "native"),
     ("analytic",),
     ("ops", "backends"),
     ("losses", "latents"),

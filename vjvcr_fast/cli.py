@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from vjvcr_fast import __version__, backends
+from vjvcr_fast import __version__, backends, native
 from vjvcr_fast.config import (
     PRESETS,
     Config,
@@ -182,6 +182,7 @@ def _info(arguments: argparse.Namespace) -> None:
     print(row("CUDA", ", ".join(gpus) or "no device"))
     for device, chosen in backends.explain().items():
         print(row(f"loss, {device}", chosen))
+    print(row("operators", native.explain()))
     print(row("presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"))
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]
