@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, override
+from vjvcr_fast.latents import HeadEnergy, MLPEnergy
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training.build import build_model
@@ -152,6 +153,89 @@ def test_predictor_makes_all_target_frames_at_once() -> None:
         assert gradient[1:].count_nonzero() == 0
 
 
+# -- Predictors with a latent ---------------------------------------------------------------------------------------
+
+
+def predictor(**latent: int) -> MLPPredictor:
+    return MLPPredictor(d=8, frames_in=T_X, frames_out=T_Y, hidden=16, **latent).double()
+
+
+def h(t: int = T_X, d: int = 8) -> Tensor:
+    return torch.randn(N, t, d, dtype=torch.float64)
+
+
+def test_predictor_without_latent_has_the_parameters_it_had() -> None:
+    names = [f"layers.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")]
+    assert list(predictor().state_dict()) == names
+    torch.manual_seed(1)
+    plain = predictor().state_dict()
+    torch.manual_seed(1)
+    latent = predictor(latent_dim=5).state_dict()  # the same draws come first
+    assert all(latent[name].equal(plain[name]) for name in names)
+    assert set(latent) - set(names) == {"latent_in.weight"}
+
+
+def test_latent_is_concatenated_to_h_x() -> None:
+    model, h_x, z = predictor(latent_dim=5), h(), torch.randn(N, 5, dtype=torch.float64)
+    first, _, second, _, last = model.layers
+    weight = torch.cat([first.weight, model.latent_in.weight], dim=1)
+    a = F.linear(torch.cat([h_x.flatten(1), z], dim=1), weight, first.bias).relu()
+    right = last(second(a).relu()).reshape(N, T_Y, 8)
+    assert relative(model(h_x, z), right) < FLOAT64
+
+
+def test_columns_of_the_latent_have_unit_norm() -> None:
+    model = predictor(latent_dim=5)
+    assert relative(model.latent_in.weight.norm(dim=0), torch.ones(5)) < 1e-6  # drawn in float32
+    with torch.no_grad():
+        model.latent_in.weight.mul_(torch.tensor([0.1, 1, 2, 3, 1e-8]))
+        model.latent_in.weight[:, 3] = 0
+    kept, before = model.latent_in.weight, model.latent_in.weight.clone()
+    model.normalize_latent()
+    assert model.latent_in.weight is kept
+    assert kept.grad_fn is None
+    assert kept.requires_grad
+    used = torch.tensor([0, 1, 2, 4])
+    assert relative(kept[:, used], before[:, used] / before[:, used].norm(dim=0)) < FLOAT64
+    assert kept[:, 3].count_nonzero() == 0
+    predictor().normalize_latent()  # nothing to do
+
+
+def test_heads_are_selected_and_weighed() -> None:
+    model, h_x = predictor(heads=3), h()
+    u = model.layers(h_x.flatten(1))
+    outputs = torch.stack([last(u).reshape(N, T_Y, 8) for last in model.last], dim=1)
+    z = torch.rand(N, 3, dtype=torch.float64, requires_grad=True)
+    assert relative(model(h_x, z), torch.einsum("nk,nktd->ntd", z, outputs)) < FLOAT64
+    for i, one_hot in enumerate(torch.eye(3, dtype=torch.float64)):
+        assert relative(model(h_x, one_hot.expand(N, -1)), outputs[:, i]) < FLOAT64
+        assert relative(model.head(i, model.hidden(h_x)), outputs[:, i]) < FLOAT64
+    (gradient,) = torch.autograd.grad(model(h_x, z).sum(), z)
+    assert relative(gradient, outputs.sum(dim=(2, 3))) < FLOAT64
+
+
+@pytest.mark.parametrize("sizes", [{"latent_dim": -1}, {"heads": 0}, {"latent_dim": 2, "heads": 2}], ids=str)
+def test_latents_that_do_not_exist(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="one latent, latent_dim > 0 or heads > 1"):
+        predictor(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "width", "message"),
+    [
+        ({}, 5, "has no latent, so takes no z"),
+        ({"latent_dim": 5}, None, r"needs z \(6, 5\)"),
+        ({"heads": 5}, None, r"needs z \(6, 5\)"),
+        ({"latent_dim": 5}, 4, r"z has shape \(6, 4\): \(6, 5\) is needed"),
+        ({"heads": 5}, 1, r"z has shape \(6, 1\): \(6, 5\) is needed"),
+    ],
+)
+def test_z_missing_or_not_wanted(sizes: dict[str, int], width: int | None, message: str) -> None:
+    z = None if width is None else torch.zeros(N, width, dtype=torch.float64)
+    with pytest.raises(ValueError, match=message):
+        predictor(**sizes)(h(), z)
+
+
 # -- Energy ---------------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +373,89 @@ def test_energy_is_float32_under_bfloat16() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         terms = model(frames(T_X).float(), frames(T_Y).float())
     assert {term.dtype for term in terms} == {torch.float32}
+
+
+LATENTS = pytest.mark.parametrize("latent", [{"latent_dim": 4}, {"heads": 4}], ids=["sparse", "discrete"])
+
+
+def energy_with(row: str, latent: dict[str, int]) -> EnergyModel:
+    model = energy(row)
+    model.predictor = MLPPredictor(model.encoder.d, T_X, T_Y, 32, **latent).double()
+    return model
+
+
+@LATENTS
+@pytest.mark.parametrize("row", ROWS)
+def test_energy_with_a_latent(row: str, latent: dict[str, int]) -> None:
+    """z reaches the prediction and nothing else; the energy is differentiable in z."""
+    model, x, y = energy_with(row, latent).eval(), frames(T_X), frames(T_Y)
+    z = torch.rand(N, 4, dtype=torch.float64, requires_grad=True)
+    predicted = model.predictor(model.encoder(x), z)
+    assert model.predict(x, z).equal(predicted)
+    terms, without = model(x, y, z), energy(row)
+    without.load_state_dict({k: v for k, v in model.state_dict().items() if "predictor" not in k}, strict=False)
+    without.predictor = Constant(predicted)
+    for name, a, b in zip(terms._fields, terms, without.eval()(x, y), strict=True):
+        assert relative(a, b) < FLOAT64, name
+    (gradient,) = torch.autograd.grad(terms.loss, z)
+    assert gradient.abs().sum(dim=1).gt(0).all()
+
+
+@LATENTS
+@pytest.mark.parametrize("gamma", [1.9, 0.0])
+@pytest.mark.parametrize("row", ROWS)
+def test_latent_energy_is_the_part_that_z_enters(row: str, gamma: float, latent: dict[str, int]) -> None:
+    model, x, y = energy_with(row, latent).eval(), frames(T_X), frames(T_Y)
+    model.gamma = gamma if model.terms.hidden else 1.0
+    z = torch.rand(N, 4, dtype=torch.float64)
+    h_x, h_y = model.encoder(x), model.encoder(y)
+    predicted = model.predictor(h_x, z)
+    right = torch.zeros(N, dtype=torch.float64)
+    if model.terms.hidden:
+        right = right + reference.energy_per_sample(predicted, h_y)
+    if model.decoder is not None:
+        right = right + model.gamma * reference.energy_per_sample(model.decoder(predicted), y)
+    found = model.latent_energy(h_x, h_y, y)(z)
+    assert relative(found, right) < FLOAT64
+    terms = model(x, y, z)
+    assert relative(found.mean(), terms.hidden + model.gamma * terms.pixel) < FLOAT64
+
+
+def test_latent_energy_of_any_predictor() -> None:
+    class Doubled(MLPPredictor):
+        """Its forward is not what the closed form knows."""
+
+        def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+            return 2 * super().forward(h_x, z)
+
+    model, h_x, h_y = energy("vj-vcr"), h(T_X, 24), h(T_Y, 24)
+    model.predictor = Doubled(24, T_X, T_Y, 8, latent_dim=4).double()
+    z = torch.rand(N, 4, dtype=torch.float64)
+    right = reference.energy_per_sample(model.predictor(h_x, z), h_y)
+    found = model.latent_energy(h_x, h_y)
+    assert not isinstance(found, MLPEnergy)
+    assert relative(found(z), right) < FLOAT64
+
+
+def test_what_latent_energy_knows_more_about() -> None:
+    h_x, h_y, y = h(T_X, 24), h(T_Y, 24), frames(T_Y)
+    sparse, discrete = {"latent_dim": 4}, {"heads": 4}
+    assert isinstance(energy_with("vj-vcr", sparse).latent_energy(h_x, h_y), MLPEnergy)
+    assert not isinstance(energy_with("vj-vcr-decoder", sparse).latent_energy(h_x, h_y, y), MLPEnergy)
+    assert not isinstance(energy_with("generative", sparse).latent_energy(h_x, None, y), MLPEnergy)
+    assert isinstance(energy_with("vj-vcr-decoder", discrete).latent_energy(h_x, h_y, y), HeadEnergy)
+    without_pixels = energy_with("vj-vcr-decoder", sparse)
+    without_pixels.gamma = 0.0
+    assert isinstance(without_pixels.latent_energy(h_x, h_y), MLPEnergy)
+
+
+@pytest.mark.parametrize(
+    ("row", "missing"), [("vj-vcr", "h_y"), ("vj-vcr-decoder", "y"), ("generative-vcr", "y"), ("generative", "y")]
+)
+def test_latent_energy_misses_a_target(row: str, missing: str) -> None:
+    model, h_y = energy_with(row, {"latent_dim": 4}), h(T_Y, 24)
+    with pytest.raises(ValueError, match=rf"^{missing} is missing"):
+        model.latent_energy(h(T_X, 24), None if missing == "h_y" else h_y, None)
 
 
 def test_unknown_row() -> None:

@@ -98,3 +98,20 @@ DEPENDENT_FEATURES = 1e-3
 
 # Singular values, and RankMe from them, in float32 against float64 or rounded to four decimals.
 SPECTRUM = 1e-3
+
+# -- Latents --------------------------------------------------------------------------------------------------------
+
+# Energies at z* by the closed form and by autograd in float32: both end within rounding, 6e-8 a term, of a minimum; the
+# bound is the issue's.
+LATENT_ROUTES = 1e-4
+
+# A hundred float32 steps against thousands in float64, mean energy: the bound. Minima of a network with ReLUs
+# differ by more, sample by sample.
+LATENT_OPTIMUM = 0.01
+
+# z after tens of float64 steps, the same steps in another order of summation: 1e-16, but step sizes are quotients of
+# differences, which near the end are 1e-8 of their terms.
+LATENT_PLAIN = 1e-6
+
+# Energies by FISTA with backtracking against coordinate descent, convex, after hundreds of float64 steps.
+LATENT_CONVEX = 1e-8

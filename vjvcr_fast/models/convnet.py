@@ -11,10 +11,13 @@ the temporal part, is then a view.
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vjvcr_fast.latents import MLPEnergy
 
 
 def _block(conv: nn.Module, channels: int) -> nn.Sequential:
@@ -84,21 +87,76 @@ class ConvDecoder(nn.Module):
 
 
 class MLPPredictor(nn.Module):
-    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d): two hidden layers of ReLU, all target frames at once."""
+    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d): two hidden layers of ReLU, all target frames at once.
 
-    def __init__(self, d: int, frames_in: int, frames_out: int, hidden: int) -> None:
+    Args:
+        latent_dim: m > 0 gives it a latent z (N, m), concatenated to h_x: its part of the first layer is `latent_in`,
+            whose columns have unit norm, so that z cannot escape a penalty by growing weights.
+        heads: more than 1 gives it as many last layers; z (N, heads), a one-hot, selects among them, and any other z
+            weighs their outputs.
+
+    Raises: ValueError for both kinds of latent, a z of another shape, a z missing or not wanted.
+    """
+
+    def __init__(
+        self, d: int, frames_in: int, frames_out: int, hidden: int, latent_dim: int = 0, heads: int = 1
+    ) -> None:
         super().__init__()
-        self.frames_out = frames_out
+        if latent_dim < 0 or heads < 1 or (latent_dim > 0 and heads > 1):
+            raise ValueError(f"latent_dim={latent_dim}, heads={heads}: one latent, latent_dim > 0 or heads > 1")
+        self.frames_out, self.latent_dim, self.heads = frames_out, latent_dim, heads
         self.layers = nn.Sequential(
             nn.Linear(frames_in * d, hidden),
             nn.ReLU(),
             nn.Linear(hidden, hidden),
             nn.ReLU(),
-            nn.Linear(hidden, frames_out * d),
+            *([nn.Linear(hidden, frames_out * d)] if heads == 1 else []),
         )
+        if heads > 1:
+            self.last = nn.ModuleList(nn.Linear(hidden, frames_out * d) for _ in range(heads))
+        if latent_dim > 0:
+            self.latent_in = nn.Linear(latent_dim, hidden, bias=False)
+            self.normalize_latent()
 
-    def forward(self, h_x: Tensor) -> Tensor:
-        return self.layers(h_x.flatten(1)).unflatten(1, (self.frames_out, -1))
+    def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+        self._check(z, len(h_x))
+        if self.heads == 1 or z is None:
+            return self._frames(self.layers[4](self.hidden(h_x, z)))
+        u = self.hidden(h_x)
+        weighted = (z[:, i, None] * last(u) for i, last in enumerate(self.last))
+        return self._frames(cast(Tensor, sum(weighted)))
+
+    def hidden(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+        """The second hidden layer, (N, hidden): all that the last layer sees."""
+        first = self.layers[0](h_x.flatten(1))
+        a = F.relu(first if z is None else first + self.latent_in(z))
+        return F.relu(self.layers[2](a))
+
+    def head(self, i: int, u: Tensor) -> Tensor:
+        """Predicted h_y (N, T_y, d) of the i-th head alone, from u = hidden(h_x)."""
+        return self._frames(self.last[i](u))
+
+    def closed_form(self, h_x: Tensor, h_y: Tensor) -> MLPEnergy:
+        """Mean of (Pred(h_x, z) - h_y)^2 over T_y d, a function of z, for a predictor with latent_dim > 0."""
+        first, _, second, _, last = cast("Sequence[nn.Linear]", self.layers)
+        p, w1z = first(h_x.flatten(1)), self.latent_in.weight
+        return MLPEnergy(p, w1z, second.weight, second.bias, last.weight, last.bias, h_y.flatten(1))
+
+    @torch.no_grad()
+    def normalize_latent(self) -> None:
+        """Projects the columns of `latent_in` back to unit norm, in place; nothing to do for other predictors."""
+        if self.latent_dim > 0:
+            self.latent_in.weight.copy_(F.normalize(self.latent_in.weight, dim=0))
+
+    def _frames(self, flat: Tensor) -> Tensor:
+        return flat.unflatten(1, (self.frames_out, -1))
+
+    def _check(self, z: Tensor | None, n: int) -> None:
+        width = self.latent_dim if self.heads == 1 else self.heads
+        if (z is not None) != (width > 0):
+            raise ValueError(f"this predictor {f'needs z ({n}, {width})' if width else 'has no latent, so takes no z'}")
+        if z is not None and z.shape != (n, width):
+            raise ValueError(f"z has shape {tuple(z.shape)}: {(n, width)} is needed")
 
 
 def _upsample(a: int, b: int, bias: bool) -> nn.Module:

@@ -5,15 +5,18 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjvcr_fast.analytic import compute_dtype
+from vjvcr_fast.latents import HeadEnergy, LatentEnergy
 from vjvcr_fast.losses import vcr_loss
+from vjvcr_fast.models.convnet import MLPPredictor
 
 
 class Row(NamedTuple):
     """A row of Table 1: which terms the energy has."""
 
     title: str
-    hidden: bool  # D(Pred(h_x), h_y)
-    pixel: bool  # D(Dec(Pred(h_x)), y)
+    hidden: bool  # D(Pred(h_x, z), h_y)
+    pixel: bool  # D(Dec(Pred(h_x, z)), y)
     vcr: bool  # l_vcr([h_x, h_y])
 
 
@@ -36,14 +39,15 @@ class Energy(NamedTuple):
 
 
 class EnergyModel(nn.Module):
-    """E(x, y) = [D(Pred(h_x), h_y)] + [alpha l_var + beta l_cov of (h_x, h_y)] + [gamma D(Dec(Pred(h_x)), y)].
+    """E(x, y, z) = [D(Pred(h_x, z), h_y)] + [alpha l_var + beta l_cov of (h_x, h_y)] + [gamma D(Dec(Pred(h_x, z)), y)].
 
     D is the mean squared error over all elements. The brackets are the terms `row` has; in a generative row the pixel
     term is the prediction term and its weight is 1. x and y go through the shared encoder one after the other, so that
-    no frame of y reaches h_x, not even through batch statistics. Without a hidden term and VCR, y is not encoded.
+    no frame of y reaches h_x, not even through batch statistics. Without a hidden term and VCR, y is not encoded. The
+    latent z is optional, and the predictor's to interpret.
 
     Args:
-        encoder: (N, T, C, H, W) -> (N, T, d). predictor: (N, T_x, d) -> (N, T_y, d).
+        encoder: (N, T, C, H, W) -> (N, T, d). predictor: (N, T_x, d), and z where there is one -> (N, T_y, d).
         decoder: (N, T_y, d) -> (N, T_y, C, H, W), for rows with a pixel term; None otherwise.
         row: a key of ROWS. alpha, beta, gamma, threshold, eps: of the equation.
 
@@ -72,10 +76,13 @@ class EnergyModel(nn.Module):
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
         self.gamma = gamma if self.terms.hidden else 1.0
 
-    def forward(self, x: Tensor, y: Tensor) -> Energy:
-        """x (N, T_x, C, H, W), y (N, T_y, C, H, W), in [0, 1]. Returns the Energy of the batch, in float32 at least."""
+    def forward(self, x: Tensor, y: Tensor, z: Tensor | None = None) -> Energy:
+        """x (N, T_x, C, H, W), y (N, T_y, C, H, W), in [0, 1]; z (N, ...), for a predictor with a latent.
+
+        Returns the Energy of the batch, in float32 at least.
+        """
         h_x = self.encoder(x)
-        predicted = self.predictor(h_x)
+        predicted = self._predicted(h_x, z)
         hidden = pixel = variance = covariance = loss = x.new_zeros(())
         if self.terms.hidden or self.terms.vcr:
             h_y = self.encoder(y)
@@ -91,6 +98,52 @@ class EnergyModel(nn.Module):
             loss = loss + self.gamma * pixel
         return Energy(loss, hidden, pixel, variance, covariance)
 
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Predicted representations of the target frames, (N, T_y, d)."""
-        return self.predictor(self.encoder(x))
+        return self._predicted(self.encoder(x), z)
+
+    def latent_energy(self, h_x: Tensor, h_y: Tensor | None, y: Tensor | None = None) -> LatentEnergy:
+        """Equation (6)'s objective: z -> (N,), the terms of E that z enters, of each sample, in float32 at least.
+
+        The mean over T_y d of (Pred(h_x, z) - h_y)^2 in rows with a hidden term, gamma times the mean over T_y C H W
+        of (Dec(Pred(h_x, z)) - y)^2 in rows with a pixel term. VCR does not depend on z.
+
+        h_x: (N, T_x, d). h_y: (N, T_y, d), for a hidden term. y: (N, T_y, C, H, W), for a pixel term.
+
+        Returns a function; for an `MLPPredictor`, where it can, one that `vjvcr_fast.latents` knows more about.
+
+        Raises: ValueError where h_y or y is missing.
+        """
+        hidden, decoder = self.terms.hidden, self.decoder if self.gamma != 0 else None
+        if hidden and h_y is None:
+            raise ValueError("h_y is missing: the row has a hidden term")
+        if decoder is not None and y is None:
+            raise ValueError("y is missing: the row has a pixel term")
+
+        def energy(predicted: Tensor) -> Tensor:
+            total = predicted.new_zeros(len(predicted), dtype=compute_dtype(h_x))
+            if hidden and h_y is not None:
+                total = total + _distances(predicted, h_y)
+            if decoder is not None and y is not None:
+                total = total + self.gamma * _distances(decoder(predicted), y)
+            return total
+
+        predictor = self.predictor
+        whole = lambda z: energy(predictor(h_x, z))  # noqa: E731
+        if type(predictor) is not MLPPredictor:  # a subclass may have another forward
+            return whole
+        if predictor.latent_dim > 0 and h_y is not None and decoder is None:
+            return predictor.closed_form(h_x, h_y)
+        if predictor.heads > 1:
+            u = predictor.hidden(h_x)
+            return HeadEnergy(predictor.heads, whole, lambda i: energy(predictor.head(i, u)))
+        return whole
+
+    def _predicted(self, h_x: Tensor, z: Tensor | None) -> Tensor:
+        return self.predictor(h_x) if z is None else self.predictor(h_x, z)
+
+
+def _distances(a: Tensor, b: Tensor) -> Tensor:
+    """The mean squared difference of every sample: (N, ...) -> (N,)."""
+    dtype = compute_dtype(b)
+    return (a.to(dtype) - b.to(dtype)).square().flatten(1).mean(dim=1)
