@@ -54,6 +54,12 @@ def tiny_options() -> list[str]:
 
 
 @pytest.fixture
+def tiny_stochastic(tiny: Config) -> Config:
+    """`tiny` with videos that need a latent, and small latents to choose from."""
+    return override(tiny, {"data.stochastic": True, "latent.dim": 6, "latent.heads": 3, "latent.iterations": 8})
+
+
+@pytest.fixture
 def digits(monkeypatch: pytest.MonkeyPatch) -> Digits:
     """Forty smooth blobs in the place of MNIST, whatever a config asks for."""
     generator = torch.Generator().manual_seed(0)

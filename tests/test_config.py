@@ -10,17 +10,20 @@ import torch
 
 from vjvcr_fast import config as module
 from vjvcr_fast.config import (
+    LATENTS,
     PRESETS,
     Config,
     ConfigError,
     Data,
     Evaluate,
+    Latent,
     Model,
     Train,
     default_preset,
     describe,
     fields,
     help_text,
+    latent,
     override,
     parse,
     preset,
@@ -48,6 +51,41 @@ def test_mini_differs_in_sizes_only() -> None:
     assert mini.train.steps < full.train.steps
 
 
+def test_stochastic_moving_mnist_has_the_papers_numbers() -> None:
+    config = preset("moving-mnist-stochastic")
+    assert (config.data.frames_in, config.data.frames_out, config.data.stochastic) == (3, 3, True)
+    assert (config.data.canvas, config.data.digit) == (64, 28)
+    assert (config.latent.heads, config.latent.dim) == (5, 20)
+    deterministic = preset("moving-mnist")
+    assert config.model == deterministic.model
+    for name in ("batch", "lr", "steps"):
+        assert getattr(config.train, name) == getattr(deterministic.train, name)
+    assert (config.evaluate.probe_lr, config.evaluate.probe_batch) == (1e-3, 256)
+
+
+def test_stochastic_mini_differs_in_sizes_only() -> None:
+    mini, full = preset("moving-mnist-stochastic-mini"), preset("moving-mnist-stochastic")
+    assert mini.latent == full.latent
+    assert (mini.data.canvas, mini.data.frames_in, mini.data.frames_out, mini.data.stochastic) == (32, 3, 3, True)
+    assert mini.model.channels[-1] * mini.model.pool**2 == 256
+    assert mini.train.steps < full.train.steps
+
+
+def test_the_latents_of_table_2() -> None:
+    base = preset("moving-mnist-stochastic")
+    kinds = {name: latent(base, name).latent for name in LATENTS}
+    assert {name: of.kind for name, of in kinds.items()} == {
+        "none": "none",
+        "discrete": "discrete",
+        "sparse-high": "sparse",
+        "sparse-low": "sparse",
+    }
+    assert (kinds["sparse-high"].zeros, kinds["sparse-low"].zeros) == (0.8, 0.2)
+    assert latent(base, "none") == base
+    with pytest.raises(ConfigError, match="latent='dense': must be one of none, discrete, sparse-high"):
+        latent(base, "dense")
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_know_their_name_and_survive_a_file(name: str) -> None:
     assert preset(name).preset == name
@@ -63,6 +101,8 @@ def test_unknown_preset_names_the_known() -> None:
 def test_default_preset(monkeypatch: pytest.MonkeyPatch, there: bool, name: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
     assert default_preset() == name
+    stochastic = default_preset("moving-mnist-stochastic")
+    assert stochastic == name.replace("moving-mnist", "moving-mnist-stochastic")
 
 
 def test_nothing_can_be_changed_in_place() -> None:
@@ -88,6 +128,9 @@ SAMPLES = {
     "train.precision": "bf16",
     "train.compile": "off",
     "data.start": "center",
+    "latent.kind": "sparse",
+    "latent.method": "ista",
+    "latent.step_rule": "fixed",
 }
 
 
@@ -102,8 +145,8 @@ def value_of(config: Config, name: str) -> Any:
     return getattr(getattr(config, group), leaf)
 
 
-def test_fields_are_those_of_the_four_groups() -> None:
-    groups = {"data": Data, "model": Model, "train": Train, "evaluate": Evaluate}
+def test_fields_are_those_of_the_five_groups() -> None:
+    groups = {"data": Data, "model": Model, "latent": Latent, "train": Train, "evaluate": Evaluate}
     expected = [f"{group}.{f.name}" for group, of in groups.items() for f in dataclasses.fields(of)]
     assert list(fields()) == expected
 
@@ -169,6 +212,8 @@ def test_unknown_field(name: str) -> None:
         ("train.compile", True, "True: must be one of auto, on, off"),
         ("model.row", "jepa", "'jepa': must be one of vj-vcr, vj-vcr-decoder, generative-vcr, generative"),
         ("data.start", "top", "'top': must be one of switch, center"),
+        ("latent.kind", "dense", "'dense': must be one of none, discrete, sparse"),
+        ("latent.revive", "no", "'no': must be true or false"),
         ("data.speed", "1", "'1': must be 2 numbers joined by commas"),
         ("data.speed", "1,2,3", "'1,2,3': must be 2 numbers joined by commas"),
         ("data.speed", [1.0], "[1.0]: must be 2 numbers joined by commas"),
@@ -198,6 +243,15 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
         ({"model.alpha": -0.1}, "model.alpha=-0.1: must be at least 0"),
         ({"model.eps": -1}, "model.eps=-1.0: must be at least 0"),
         ({"model.hidden": 0}, "model.hidden=0: must be at least 1"),
+        ({"latent.heads": 1}, "latent.heads=1: must be at least 2"),
+        ({"latent.dim": 0}, "latent.dim=0: must be at least 1"),
+        ({"latent.iterations": 0}, "latent.iterations=0: must be at least 1"),
+        ({"latent.weight": 0}, "latent.weight=0.0: must be above 0"),
+        ({"latent.step_size": 0}, "latent.step_size=0.0: must be above 0"),
+        ({"latent.decay": -1}, "latent.decay=-1.0: must be at least 0"),
+        ({"latent.tolerance": -1}, "latent.tolerance=-1.0: must be at least 0"),
+        ({"latent.zeros": 1}, "latent.zeros=1.0: must be between 0 and 1"),
+        ({"latent.zeros": 0}, "latent.zeros=0.0: must be between 0 and 1"),
         ({"train.steps": 0}, "train.steps=0: must be at least 1"),
         ({"train.batch": 1}, "train.batch=1: must be at least 2, for a variance"),
         ({"train.validation_videos": 1}, "train.validation_videos=1: must be at least 2"),

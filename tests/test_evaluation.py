@@ -24,6 +24,7 @@ from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError
+from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, split_frames, train
 
 CPU = torch.device("cpu")
@@ -201,12 +202,12 @@ def test_mean_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
     model = model_of(config).eval()
     videos = build_videos(config, build_digits(config)[1], "validation", CPU)
     x, y = split_frames(videos.batch(0, 24), config)
-    decoded = evaluate.decode(model, model.decoder, x)
+    decode = functools.partial(evaluate.decode, Latents(config, model), model.decoder)
+    decoded = decode(x, y)
     assert decoded.dtype == torch.float32
     assert 0 <= decoded.min() <= decoded.max() <= 1
     expected = psnr(decoded, y).mean().item()
-    predict = functools.partial(evaluate.decode, model, model.decoder)
-    assert mean_psnr(videos, config, predict) == pytest.approx(expected, rel=FLOAT32)
+    assert mean_psnr(videos, config, decode) == pytest.approx(expected, rel=FLOAT32)
 
 
 # -- A whole run ----------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training import build, checkpoint, loop
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
+from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
 
 ROOT = Path(__file__).parents[1]
@@ -252,7 +253,8 @@ def test_best_gives_its_validation_loss_again(tmp_path: Path, tiny: Config) -> N
     assert losses[step] == min(losses.values())
     _, held_out = build_digits(config)
     assert not model.training
-    assert loop.validate(model, build_videos(config, held_out, "validation", CPU), config) == losses[step]
+    videos = build_videos(config, held_out, "validation", CPU)
+    assert loop.validate(model, videos, config, Latents(config, model)) == losses[step]
 
 
 def test_validation_changes_nothing(tiny: Config) -> None:
@@ -260,7 +262,7 @@ def test_validation_changes_nothing(tiny: Config) -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     _, held_out = build_digits(tiny)
     videos = build_videos(tiny, held_out, "validation", CPU)
-    first, second = (loop.validate(model, videos, tiny) for _ in range(2))
+    first, second = (loop.validate(model, videos, tiny, Latents(tiny, model)) for _ in range(2))
     assert first == second
     assert model.training
     assert same(before, dict(model.state_dict()))

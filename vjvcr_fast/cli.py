@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import importlib
 import importlib.util
 import os
 import platform
@@ -9,18 +10,20 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
 from vjvcr_fast import __version__, backends, native
 from vjvcr_fast.config import (
+    LATENTS,
     PRESETS,
     Config,
     ConfigError,
     default_preset,
     fields,
     help_text,
+    latent,
     override,
     parse,
     preset,
@@ -85,31 +88,38 @@ def _parser() -> _Parser:
 
     sub = add("train", "pre-train one model", _train, "Starting the same run again goes on from its last checkpoint.")
     _add_preset(sub)
-    sub.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/PRESET-ROW-seedN)")
+    names = ", ".join(LATENTS)
+    sub.add_argument("--latent", metavar="NAME", help=f"the latent of stochastic videos, one of {names} (Table 2)")
+    folder = "runs/PRESET-ROW-seedN; with a latent runs/PRESET-ROW-LATENT-seedN"
+    sub.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder (default: {folder})")
     _add_fields(sub)
 
-    sub = add("evaluate", "probe and decode a trained run", _evaluate, "Writes evaluation.json into its folder.")
+    written = "Writes evaluation.json into its folder, latents.json for a run with a latent."
+    sub = add("evaluate", "probe and decode a trained run", _evaluate, written)
     sub.usage = f"{sub.prog} RUN [OPTIONS]"
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     _add_fields(sub, only=("evaluate.", "data.root", "data.download", "train.device"))
 
-    sub = add("reproduce", "make a table of the paper, ours beside the paper's", _reproduce, "Resumes what it finds.")
-    sub.usage = f"{sub.prog} table1 [OPTIONS]"
-    sub.add_argument("target", choices=["table1"], help="what to reproduce")
+    summary = "make a table or figure of the paper, ours beside the paper's"
+    sub = add("reproduce", summary, _reproduce, "Resumes what it finds; table2 and fig3 share their runs.")
+    sub.usage = f"{sub.prog} {{{','.join(TARGETS)}}} [OPTIONS]"
+    sub.add_argument("target", choices=[*TARGETS], help="; ".join(f"{k}: {t.about}" for k, t in TARGETS.items()))
     sub.add_argument("--dataset", choices=["moving-mnist"], default="moving-mnist", help="which half of the table")
-    _add_preset(sub)
-    sub.add_argument("--seeds", default="0", metavar="N,N,...", help="several give mean and standard deviation")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="results and runs (default: runs/table1-PRESET)")
-    _add_fields(sub, without=("train.seed", "model.row"))
+    _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, or its -mini")
+    several = "several give mean and standard deviation; fig3 shows the first"
+    sub.add_argument("--seeds", default="0", metavar="N,N,...", help=several)
+    folders = "runs/table1-PRESET, runs/table2-PRESET"
+    sub.add_argument("--out", type=Path, metavar="DIR", help=f"results and runs (default: {folders})")
+    _add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
 
     sub = add("info", "show versions, devices, backends, extras and digits, and what would be chosen", _info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
     return parser
 
 
-def _add_preset(parser: argparse.ArgumentParser) -> None:
+def _add_preset(parser: argparse.ArgumentParser, more: str = "") -> None:
     names = ", ".join(PRESETS)
-    text = f"one of {names} (default: moving-mnist on a CUDA GPU, moving-mnist-mini elsewhere)"
+    text = f"one of {names} (default: moving-mnist on a CUDA GPU, moving-mnist-mini elsewhere{more})"
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--preset", metavar="NAME", help=text)
     group.add_argument("--config", type=Path, metavar="FILE", help="the config.json of a run, instead of a preset")
@@ -133,8 +143,9 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(arguments).items() if name in fields()}
 
 
-def _config(arguments: argparse.Namespace) -> Config:
-    base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset())
+def _config(arguments: argparse.Namespace, name: str = "moving-mnist") -> Config:
+    """The config asked for; without a preset or a file that of the preset `name` that this machine can do."""
+    base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset(name))
     return override(base, _overrides(arguments))
 
 
@@ -142,36 +153,61 @@ def _train(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.evaluation.probes import training_probe
 
     config = _config(arguments)
-    out = arguments.out or Path("runs") / f"{config.preset}-{config.model.row}-seed{config.train.seed}"
+    if arguments.latent:
+        config = override(latent(config, arguments.latent), _overrides(arguments))
+    kind = arguments.latent or config.latent.kind
+    parts = [config.preset, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
+    out = arguments.out or Path("runs") / "-".join(parts)
     train(config, out, probe=training_probe)
     print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.evaluation.evaluate import evaluate_run
+    from vjvcr_fast.evaluation.latents import evaluate_latents
 
     if not (arguments.run / "config.json").exists():
         raise ConfigError(f"{arguments.run}: not the folder of a run: it has no config.json")
     config = override(Config.load(arguments.run / "config.json"), _overrides(arguments))
-    result = evaluate_run(arguments.run, config)
+    kind = config.latent.kind
+    evaluate, file = (evaluate_run, "evaluation.json") if kind == "none" else (evaluate_latents, "latents.json")
+    result = evaluate(arguments.run, config)
     for key, value in result.items():
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
-    print(f"these and more are in {arguments.run / 'evaluation.json'}")
+    print(f"these and more are in {arguments.run / file}")
+
+
+class _Target(NamedTuple):
+    """What `reproduce` can make: by a function of a module of vjvcr_fast.evaluation, which names its files too."""
+
+    about: str
+    preset: str
+    folder: str
+    module: str
+    function: str
+    files: str
+
+
+TARGETS = {
+    "table1": _Target("models", "moving-mnist", "table1", "paper", "table1", "TABLE1_FILES"),
+    "table2": _Target("latents", "moving-mnist-stochastic", "table2", "table2", "table2", "TABLE2_FILES"),
+    "fig3": _Target("futures with latents", "moving-mnist-stochastic", "table2", "table2", "figure3", "FIGURE3_FILES"),
+}
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    from vjvcr_fast.evaluation import paper
-
-    config = _config(arguments)
+    target = TARGETS[arguments.target]
+    module = importlib.import_module(f"vjvcr_fast.evaluation.{target.module}")
+    config = _config(arguments, target.preset)
     seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
-    out = arguments.out or Path("runs") / f"table1-{config.preset}"
+    out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
-    print(f"reproduce table1: {where}; runs that are there already go on or are kept", flush=True)
-    text = paper.table1(config, out, seeds)
-    print(f"\n{text}\nwrote {', '.join(str(out / name) for name in paper.TABLE1_FILES)}")
+    print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
+    text = getattr(module, target.function)(config, out, seeds)
+    print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

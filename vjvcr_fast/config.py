@@ -17,6 +17,7 @@ from vjvcr_fast.models.convnet import check_sizes
 from vjvcr_fast.models.energy import ROWS
 
 Row = Literal["vj-vcr", "vj-vcr-decoder", "generative-vcr", "generative"]
+Kind = Literal["none", "discrete", "sparse"]
 
 
 class ConfigError(ValueError):
@@ -77,6 +78,37 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Latent:
+    """The latent variable z of stochastic videos (section 4.3.2): what y holds that x does not tell, inferred as z*."""
+
+    kind: Kind = _field("none", "discrete: z* selects one of several last layers; sparse: FISTA on energy plus L1")  # noqa: RUF009
+    heads: int = _field(5, "discrete: the predictor's last layers")
+    revive: bool = _field(True, "discrete: heads out of use become copies of the most used; False: the paper's [ours]")
+    dim: int = _field(20, "sparse: components of z")
+    weight: float = _field(1e-4, "sparse: of the L1 penalty; where calibrated, its first value [ours]")
+    calibrate: bool = _field(True, "sparse: while training, adapt the weight to the fraction of zeros [ours]")
+    zeros: float = _field(0.8, "sparse: the fraction of z's components that are to be zero")
+    decay: float = _field(1e-3, "sparse: weight decay of the predictor, or it grows and z shrinks, unpenalised [ours]")
+    iterations: int = _field(50, "sparse: at most so many FISTA steps an inference [ours]")
+    method: Literal["fista", "ista"] = _field("fista", "sparse: with or without momentum")
+    step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse: of the step size [ours]")
+    step_size: float = _field(1.0, "sparse: the first, or the fixed, step size [ours]")
+    tolerance: float = _field(1e-4, "sparse: a sample that changes less, relatively, is frozen [ours]")
+    nonnegative: bool = _field(False, "sparse: z >= 0 [ours]")
+
+    def __post_init__(self) -> None:
+        _need(self.kind in get_args(Kind), "latent.kind", self.kind, f"one of {', '.join(get_args(Kind))}")
+        _need(self.heads >= 2, "latent.heads", self.heads, "at least 2")
+        for name in ("dim", "iterations"):
+            _need(getattr(self, name) >= 1, f"latent.{name}", getattr(self, name), "at least 1")
+        for name in ("weight", "step_size"):
+            _need(getattr(self, name) > 0, f"latent.{name}", getattr(self, name), "above 0")
+        for name in ("decay", "tolerance"):
+            _need(getattr(self, name) >= 0, f"latent.{name}", getattr(self, name), "at least 0")
+        _need(0 < self.zeros < 1, "latent.zeros", self.zeros, "between 0 and 1")
+
+
+@dataclass(frozen=True)
 class Train:
     """Pre-training. An epoch is every training digit once; the length is in steps, so fewer digits train as long."""
 
@@ -133,6 +165,7 @@ class Config:
     preset: str = "moving-mnist"
     data: Data = field(default_factory=Data)
     model: Model = field(default_factory=Model)
+    latent: Latent = field(default_factory=Latent)
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
@@ -181,6 +214,26 @@ PRESETS: dict[str, Config] = {
         train=Train(steps=1_200, batch=32, validate_every=300, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
     ),
+    # The paper's stochastic MovingMNIST; without a latent until one of LATENTS is chosen.
+    "moving-mnist-stochastic": Config(
+        preset="moving-mnist-stochastic",
+        data=Data(frames_out=3, stochastic=True),
+    ),
+    "moving-mnist-stochastic-mini": Config(
+        preset="moving-mnist-stochastic-mini",
+        data=Data(canvas=32, digit=14, frames_out=3, speed=(1.0, 3.0), stochastic=True),
+        model=Model(channels=(16, 32, 64), hidden=512),
+        train=Train(steps=1_000, batch=64, validate_every=250, validation_videos=512),
+        evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
+    ),
+}
+
+# The latents of Table 2 and, for figure 3, none: changes to a stochastic preset.
+LATENTS: dict[str, dict[str, Any]] = {
+    "none": {"latent.kind": "none"},
+    "discrete": {"latent.kind": "discrete"},
+    "sparse-high": {"latent.kind": "sparse", "latent.zeros": 0.8},
+    "sparse-low": {"latent.kind": "sparse", "latent.zeros": 0.2},
 }
 
 
@@ -191,12 +244,19 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-def default_preset() -> str:
-    """The full preset where there is a CUDA GPU, the mini one elsewhere."""
-    return "moving-mnist" if torch.cuda.is_available() else "moving-mnist-mini"
+def default_preset(name: str = "moving-mnist") -> str:
+    """The full preset of this name where there is a CUDA GPU, its mini one elsewhere."""
+    return name if torch.cuda.is_available() else f"{name}-mini"
 
 
-GROUPS: dict[str, Any] = {"data": Data, "model": Model, "train": Train, "evaluate": Evaluate}
+def latent(config: Config, name: str) -> Config:
+    """config with the latent called `name`. Raises ConfigError for a name that is not in LATENTS."""
+    if name not in LATENTS:
+        raise ConfigError(f"latent={name!r}: must be one of {', '.join(LATENTS)}")
+    return override(config, LATENTS[name])
+
+
+GROUPS: dict[str, Any] = {"data": Data, "model": Model, "latent": Latent, "train": Train, "evaluate": Evaluate}
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[Any, Any]]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config, resolve_device
+from vjvcr_fast.config import Config, override, resolve_device
 from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.evaluation import probes
@@ -21,21 +21,24 @@ from vjvcr_fast.models.convnet import ConvDecoder
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import autocast, check_digits, progress, split_frames
 
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
     """The config and the model of least validation loss of a run, in evaluation mode.
 
-    config: the run's, where its device, the place of its digits or `evaluate.*` differ from its config.json.
+    config: the run's, where its device, the place of its digits or `evaluate.*` differ from its config.json. In the
+    one returned `latent.weight` is the calibrated weight of the checkpoint.
 
     Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
     """
     config = config or Config.load(run / "config.json")
     device = resolve_device(config.train.device)
     model = build_model(config, device)
-    checkpoint.restore(run / "best.pt", checkpoint.load(run / "best.pt", device), model=model)
-    return config, model.eval()
+    state = checkpoint.load(run / "best.pt", device)
+    checkpoint.restore(run / "best.pt", state, model=model)
+    return override(config, {"latent.weight": state.get("latent_weight", config.latent.weight)}), model.eval()
 
 
 def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
@@ -72,7 +75,7 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
     validation = probes.extract(model, held_out, settings.validation_videos, config, encoded=True)
     curve = probes.adam_probe(train, validation, config, config.train.seed)
     singular = reference.singular_values(validation.encoded)
-    decoder = frozen_decoder(run, config, model, training_digits)
+    decoder, latents = frozen_decoder(run, config, model, training_digits), Latents(config, model)
     result = {
         **made_from,
         "row": config.model.row,
@@ -82,8 +85,8 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         "speed_mse_by_epoch": curve,
         "speed_mse_least_squares": probes.least_squares_probe(train, validation),
         "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
-        "psnr": mean_psnr(held_out, config, lambda x: decode(model, decoder, x)),
-        "psnr_of_black": mean_psnr(held_out, config, lambda x: x.new_zeros(())),
+        "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
+        "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
@@ -101,7 +104,7 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
     if model.decoder is not None:
         return model.decoder
     device = next(model.parameters()).device
-    videos = build_videos(config, digits, "decoder", device)
+    videos, latents = build_videos(config, digits, "decoder", device), Latents(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
         decoder = ConvDecoder(1, config.model.channels, config.data.canvas, config.model.pool)
@@ -119,7 +122,7 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
             x, y = split_frames(videos.batch(step * batch, batch), config)
             with autocast(config, device):
                 with torch.no_grad():
-                    predicted = model.predict(x)
+                    predicted = latents.predict(x, y)
                 decoded = decoder(predicted)
             F.mse_loss(decoded.float(), y).backward()
             optimizer.step()
@@ -132,15 +135,15 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
 
 
 @torch.no_grad()
-def decode(model: EnergyModel, decoder: nn.Module, x: Tensor) -> Tensor:
-    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1]."""
-    return decoder(model.predict(x)).clamp(0, 1)
+def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1]; y serves to infer z*, nothing else."""
+    return decoder(latents.predict(x, y)).clamp(0, 1)
 
 
-def mean_psnr(videos: MovingMNIST, config: Config, predict: Callable[[Tensor], Tensor]) -> float:
-    """Mean over target frames and validation videos of what `predict` makes of x, in dB (`metrics.psnr`)."""
+def mean_psnr(videos: MovingMNIST, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
+    """Mean over target frames and validation videos of what `predict` makes of x and y, in dB (`metrics.psnr`)."""
     total, count = [], config.evaluate.validation_videos
     for start in range(0, count, config.evaluate.probe_batch):
         x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
-        total.append(psnr(predict(x), y).flatten())
+        total.append(psnr(predict(x, y), y).flatten())
     return torch.cat(total).mean().item()

@@ -45,6 +45,34 @@ def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -
     _save(figure, path)
 
 
+def futures(path: Path, y: Tensor, predictions: Mapping[str, Tensor], titles: Sequence[str]) -> None:
+    """Like the paper's figure 3: for each clip the target frames and, below, every model's decoded future, alone and
+    with the target laid over it in green: white where both are, green where only the target is.
+
+    y and every prediction: (clips, T_y, 1, S, S), in [0, 1]. titles: of the clips side by side; more clips than titles
+    go on in further blocks.
+    """
+    strips = {"target": _strips(y.expand(-1, -1, 3, -1, -1))}
+    for title, video in predictions.items():
+        strips[title] = _strips(video.expand(-1, -1, 3, -1, -1))
+        strips["overlay" + " " * len(strips)] = _strips(_overlay(video, y))
+    columns, lines, width = len(titles), len(strips), 0.5 * y.shape[1]
+    blocks = -(-len(y) // columns)
+    figure = _figure((width * columns + 1.5, 0.52 * lines * blocks + 0.3))
+    axes = figure.subplots(lines * blocks, columns, squeeze=False)
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, (title, images) in enumerate(strips.items()):
+        for clip, image in enumerate(images):
+            axis = axes[lines * (clip // columns) + line][clip % columns]
+            axis.imshow(image.cpu().numpy(), interpolation="nearest")
+            if clip % columns == 0:
+                axis.text(-0.05, 0.5, title.strip(), transform=axis.transAxes, ha="right", va="center", fontsize=7)
+    for axis, name in zip(axes[0], titles, strict=True):
+        axis.set_title(name, fontsize=8)
+    _save(figure, path)
+
+
 def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Learning curves from the metrics.jsonl rows of some runs: a panel for each quantity that any of them has."""
     names = {
@@ -54,6 +82,8 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         "covariance": "covariance penalty",
         "validation_loss": "validation energy, of each its own",
         "speed_mse": "speed MSE, training digits",
+        "zeros": "fraction of zeros in z*",
+        "latent_weight": "L1 weight",
     }
     present = [n for n in names if any(row.get(n) for rows in runs.values() for row in rows)]
     figure = _figure((3.2 * len(present), 2.8))
@@ -90,6 +120,17 @@ def _figure(size: tuple[float, float]) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
+
+
+def _overlay(video: Tensor, target: Tensor) -> Tensor:
+    """(clips, T, 1, S, S) both -> (clips, T, 3, S, S): the video in grey, what it lacks of the target in green."""
+    return torch.cat([video, torch.maximum(video, target), video], dim=2)
+
+
+def _strips(videos: Tensor) -> Tensor:
+    """(clips, T, 3, S, S) -> (clips, S, T (S + 1) - 1, 3): frames side by side, a white line between them."""
+    padded = torch.nn.functional.pad(videos, (0, 1), value=1.0)
+    return padded.permute(0, 3, 1, 4, 2).flatten(2, 3)[:, :, :-1]
 
 
 def _show(axis: Any, frame: Tensor) -> None:

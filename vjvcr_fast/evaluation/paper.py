@@ -3,7 +3,7 @@
 import json
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,10 @@ from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_digits, build_videos
 from vjvcr_fast.training.checkpoint import load, read_metrics, write_atomic
+from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import claim, split_frames, train
+
+Evaluation = Callable[[Path, Config], dict[str, Any]]
 
 TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png")
 
@@ -30,7 +33,7 @@ PAPER_TABLE1 = {
 }
 
 
-def finish_run(config: Config, run: Path) -> dict[str, Any]:
+def finish_run(config: Config, run: Path, evaluate: Evaluation = evaluate_run) -> dict[str, Any]:
     """Trains what is missing of a run and evaluates it; returns its evaluation.
 
     Raises ConfigError where `run` holds a run of another config, or a longer one.
@@ -42,7 +45,7 @@ def finish_run(config: Config, run: Path) -> dict[str, Any]:
     claim(run, config)
     if trained < config.train.steps:
         train(config, run, probe=training_probe)
-    return evaluate_run(run, config)
+    return evaluate(run, config)
 
 
 def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
@@ -85,7 +88,7 @@ def figure5(runs: dict[str, Path], path: Path) -> None:
         device = next(model.parameters()).device
         x, y = split_frames(build_videos(config, validation_digits, "validation", device).batch(0, 3), config)
         decoder = frozen_decoder(runs[row], config, model, training_digits)
-        predictions[ROWS[row].title] = decode(model, decoder, x)
+        predictions[ROWS[row].title] = decode(Latents(config, model), decoder, x, y)
     figures.clips(path, x, y, predictions)
 
 
@@ -113,7 +116,7 @@ def _summary(row: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
     first = results["vj-vcr"][0]
-    data, training = config.data, config.train
+    data = config.data
     head = ["model", "D(h_y)", "D(y)", "VCR", "speed MSE", "paper's", "least squares", "PSNR", "paper's PSNR", "RankMe"]
     lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
     for row, evaluations in results.items():
@@ -130,13 +133,9 @@ def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: S
         ]
         lines.append("| " + " | ".join(cells) + " |")
     mean = spread([e["speed_mse_of_the_mean"] for e in results["vj-vcr"]], 3)
-    d = config.model.channels[-1] * config.model.pool**2
-    changed = differences(config, PRESETS.get(config.preset, Config()))
-    other = "".join(f", {name} {ours}" for name, (ours, _) in changed.items() if not name.startswith("data.root"))
     seconds = {k: sum(e[f"{k}_seconds"] for es in results.values() for e in es) for k in ("train", "evaluate")}
     notes = [
-        f"Preset `{config.preset}`{other}: {data.canvas}x{data.canvas} frames, {data.frames_in} -> {data.frames_out}, "
-        f"d = {d}, {training.steps:,} steps of {training.batch} videos; {_seeds(seeds)}.",
+        f"{about(config)}; {named_seeds(seeds)}.",
         f"Digits: {first['digits']}. Speeds: uniform in {data.speed[0]:g} to {data.speed[1]:g} pixels/frame; MSE in "
         f"(pixels/frame)^2; predicting the mean gives {mean}. The paper does not state its unit: compare orderings.",
         f"Speed MSE: linear probe on the predicted target frames, Adam {config.evaluate.probe_lr:g}, "
@@ -154,7 +153,19 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def _seeds(seeds: Sequence[int]) -> str:
+def about(config: Config) -> str:
+    """A config in a line: its preset, what was changed in it, and its sizes."""
+    data, training, d = config.data, config.train, config.model.channels[-1] * config.model.pool**2
+    changed = differences(config, PRESETS.get(config.preset, Config()))
+    other = "".join(f", {name} {ours}" for name, (ours, _) in changed.items() if not name.startswith("data.root"))
+    return (
+        f"Preset `{config.preset}`{other}: {data.canvas}x{data.canvas} frames, {data.frames_in} -> {data.frames_out}, "
+        f"d = {d}, {training.steps:,} steps of {training.batch} videos"
+    )
+
+
+def named_seeds(seeds: Sequence[int]) -> str:
+    """ "seed 0", or all of several and what they are good for."""
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
     return f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"

@@ -11,12 +11,14 @@ from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training.build import build_videos
+from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, split_frames
 
 
 class Features(NamedTuple):
-    """values: (n, T_y d) float32, predicted representations of the target frames, flattened. speed: (n,), pixels/frame.
-    encoded: (n T_y, d) float32, the encoder's own outputs for the same frames, or empty."""
+    """values: (n, T_y d) float32, predicted representations of the target frames (at z*, where there is a latent),
+    flattened. speed: (n,), pixels/frame. encoded: (n T_y, d) float32, the encoder's own outputs for the same frames,
+    or empty."""
 
     values: Tensor
     speed: Tensor
@@ -30,12 +32,12 @@ def extract(
     """Features of videos start .. start + count - 1, the model in evaluation mode and full precision,
     `evaluate.probe_batch` at a time. Raises DivergedError where they are not finite."""
     values, speeds, rows = [], [], []
-    training = model.training
+    latents, training = Latents(config, model), model.training
     model.eval()
     for at in range(start, start + count, config.evaluate.probe_batch):
         batch = videos.batch(at, min(config.evaluate.probe_batch, start + count - at))
         x, y = split_frames(batch, config)
-        values.append(model.predict(x).flatten(1))
+        values.append(latents.predict(x, y).flatten(1))
         if encoded:
             rows.append(model.encoder(y).flatten(0, 1))
         speeds.append(batch.speed)

@@ -14,7 +14,7 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
 
     The weights of encoder and predictor do not depend on the row: each part has its own seed.
     """
-    data, model = config.data, config.model
+    data, model, latent = config.data, config.model, config.latent
     sizes = (1, model.channels, data.canvas, model.pool)
 
     def seeded(part: int) -> None:
@@ -24,7 +24,14 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
         seeded(0)
         encoder = ConvEncoder(*sizes)
         seeded(1)
-        predictor = MLPPredictor(encoder.d, data.frames_in, data.frames_out, model.hidden)
+        predictor = MLPPredictor(
+            encoder.d,
+            data.frames_in,
+            data.frames_out,
+            model.hidden,
+            latent_dim=latent.dim if latent.kind == "sparse" else 0,
+            heads=latent.heads if latent.kind == "discrete" else 1,
+        )
         seeded(2)
         decoder = ConvDecoder(*sizes) if ROWS[model.row].pixel else None
     energy = EnergyModel(

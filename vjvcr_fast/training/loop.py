@@ -8,7 +8,7 @@ is then the same, bit for bit, as that of a run that was never stopped.
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,6 +24,7 @@ from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.latents import Latents
 
 # What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which digits
 # there are is checked by what they are, not by where they lie.
@@ -58,17 +59,20 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
 
     model = build_model(config, device)
     weight_decay = settings.weight_decay if model.terms.hidden else settings.weight_decay_generative
-    optimizer = torch.optim.Adam(model.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
+    latents = Latents(config, model)
+    optimizer = torch.optim.Adam(latents.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
     energy = compiled(model, settings.compile, device)
     torch.manual_seed(settings.seed)
 
     step, best, started = 0, float("inf"), time.perf_counter()
-    sums, counted = torch.zeros(len(Energy._fields), device=device), 0
+    names = (*Energy._fields, *latents.names)
+    sums, counted = torch.zeros(len(names), device=device), 0
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", device)
         checkpoint.restore(run / "last.pt", state, model=model, optimizer=optimizer)
         check_digits(run, state, training_digits)
         step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
+        latents.weight = state.get("latent_weight", latents.weight)
         started -= state["seconds"]
         _set_rng(state["rng"])
 
@@ -83,6 +87,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             "version": __version__,
         }
         state |= {"step": step, "best": best, "sums": sums, "counted": counted, "config": config.to_json()}
+        state["latent_weight"] = latents.weight
         checkpoint.save(run / name, state)
 
     log = _Log(run, step, settings.steps, settings.tensorboard, f"{config.model.row} ({device.type})")
@@ -90,33 +95,35 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
         while step < settings.steps:
             x, y = split_frames(videos.batch(step * settings.batch, settings.batch), config)
             with autocast(config, device):
-                terms = energy(x, y)
+                z, measured = latents.infer(x, y)
+                terms = energy(x, y, z)
             terms.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            sums += torch.stack([term.detach() for term in terms])  # on the device: no step waits for it
+            latents.project()
+            sums += torch.cat([torch.stack(terms).detach(), measured])  # on the device: no step waits for it
             counted, step = counted + 1, step + 1
 
             if step % settings.log_every == 0 or step == settings.steps:
-                means = _means(sums, counted)
+                means = _means(names, sums, counted)
                 _check_finite(means, step, counted, run)
-                log.training(step, means, settings.batch)
+                log.training(step, means | latents.adapt(step, means, optimizer), settings.batch)
                 sums, counted = torch.zeros_like(sums), 0
             if settings.probe_every and probe is not None and step % settings.probe_every == 0:
                 with log.paused():
                     log.write(step, probe(model, config, training_digits))
             if step % settings.validate_every == 0 or step == settings.steps:
                 with log.paused():
-                    loss = validate(model, held_out, config)
+                    loss = validate(model, held_out, config, latents)
                     _check_finite({"validation_loss": loss}, step, 1, run)  # before it reaches last.pt
                     log.write(step, {"validation_loss": loss})
-                    log.images(step, model, held_out, config)
+                    log.images(step, model, held_out, config, latents)
                     if loss < best:
                         best = loss
                         save("best.pt")
                     save("last.pt")
             if stop():
-                _check_finite(_means(sums, counted), step, counted, run)
+                _check_finite(_means(names, sums, counted), step, counted, run)
                 save("last.pt")
                 raise StopRequestedError(
                     f"stopped at step {step} of {settings.steps}; the same command goes on from there"
@@ -124,14 +131,21 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
 
 
 @torch.no_grad()
-def validate(model: EnergyModel, videos: MovingMNIST, config: Config) -> float:
-    """Mean energy over `train.validation_videos` held-out videos, in whole batches, in evaluation mode."""
+def validate(model: EnergyModel, videos: MovingMNIST, config: Config, latents: Latents) -> float:
+    """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode.
+
+    In stochastic videos x and y differ, in place and spread: one set of running statistics fits neither, and by it the
+    variance hinge of a model that improves gets worse. There the batch's own statistics are used, as in training.
+    """
     batch = min(config.train.batch, config.train.validation_videos)
     losses = []
-    model.eval()
+    model.train(config.data.stochastic)
     for start in range(0, config.train.validation_videos - batch + 1, batch):
         with autocast(config, videos.device):
-            losses.append(model(*split_frames(videos.batch(start, batch), config)).loss)
+            x, y = split_frames(videos.batch(start, batch), config)
+            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+            z = latents.infer(x, y).z
+            losses.append(torch.func.functional_call(model, buffers, (x, y, z)).loss)
     model.train()
     return torch.stack(losses).mean().item()
 
@@ -169,7 +183,7 @@ class _Log:
         rate = (step - self.step) * batch / (now - self.clock)
         self.clock, self.step = now, step
         self.bar.update(step - self.bar.n)
-        shown = {name: f"{value:.4f}" for name, value in means.items() if value}
+        shown = {name: f"{value:.4f}" if value > 1e-3 else f"{value:.1e}" for name, value in means.items() if value}
         self.bar.set_postfix({**shown, "videos/s": f"{rate:.0f}"}, refresh=False)
         self.write(step, {**means, "videos_per_second": rate})
 
@@ -188,15 +202,15 @@ class _Log:
         self.clock += time.perf_counter() - start
 
     @torch.no_grad()
-    def images(self, step: int, model: EnergyModel, videos: MovingMNIST, config: Config) -> None:
+    def images(self, step: int, model: EnergyModel, videos: MovingMNIST, config: Config, latents: Latents) -> None:
         """Input and target frames of eight held-out videos, and below each its prediction where there is a decoder."""
         if self.board is not None:
             frames = videos.batch(0, 8).frames
             lines = [frames]
             if model.decoder is not None:
                 model.eval()
-                x = frames[:, : config.data.frames_in]
-                lines.append(torch.cat([torch.zeros_like(x), model.decoder(model.predict(x)).clamp(0, 1)], dim=1))
+                x, y = frames.split([config.data.frames_in, config.data.frames_out], dim=1)
+                lines.append(torch.cat([torch.zeros_like(x), model.decoder(latents.predict(x, y)).clamp(0, 1)], dim=1))
                 model.train()
             grid = torch.stack(lines, dim=1).squeeze(3)  # (video, line, T, S, S)
             self.board.add_image("videos", grid.permute(0, 1, 3, 2, 4).flatten(0, 2).flatten(1), step, dataformats="HW")
@@ -254,8 +268,8 @@ def check_digits(run: Path, state: dict[str, Any], digits: Digits) -> None:
         )
 
 
-def _means(sums: Tensor, counted: int) -> dict[str, float]:
-    return dict(zip(Energy._fields, (sums / max(counted, 1)).tolist(), strict=True))
+def _means(names: Sequence[str], sums: Tensor, counted: int) -> dict[str, float]:
+    return dict(zip(names, (sums / max(counted, 1)).tolist(), strict=True))
 
 
 def _check_finite(values: dict[str, float], step: int, counted: int, run: Path) -> None:

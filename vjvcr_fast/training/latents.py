@@ -1,0 +1,141 @@
+"""Latent variables in training and after it: z* of a batch, the calibration of the L1 weight, the heads in use.
+
+A step infers z* = argmin_z E(x, y, z), equation (6), with every weight fixed, then updates the weights with z* fixed;
+no gradient flows through it. While training z* comes from the representations that the update sees, normalised by the
+batch's own statistics: z* from running statistics explains their difference too, and is worth less.
+
+Calibration of the L1 weight w [ours]. The paper chooses w for a fraction of zeros; which w that is depends on the scale
+of the representations and on how strongly the predictor answers to z, and both move while training. So w follows them:
+at every log line, where the host reads the sums of the steps anyway,
+
+    log w <- log w + GAIN (latent.zeros - fraction of zeros since the last line).
+
+The fraction answers to log w at once and by less than 1 / GAIN per unit, hence no oscillation. w is logged and kept in
+the checkpoint, and is what evaluation infers with. `latent.calibrate false` keeps `latent.weight`.
+
+The predictor decays [ours]. Unit columns alone do not hold z: z* is shrunk by the penalty, the layers behind learn to
+make up for it, z* shrinks further, and w runs after it (500-fold in 1,000 steps of the mini preset, direction then read
+from z* with 64% instead of 91%). A weight decay of the predictor alone, `latent.decay`, ends that; the encoder's
+weights, which carry what z is to say, do not decay.
+
+Heads out of use [ours]. A head that is never the best is never trained. At a log line, every head that fewer than DEAD
+of its share of the videos since the last line chose becomes a copy of the most used one, each weight perturbed by NOISE
+of the layer's standard deviation; Adam's moments are copied as they are. `latent.revive false` is the paper's.
+"""
+
+import math
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast.config import Config
+from vjvcr_fast.latents import DiscreteLatent, SparseLatent
+from vjvcr_fast.models.convnet import MLPPredictor
+from vjvcr_fast.models.energy import EnergyModel
+
+GAIN = 3.0
+LEAST, MOST = 1e-12, 1e12  # of w, where no w gives the fraction
+DEAD = 0.05
+NOISE = 0.05
+
+
+class Inferred(NamedTuple):
+    """z: (N, dim) or (N, heads) float32, or None without a latent. measured: (len(Latents.names),), means over N."""
+
+    z: Tensor | None
+    measured: Tensor
+
+
+class Latents:
+    """The latent variable of one run: `config.latent`, with what of it changes while training.
+
+    names: of what `infer` measures: "latent_energy", the energy that z* minimises with the L1 term in it, and
+    "zeros" or "head_0", "head_1", ..., the fraction of the videos that chose it. weight: of the L1 term, now.
+    """
+
+    def __init__(self, config: Config, model: EnergyModel) -> None:
+        self.settings, self.seed, self.model = config.latent, config.train.seed, model
+        self.predictor = cast(MLPPredictor, model.predictor)
+        self.weight = config.latent.weight
+        heads = [f"head_{i}" for i in range(config.latent.heads)]
+        self.names = {"none": [], "discrete": ["latent_energy", *heads], "sparse": ["latent_energy", "zeros"]}[
+            config.latent.kind
+        ]
+
+    @torch.no_grad()
+    def infer(self, x: Tensor, y: Tensor) -> Inferred:
+        """z* of videos x (N, T_x, C, S, S), y (N, T_y, C, S, S); the model is afterwards as it was.
+
+        Never waits for the device: where energies are not finite z* is 0, and the loss says so.
+        """
+        settings, model = self.settings, self.model
+        if settings.kind == "none":
+            return Inferred(None, x.new_empty(0))
+        latent: DiscreteLatent | SparseLatent = DiscreteLatent(settings.heads, check=False)
+        if settings.kind == "sparse":
+            latent = SparseLatent(
+                settings.dim,
+                self.weight,
+                settings.iterations,
+                method=settings.method,
+                nonnegative=settings.nonnegative,
+                step_rule=settings.step_rule,
+                lr=settings.step_size,
+                tolerance=settings.tolerance,
+                check=False,
+            )
+        h_y = self._encode(y) if model.terms.hidden else None
+        found = latent.infer_from(model, self._encode(x), h_y, y)
+        shares = found.z.mean(dim=0) if settings.kind == "discrete" else found.zeros.mean()[None]
+        return Inferred(found.z, torch.cat([found.energy.mean()[None], shares]))
+
+    def parameters(self) -> list[Any]:
+        """Of the model, for an optimizer: with a sparse latent the predictor's apart, for their own weight decay."""
+        if self.settings.kind != "sparse":
+            return list(self.model.parameters())
+        predictor = list(self.predictor.parameters())
+        others = [p for p in self.model.parameters() if all(p is not q for q in predictor)]
+        return [{"params": others}, {"params": predictor, "weight_decay": self.settings.decay}]
+
+    def predict(self, x: Tensor, y: Tensor) -> Tensor:
+        """Predicted representations of the target frames at z*, (N, T_y, d)."""
+        return self.model.predict(x, self.infer(x, y).z)
+
+    def project(self) -> None:
+        """After every update of the weights: the columns that z enters by are unit vectors again."""
+        self.predictor.normalize_latent()
+
+    def adapt(self, step: int, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """At a log line: calibrates or revives. means: of `names`, since the last line. Returns what to log besides."""
+        settings = self.settings
+        if settings.kind == "sparse":
+            used = self.weight
+            if settings.calibrate:
+                changed = used * math.exp(GAIN * (settings.zeros - means["zeros"]))
+                self.weight = min(max(changed, LEAST), MOST)
+            return {"latent_weight": used}
+        if settings.kind == "discrete" and settings.revive:
+            usage = [means[f"head_{i}"] for i in range(settings.heads)]
+            return {"revived": float(self._revive(usage, step, optimizer))}
+        return {}
+
+    def _encode(self, frames: Tensor) -> Tensor:
+        """As the model's encoder, in its mode, but the running statistics stay as they are."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.encoder.named_buffers()}
+        return torch.func.functional_call(self.model.encoder, buffers, (frames,))
+
+    @torch.no_grad()
+    def _revive(self, usage: list[float], step: int, optimizer: torch.optim.Optimizer) -> int:
+        """Copies the most used head into those out of use; returns how many those are."""
+        heads = self.predictor.last
+        dead = [i for i, share in enumerate(usage) if share < DEAD / len(usage)]
+        source = list(heads[max(range(len(usage)), key=usage.__getitem__)].parameters())
+        generator = torch.Generator().manual_seed(self.seed * 1_000_000_007 + step)
+        for i in dead:
+            for theirs, ours in zip(source, heads[i].parameters(), strict=True):
+                noise = torch.randn(theirs.shape, generator=generator).to(theirs)
+                ours.copy_(theirs + NOISE * theirs.std() * noise)
+                for name, moment in optimizer.state[theirs].items():
+                    optimizer.state[ours][name].copy_(moment)
+        return len(dead)
