@@ -301,7 +301,8 @@ def main() -> int:
     )
     parser.add_argument("--archs", default="80,90", help="compute capabilities (default: 80,90)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the table to FILE, too")
-    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default: 2)")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    parser.add_argument("--jobs", type=int, default=cores, help="processes that compile (default: one a core)")
     options = parser.parse_args()
     if INTERPRETED:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")

@@ -32,19 +32,33 @@ from vjvcr_fast.kernels.launch import (
     precision,
     shape_class,
 )
-from vjvcr_fast.kernels.moments import Incoming, Moments, Weights, coefficient, hinge_of, hinge_slope
+from vjvcr_fast.kernels.moments import (
+    AT_ONCE,
+    Incoming,
+    Moments,
+    Weights,
+    coefficient,
+    hinge_of,
+    hinge_slope,
+    mean_of_parts,
+    parts_of,
+    upper,
+)
 
 MOST_FEATURES = 256  # beyond it the library's product of d x d matrices is the better one
 PANEL, SPLIT_PANEL = 128, 64  # features of A's panel at most; of split operands
-JOINED = 16  # rows of A that a program of `_join` makes
+JOINED = 16  # rows and columns of A that a program of `_join` makes
+# Samples of a part whose products tensor cores sum, truncating, without splitting them: the bias grows with the length.
+MOST_SUMMED = 32768
 
 # -- On the device --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _shifted(base, start, last, stride_n, inside, first, shift, BK: tl.constexpr):
-    """Samples start .. start + BK of the features at base (BD,), less `first` and `shift`; zero from `last` on."""
-    rows = start + tl.arange(0, BK)
+def _shifted(base, start, every, last, stride_n, inside, first, shift, BK: tl.constexpr):
+    """BK samples, from `start` on one in `every`, of the features at base (BD,), less `first` and `shift`; zero from
+    `last` on."""
+    rows = start + tl.arange(0, BK) * every
     mask = (rows < last)[:, None] & inside[None, :]
     x = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
     return tl.where(mask, x - first[None, :] - shift[None, :], 0.0)
@@ -57,8 +71,8 @@ def _sums(
 ):  # fmt: skip
     """Adds to X_i'X_j, and elementwise to X_i, X_j and X_i^2, the samples start .. last."""
     for k in range(start, last, BK):
-        x_i = _shifted(base_i, k, last, stride_n, inside_i, first_i, shift_i, BK)
-        x_j = x_i if ONE_PANEL else _shifted(base_j, k, last, stride_n, inside_j, first_j, shift_j, BK)
+        x_i = _shifted(base_i, k, 1, last, stride_n, inside_i, first_i, shift_i, BK)
+        x_j = x_i if ONE_PANEL else _shifted(base_j, k, 1, last, stride_n, inside_j, first_j, shift_j, BK)
         product = tl.dot(tl.trans(x_i.to(DTYPE)), x_j.to(DTYPE), product, input_precision=PRECISION)
         sums_i += x_i
         squares_i += x_i * x_i
@@ -73,30 +87,32 @@ def _covariance(
     BK: tl.constexpr, SPAN: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     SHAPE,
 ):  # fmt: skip
-    """Panel (i, j), BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs on the
-    diagonal also write the samples' mean, from the time step's first sample, and s.
+    """Panel (i, j), i <= j, BD features each, of Z'Z over `rows` samples of one time step, centred over those; programs
+    on the diagonal also write the samples' mean, from the time step's first sample, and s.
 
-    Bytes: h once from memory, and 2 d / BD - 1 times more from the cache unless there is one panel; BD^2 x 4 a part.
+    Bytes: h once from memory, and d / BD times more from the cache unless there is one panel; BD^2 x 4 a part.
     """
     panels = tl.cdiv(d, BD)
+    pairs = panels * (panels + 1) // 2
     pid = tl.program_id(0)
-    pair = pid % (panels * panels)
-    i, j = pair // panels, pair % panels
-    t = (pid // (panels * panels)) % steps
-    part = pid // (panels * panels * steps)
+    i, j = upper(pid % pairs)
+    t = (pid // pairs) % steps
+    part = pid // (pairs * steps)
     cols_i, cols_j = i * BD + tl.arange(0, BD), j * BD + tl.arange(0, BD)
     inside_i, inside_j = cols_i < d, cols_j < d
     base = h + t.to(tl.int64) * stride_t
     base_i, base_j = base + cols_i, base + cols_j
     start = part * rows
     last = tl.minimum(start + rows, n)
-    # Sums stay of the size of sigma: from each sample goes the time step's first, and the mean of the part's first.
+    # Sums stay of the size of sigma: from each sample goes the time step's first, and the mean of a few of the part's,
+    # from all over it, since the batch may be sorted.
     few = tl.minimum(last - start, BK).to(tl.float32)
+    every = tl.maximum((last - start) // BK, 1)
     zero = tl.zeros((BD,), tl.float32)
     first_i = tl.load(base_i, mask=inside_i, other=0.0).to(tl.float32)
-    shift_i = tl.sum(_shifted(base_i, start, last, stride_n, inside_i, first_i, zero, BK), axis=0) / few
+    shift_i = tl.sum(_shifted(base_i, start, every, last, stride_n, inside_i, first_i, zero, BK), axis=0) / few
     first_j = tl.load(base_j, mask=inside_j, other=0.0).to(tl.float32)
-    shift_j = tl.sum(_shifted(base_j, start, last, stride_n, inside_j, first_j, zero, BK), axis=0) / few
+    shift_j = tl.sum(_shifted(base_j, start, every, last, stride_n, inside_j, first_j, zero, BK), axis=0) / few
 
     product = tl.zeros((BD, BD), tl.float32)
     sums_i = tl.zeros((BK, BD), tl.float32)
@@ -131,40 +147,47 @@ def _covariance(
 @entry
 def _join(
     part_products, part_means, part_squares, product, means, squares, hinges, norms, parts, rows, n, steps, d,
-    threshold, eps, BR: tl.constexpr, BD: tl.constexpr,
+    threshold, eps, panel, BR: tl.constexpr,
 ):  # fmt: skip
-    """BR rows of A, with their features' mean, s, sum of hinges and sum of A^2. Bytes: 4 (parts + 1) an entry."""
+    """BR x BR of A, with the sum of its squares; programs of the first column also write their features' mean, s and
+    sum of hinges. Panels of `panel` features below the diagonal are read from those above it. Bytes: 4 (parts + 1) an
+    entry."""
     blocks = tl.cdiv(d, BR)
     pid = tl.program_id(0)
-    t, block = pid // blocks, pid % blocks
-    r, c = block * BR + tl.arange(0, BR), tl.arange(0, BD)
+    t, block, beside = pid // (blocks * blocks), pid // blocks % blocks, pid % blocks
+    r, c = block * BR + tl.arange(0, BR), beside * BR + tl.arange(0, BR)
     inside_r, inside_c = r < d, c < d
+    mean_r = mean_of_parts(part_means, r, inside_r, t, parts, rows, n, steps, d, BR)
+    mean_c = mean_of_parts(part_means, c, inside_c, t, parts, rows, n, steps, d, BR)
+    below = (r // panel)[:, None] > (c // panel)[None, :]
+    entry = tl.where(below, c[None, :] * d + r[:, None], r[:, None] * d + c[None, :])
     mask = inside_r[:, None] & inside_c[None, :]
-    mean_r, mean_c = tl.zeros((BR,), tl.float32), tl.zeros((BD,), tl.float32)
-    for part in range(parts):
-        slot = (part * steps + t).to(tl.int64)
-        share = tl.minimum(n - part * rows, rows).to(tl.float32) / n
-        mean_r += share * tl.load(part_means + slot * d + r, mask=inside_r, other=0.0)
-        mean_c += share * tl.load(part_means + slot * d + c, mask=inside_c, other=0.0)
-    A = tl.zeros((BR, BD), tl.float32)
+    A = tl.zeros((BR, BR), tl.float32)
     square = tl.zeros((BR,), tl.float32)
-    for part in range(parts):
-        slot = (part * steps + t).to(tl.int64)
-        count = tl.minimum(n - part * rows, rows).to(tl.float32)
-        off_r = tl.load(part_means + slot * d + r, mask=inside_r, other=0.0) - mean_r
-        off_c = tl.load(part_means + slot * d + c, mask=inside_c, other=0.0) - mean_c
-        A += tl.load(part_products + slot * d * d + r[:, None] * d + c[None, :], mask=mask, other=0.0)
-        A += count * off_r[:, None] * off_c[None, :]
-        square += tl.load(part_squares + slot * d + r, mask=inside_r, other=0.0) + count * off_r * off_r
-    A = tl.where(r[:, None] == c[None, :], 0.0, A)
+    for start in range(0, parts, AT_ONCE):
+        at_r, mask_r, count = parts_of(start, r, inside_r, t, parts, rows, n, steps, d)
+        at_c, mask_c, count = parts_of(start, c, inside_c, t, parts, rows, n, steps, d)
+        off_r = tl.where(mask_r, tl.load(part_means + at_r, mask=mask_r, other=0.0) - mean_r[None, :], 0.0)
+        off_c = tl.where(mask_c, tl.load(part_means + at_c, mask=mask_c, other=0.0) - mean_c[None, :], 0.0)
+        part = start + tl.arange(0, AT_ONCE)
+        slot = (part.to(tl.int64) * steps + t)[:, None, None] * d * d
+        there = (part < parts)[:, None, None] & mask[None, :, :]
+        products = tl.load(part_products + slot + entry[None, :, :], mask=there, other=0.0)
+        A += tl.sum(products + (count[:, None] * off_r)[:, :, None] * off_c[:, None, :], axis=0)
+        square += tl.sum(
+            tl.load(part_squares + at_r, mask=mask_r, other=0.0) + count[:, None] * off_r * off_r, axis=0
+        )  # fmt: skip
+    A = tl.where(r[:, None] == c[None, :], A * 0.0, A)  # NaN stays NaN
     A = tl.where(mask, A, 0.0)
     tl.store(norms + pid, tl.sum(A * A))
     to = product + t.to(tl.int64) * d * d + r[:, None] * d + c[None, :]
     tl.store(to, A.to(product.dtype.element_ty), mask=mask)
-    to = t.to(tl.int64) * d + r
-    tl.store(means + to, mean_r, mask=inside_r)
-    tl.store(squares + to, square, mask=inside_r)
-    tl.store(hinges + pid, tl.sum(tl.where(inside_r, hinge_of(square, n, threshold, eps), 0.0)))
+    if beside == 0:
+        feature = t.to(tl.int64) * d + r
+        tl.store(means + feature, mean_r, mask=inside_r)
+        tl.store(squares + feature, square, mask=inside_r)
+        hinge = tl.where(inside_r, hinge_of(square, n, threshold, eps), 0.0)
+        tl.store(hinges + t * blocks + block, tl.sum(hinge))
 
 
 @triton.jit
@@ -244,12 +267,12 @@ COVARIANCE: dict[tuple[Mode, int], list[Config]] = {
     **{(mode, 32): [config(4, 3, 2, BK=64)] for mode in ("bf16", "tf32")},
     ("tf32x3", 32): [config(8, 3, 1, BK=64)],
     ("bf16", 64): [config(4, 3, 2, BK=64), config(8, 3, 1, BK=128)],
-    ("tf32", 64): [config(4, 2, 2, BK=64), config(8, 3, 1, BK=64)],
+    ("tf32", 64): [config(4, 2, 2, BK=64), config(8, 3, 1, archs=(90,), BK=64)],
     ("tf32x3", 64): [config(8, 3, 1, BK=16), config(8, 3, 1, BK=32, archs=(90,))],
     ("bf16", 128): [config(8, 2, 1, BK=32)],
     ("tf32", 128): [config(8, 3, 1, BK=16), config(8, 2, 1, archs=(90,), BK=32)],
 }
-JOIN: dict[int, list[Config]] = {bd: [config(4, 1, 2, BR=JOINED, BD=bd)] for bd in (16, 32, 64, 128, 256)}
+JOIN = [config(4, 1, 2, BR=JOINED)]
 GRADIENT: dict[tuple[Mode, int], list[Config]] = {
     **{(mode, 16): [config(4, 2, 4, BN=128, BC=16, BK=16)] for mode in _MODES},
     **{(mode, 32): [config(8, 2, 2, BN=128, BC=32, BK=32), config(4, 2, 3, BN=64, BC=32, BK=32)] for mode in _MODES},
@@ -275,8 +298,10 @@ def covariance(h: Tensor, weights: Weights) -> Covariance:
     n, steps, d = h.shape
     mode = mode_of(h)
     bd = min(panel(d), SPLIT_PANEL) if mode == "tf32x3" else panel(d)
-    pairs = triton.cdiv(d, bd) ** 2
-    rows = triton.cdiv(n, enough_parts(steps * pairs, n, 256, h.device))
+    panels = triton.cdiv(d, bd)
+    pairs = panels * (panels + 1) // 2
+    blocks, cost = COVARIANCE[mode, bd][0].blocks, 4 * d / (n * h.element_size())
+    rows = min(triton.cdiv(n, enough_parts(steps * pairs, n, 256, h.device, blocks, cost)), MOST_SUMMED)
     parts = triton.cdiv(n, rows)
     part_products = torch.empty(parts, steps, d, d, device=h.device)
     part_means = torch.empty(parts, steps, d, device=h.device)
@@ -288,12 +313,14 @@ def covariance(h: Tensor, weights: Weights) -> Covariance:
     )  # fmt: skip
     product = torch.empty(steps, d, d, dtype=operand_dtype(mode), device=h.device)
     means = torch.empty(steps, d, device=h.device)
-    norms = torch.empty(steps * triton.cdiv(d, JOINED), device=h.device)
-    moments = Moments(means, torch.empty_like(means), torch.empty_like(norms), torch.empty_like(norms))
+    blocks = triton.cdiv(d, JOINED)
+    norms = torch.empty(steps * blocks * blocks, device=h.device)
+    hinges = torch.empty(steps * blocks, device=h.device)
+    moments = Moments(means, torch.empty_like(means), hinges, hinges)  # this form needs no sums of s^2
     launch(
-        _join, JOIN[triton.next_power_of_2(max(d, 16))], lambda meta: norms.numel(),
+        _join, JOIN, lambda meta: norms.numel(),
         part_products, part_means, part_squares, product, moments.means, moments.squares, moments.hinges, norms, parts,
-        rows, n, steps, d, weights.threshold, weights.eps,
+        rows, n, steps, d, weights.threshold, weights.eps, bd,
     )  # fmt: skip
     return Covariance(product, moments, norms)
 

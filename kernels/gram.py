@@ -44,18 +44,12 @@ from vjvcr_fast.kernels.moments import (
     empty_moments,
     hinge_slope,
     merge,
+    upper,
 )
 
 MOST_SAMPLES = 1024  # beyond it the library's product of N x N matrices is the better one
 
 # -- On the device --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _upper(p):
-    """(i, j), i <= j, of the p-th tile on or above the diagonal, column by column."""
-    j = ((tl.sqrt_rn(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
-    return p - j * (j + 1) // 2, j
 
 
 @triton.jit
@@ -136,7 +130,7 @@ def _tiles(
     pairs = panels * (panels + 1) // 2
     pid = tl.program_id(0)
     pair = pid % pairs
-    i, j = _upper(pair)
+    i, j = upper(pair)
     t = (pid // pairs) % steps
     part = pid // (pairs * steps)
     rows_i, rows_j = i * BN + tl.arange(0, BN), j * BN + tl.arange(0, BN)
@@ -179,7 +173,7 @@ def _finish(
     pid = tl.program_id(0)
     if pid < steps * pairs:
         t, pair = pid // pairs, pid % pairs
-        i, j = _upper(pair)
+        i, j = upper(pair)
         inner = tl.arange(0, BN)
         rows_i, rows_j = i * BN + inner, j * BN + inner
         mask = (rows_i < n)[:, None] & (rows_j < pitch)[None, :]
@@ -324,7 +318,10 @@ def gram(h: Tensor, weights: Weights) -> Gram:
     panels = next((p for p in (PANELS[:3] if narrow else PANELS) if n <= sum(p)), None)
     tile = min(panels[0], 64) if panels else 64 if narrow else TILE
     pairs = _pairs(n, tile)
-    parts = enough_parts(steps if panels else steps * pairs, d, 128, h.device)
+    table = WHOLE[mode, panels] if panels else TILES[mode, tile]
+    # A part of K, its upper half in float32, over the samples, which every pair of tiles reads.
+    cost = 2 * n / (d * h.element_size())
+    parts = enough_parts(steps if panels else steps * pairs, d, 128, h.device, table[0].blocks, cost)
     if mode == "tf32x3":
         parts = max(parts, triton.cdiv(d, SUMMED))
     width = 64 * triton.cdiv(d, 64 * parts)
@@ -337,13 +334,13 @@ def gram(h: Tensor, weights: Weights) -> Gram:
     common: dict[str, object] = {**precision(mode), "SHAPE": shape_class(n, steps, d)}
     if panels:
         launch(
-            _whole, WHOLE[mode, panels], lambda meta: steps * parts,
+            _whole, table, lambda meta: steps * parts,
             h, part_products, part_means, part_squares, *h.stride()[:2], n, steps, d, pitch(n), width, parts,
             BN=panels[0], BM=panels[1], **common,
         )  # fmt: skip
     else:
         launch(
-            _tiles, TILES[mode, tile], lambda meta: steps * parts * pairs,
+            _tiles, table, lambda meta: steps * parts * pairs,
             h, part_products, sums, part_means, part_squares, *h.stride()[:2], n, steps, d, pitch(n), width, BN=tile,
             **common,
         )  # fmt: skip

@@ -2,10 +2,12 @@
 
 Which configuration is fastest depends on the shape, so most kernels have two or three: triton.autotune times them on
 the first call of a shape class and keeps its choice, on disk too. Different ones add in different orders: under
-torch.use_deterministic_algorithms the first is taken untimed, so that every process rounds alike.
+torch.use_deterministic_algorithms the first is taken untimed, so that every process rounds alike. So it is where a
+CUDA graph is captured, which cannot be timed: a pass before the capture makes the choice.
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -118,23 +120,54 @@ def launch(
     if recorded is not None:
         recorded.launches.append(Launch(kernel, configs, args, constants))
         return
+    chosen = configs[0]
     if len(configs) > 1 and not INTERPRETED and not torch.are_deterministic_algorithms_enabled():
-        _autotuned(kernel, configs)[lambda meta: (programs(meta),)](*args, **constants)
-        return
-    first = configs[0]
-    meta = dict(first.tiles) | constants
-    kernel[(programs(meta),)](*args, **meta, num_warps=first.warps, num_stages=first.stages)
+        chosen = _fastest(kernel, configs, programs, args, constants)
+    meta = dict(chosen.tiles) | constants
+    kernel[(programs(meta),)](*args, **meta, num_warps=chosen.warps, num_stages=chosen.stages)
+
+
+_choices: dict[tuple[Any, ...], Config] = {}
+_tuning = threading.Lock()  # triton's autotuner keeps what it is timing in itself
+
+
+def _fastest(
+    kernel: Any,
+    configs: tuple[Config, ...],
+    programs: Callable[[dict[str, Any]], int],
+    args: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> Config:
+    """Timed on these arguments the first time, which computes what a launch does; then as it was."""
+    tensors = tuple(a.dtype for a in args if isinstance(a, Tensor))
+    key = (kernel, configs, args[0].device, tensors, *constants.items())
+    if key not in _choices:
+        if torch.cuda.is_current_stream_capturing():
+            return configs[0]
+        with _tuning:
+            # DTYPE, which no file can hold, follows from the tensors' dtypes.
+            tuner = _autotuned(kernel, configs, tuple(k for k, v in constants.items() if isinstance(v, int | str)))
+            tuner[lambda meta: (programs(meta),)](*args, **constants)
+            best = tuner.best_config
+            _choices[key] = next(
+                c
+                for c in configs
+                if (dict(c.tiles), c.warps, c.stages) == (best.kwargs, best.num_warps, best.num_stages)
+            )
+    return _choices[key]
 
 
 @functools.cache
-def _autotuned(kernel: Any, configs: tuple[Config, ...]) -> Any:
+def _autotuned(kernel: Any, configs: tuple[Config, ...], names: tuple[str, ...]) -> Any:
+    """names: of the constants, whose values a choice is made for."""
     choices = [triton.Config(dict(c.tiles), num_warps=c.warps, num_stages=c.stages) for c in configs]
-    return triton.autotune(choices, key=["SHAPE"], cache_results=True)(kernel)
+    return triton.autotune(choices, key=list(names), cache_results=True)(kernel)
 
 
 def fitting(configs: Sequence[Config], tensor: Tensor) -> tuple[Config, ...]:
-    """Those for the tensor's rows and device; newer architectures take what the newest listed one does."""
-    arch = 90 if architecture(tensor.device) >= 90 else 80
+    """Those for the tensor's rows and device. Newer architectures take what the newest listed one does, but 120, which
+    has no more shared memory than 86."""
+    arch = 90 if 90 <= architecture(tensor.device) < 120 else 80
     aligned = tensor.ndim > 0 and tensor.shape[-1] % 16 == 0
     return tuple(c for c in configs if arch in c.archs and (aligned or not c.aligned))
 
@@ -169,8 +202,20 @@ def cache_bytes(device: torch.device) -> int:
     return 1 << 15 if INTERPRETED else 50 << 20
 
 
-def enough_parts(programs: int, length: int, least: int, device: torch.device) -> int:
-    """Into how many parts to cut a sum of `length` so that `programs` times as many programs fill the device about
-    twice, none shorter than `least`."""
-    wanted = triton.cdiv(2 * multiprocessors(device), programs)
-    return max(1, min(wanted, triton.cdiv(length, least)))
+def enough_parts(programs: int, length: int, least: int, device: torch.device, blocks: int, cost: float) -> int:
+    """Into how many parts to cut a sum of `length`, none shorter than `least`, each of `programs` programs of which
+    `blocks` share a multiprocessor: programs that fill the last wave, against what a part costs.
+
+    cost: of a part, which is written and read once more, over that of all that is read: bytes by bytes, halved, since
+    parts stay in the cache.
+    """
+    return _enough_parts(programs, triton.cdiv(length, least), blocks * multiprocessors(device), cost)
+
+
+@functools.cache
+def _enough_parts(programs: int, most: int, slots: int, cost: float) -> int:
+    most = min(most, triton.cdiv(4 * slots, programs))  # four waves: the last one's emptiness costs little
+    return min(
+        range(1, most + 1),
+        key=lambda parts: triton.cdiv(programs * parts, slots) * slots / (programs * parts) + cost * parts,
+    )

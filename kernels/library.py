@@ -55,7 +55,7 @@ def product(h: Tensor, weights: Weights, gram: bool) -> tuple[Tensor, Moments, T
     # Rounded to bfloat16 for the gradient's product only: the penalty is summed before.
     matrix = torch.bmm(left, right, out_dtype=torch.float32) if z.dtype == torch.bfloat16 else torch.bmm(left, right)
     if not gram:
-        matrix.diagonal(dim1=1, dim2=2).zero_()
+        matrix.diagonal(dim1=1, dim2=2).mul_(0)  # NaN stays NaN
     return matrix.to(z.dtype), found, torch.linalg.vector_norm(matrix, dim=2).square().flatten()
 
 

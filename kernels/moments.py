@@ -46,6 +46,7 @@ class Incoming(NamedTuple):
 
 
 MERGED = 256  # features a program joins
+AT_ONCE = tl.constexpr(8)  # parts that are loaded before the first is needed: one after the other they would wait
 
 
 # -- On the device --------------------------------------------------------------------------------------------------
@@ -85,23 +86,46 @@ def coefficient(g_loss, g_term, weight, scale):
 
 
 @triton.jit
+def upper(p):
+    """(i, j), i <= j, of the p-th tile of a matrix on or above the diagonal, column by column."""
+    j = ((tl.sqrt_rn(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
+    return p - j * (j + 1) // 2, j
+
+
+@triton.jit
+def parts_of(start, cols, inside, t, parts, rows, n, steps, d):
+    """The next AT_ONCE parts of a time step: where they have `cols`, (AT_ONCE, features), which are there, and of how
+    many samples each is."""
+    part = start + tl.arange(0, AT_ONCE)
+    at = (part.to(tl.int64) * steps + t)[:, None] * d + cols[None, :]
+    return at, (part < parts)[:, None] & inside[None, :], tl.minimum(n - part * rows, rows).to(tl.float32)
+
+
+@triton.jit
+def mean_of_parts(part_means, cols, inside, t, parts, rows, n, steps, d, BD: tl.constexpr):
+    """Means of BD features over all samples, from those of parts of `rows` samples."""
+    mean = tl.zeros((BD,), tl.float32)
+    for start in range(0, parts, AT_ONCE):
+        at, mask, count = parts_of(start, cols, inside, t, parts, rows, n, steps, d)
+        mean += tl.sum((count / n)[:, None] * tl.load(part_means + at, mask=mask, other=0.0), axis=0)
+    return mean
+
+
+@triton.jit
 def merge(
     part_means, part_squares, means, squares, hinges, fourths, t, block, blocks, parts, rows, n, steps, d, threshold,
     eps, BD: tl.constexpr,
 ):  # fmt: skip
     """Joins `parts` parts of `rows` samples each, for BD features of one time step: their means and s, and the block's
-    sums of hinges and of s^2. Bytes: 8 (parts + 1) a feature."""
+    sums of hinges and of s^2. Bytes: 8 parts + 8 a feature, and 4 parts again from the cache."""
     cols = block * BD + tl.arange(0, BD)
     inside = cols < d
-    mean = tl.zeros((BD,), tl.float32)
+    mean = mean_of_parts(part_means, cols, inside, t, parts, rows, n, steps, d, BD)
     square = tl.zeros((BD,), tl.float32)
-    count = 0.0
-    for part in range(parts):
-        at = (part * steps + t).to(tl.int64) * d + cols
-        more = tl.minimum(n - part * rows, rows).to(tl.float32)
-        part_mean = tl.load(part_means + at, mask=inside, other=0.0)
-        part_square = tl.load(part_squares + at, mask=inside, other=0.0)
-        mean, square, count = joined(mean, square, count, part_mean, part_square, more)
+    for start in range(0, parts, AT_ONCE):
+        at, mask, count = parts_of(start, cols, inside, t, parts, rows, n, steps, d)
+        off = tl.where(mask, tl.load(part_means + at, mask=mask, other=0.0) - mean[None, :], 0.0)
+        square += tl.sum(tl.load(part_squares + at, mask=mask, other=0.0) + count[:, None] * off * off, axis=0)
     to = t.to(tl.int64) * d + cols
     tl.store(means + to, mean, mask=inside)
     tl.store(squares + to, square, mask=inside)
@@ -227,7 +251,8 @@ SCALE = [config(4, 1, 8, BLOCK=4096)]
 def moments(h: Tensor, weights: Weights) -> Moments:
     """Of h (N, T, d)."""
     n, steps, d = h.shape
-    parts = enough_parts(steps * triton.cdiv(d, 128), n, 512, h.device)
+    programs, cost = steps * triton.cdiv(d, 128), 8 / (n * h.element_size())
+    parts = enough_parts(programs, n, 512, h.device, MOMENTS[0].blocks, cost)
     rows = triton.cdiv(n, parts)
     parts = triton.cdiv(n, rows)
     part_means = torch.empty(parts, steps, d, device=h.device)

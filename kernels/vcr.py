@@ -1,5 +1,6 @@
 """The loss and its gradient for tensors that share N and d: which kernel serves which shape."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,7 +18,7 @@ from vjvcr_fast.kernels.moments import (
     scale_,
 )
 
-__all__ = ["Incoming", "Weights", "backward", "forward", "forward_with_gradient", "route", "scale_"]
+__all__ = ["Incoming", "Weights", "backward", "forward", "forward_with_gradient", "like", "route", "scale_"]
 
 KEPT = 3  # tensors that backward needs of each h: product, means, squares
 
@@ -55,19 +56,20 @@ def _forward(h: Tensor, weights: Weights, use_gram: bool) -> tuple[Tensor, Momen
 
 
 def forward_with_gradient(
-    hs: Sequence[Tensor], weights: Weights, use_gram: bool
+    hs: Sequence[Tensor], weights: Weights, use_gram: bool, needed: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """`forward`, and after what it keeps the gradient of the loss for each h, made a block of time steps at a time
-    while the block is in the GPU's cache."""
+    """`forward`, and after what it keeps the gradient of the loss for each h, empty where it is not needed, made a
+    block of time steps at a time while the block is in the GPU's cache."""
     one = torch.ones((), device=hs[0].device)
     incoming, count = Incoming(one, None, None), _count(hs)
     found, kept, gradients = [], [], []
-    for h in hs:
-        out = torch.empty_like(h)
+    for h, need in zip(hs, needed, strict=True):
+        out = like(h) if need else h.new_empty(0)
         blocks = []
-        for at in _blocks(h):
+        for at in _blocks(h, weights, use_gram):
             product, block, norms = _forward(h[:, at], weights, use_gram)
-            _backward(h[:, at], product, block.means, block.squares, out[:, at], incoming, weights, use_gram, count)
+            if need:
+                _backward(h[:, at], product, block.means, block.squares, out[:, at], incoming, weights, use_gram, count)
             found.append((block, norms))
             blocks.append((product, block.means, block.squares))
         kept += [torch.cat(tensors) for tensors in zip(*blocks, strict=True)] if len(blocks) > 1 else blocks[0]
@@ -76,21 +78,28 @@ def forward_with_gradient(
     return *terms, kept + gradients
 
 
-def _blocks(h: Tensor) -> Iterator[slice]:
-    """Time steps of h (N, T, d) whose samples fill half of the cache, evenly many in each block."""
+def _blocks(h: Tensor, weights: Weights, use_gram: bool) -> Iterator[slice]:
+    """Time steps of h (N, T, d) that fit the cache with their gradient and their product, evenly many in each block."""
     n, steps, d = h.shape
-    fit = max(1, cache_bytes(h.device) // 2 // (n * d * h.element_size()))
+    product = math.prod(product_shape(n, 1, d, use_gram)) if weights.covariance else 0
+    fit = max(1, cache_bytes(h.device) // (2 * n * d * h.element_size() + 8 * product))
     width = triton.cdiv(steps, triton.cdiv(steps, fit))
     return (slice(start, start + width) for start in range(0, steps, width))
 
 
 def backward(
-    hs: Sequence[Tensor], kept: Sequence[Tensor], incoming: Incoming, weights: Weights, use_gram: bool
+    hs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    incoming: Incoming,
+    weights: Weights,
+    use_gram: bool,
+    needed: Sequence[bool],
 ) -> list[Tensor]:
-    """dL/dh for each h, in its dtype and, where it is dense, its strides."""
-    outs = [torch.empty_like(h) for h in hs]
+    """dL/dh for each h, in its dtype and, where it is dense, its strides; empty where it is not needed."""
+    outs = [like(h) if need else h.new_empty(0) for h, need in zip(hs, needed, strict=True)]
     for i, (h, out) in enumerate(zip(hs, outs, strict=True)):
-        _backward(h, *kept[KEPT * i : KEPT * (i + 1)], out, incoming, weights, use_gram, _count(hs))
+        if needed[i]:
+            _backward(h, *kept[KEPT * i : KEPT * (i + 1)], out, incoming, weights, use_gram, _count(hs))
     return outs
 
 
@@ -98,7 +107,10 @@ def _backward(
     h: Tensor, product: Tensor, means: Tensor, squares: Tensor, out: Tensor, incoming: Incoming, weights: Weights,
     use_gram: bool, count: int,
 ) -> None:  # fmt: skip
-    if not weights.covariance:
+    # A term that nobody used has no part in the gradient, not even 0 * NaN.
+    if incoming.loss is None and incoming.variance is None:
+        weights = weights._replace(variance=False)
+    if not weights.covariance or (incoming.loss is None and incoming.covariance is None):
         hinge_gradient(h, means, squares, out, incoming, weights, count)
         return
     arguments = h, product, means, squares, out, incoming, weights, count
@@ -107,6 +119,13 @@ def _backward(
         library.gradient(*arguments, use_gram)
     else:
         (gram if where == "gram" else covariance).gradient(*arguments)
+
+
+def like(h: Tensor) -> Tensor:
+    """For a gradient: h's strides where it is dense, and features side by side, which h's may not be for d = 1 and are
+    not in what torch makes like windows that overlap."""
+    out = torch.empty_like(h)
+    return out if out.stride(-1) == 1 else torch.empty(h.shape, dtype=h.dtype, device=h.device)
 
 
 def _count(hs: Sequence[Tensor]) -> int:

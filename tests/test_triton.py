@@ -8,6 +8,7 @@ which test_interpreted.py does. The interpreter rounds no product and hides no N
 the class at the end needs it.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,7 @@ if not INTERPRETED and not torch.cuda.is_available():
         pytest.fail(reason, pytrace=False)
     pytest.skip(reason, allow_module_level=True)
 
+triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("vjvcr_fast.kernels.vcr")
 launch = pytest.importorskip("vjvcr_fast.kernels.launch")
 aot = pytest.importorskip("vjvcr_fast.kernels.aot")
@@ -193,7 +195,7 @@ def test_shapes_reach_every_configuration(arch):
             for covariance in (True, False):
                 weights = kernels.Weights(ALPHA, BETA, 1.0, 1e-4, covariance=covariance)
                 kept = kernels.forward([h], weights, gram)[3]
-                kernels.backward([h], kept, kernels.Incoming(g, None, None), weights, gram)
+                kernels.backward([h], kept, kernels.Incoming(g, None, None), weights, gram, [True])
             kernels.scale_(h, g)
     reached = {id(c) for made in launches for c in made.configs}
     planned = {
@@ -311,6 +313,28 @@ class TestNumbers:
             assert gradient[:, 0].isfinite().all(), "other time steps are independent"
 
     @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_nan_of_a_single_feature_is_not_off_the_diagonal_only(self, form):
+        h = random(6, 2, 1)
+        h[1, 1, 0] = torch.nan
+        assert fused(h, form=form).covariance.isnan()
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_term_that_nobody_uses_has_no_part_in_the_gradient(self, form):
+        """Without eps a constant feature's sigma has no slope; the covariance penalty's gradient does not see it. And
+        where its squares overflow, the hinge is still flat."""
+        h = random(*WIDE)
+        h[:, 1, 0] = 1.0
+        h.requires_grad_()
+        terms = vcr_loss(h, alpha=ALPHA, beta=BETA, eps=0.0, form=form, backend="triton")
+        (gradient,) = gradients(terms, [h], (None, None, 2.0))
+        assert relative(gradient, 2 * judge(h).gradients[2]) <= tolerances.TF32X3
+        large = (1e12 * random(*WIDE)).requires_grad_()
+        (gradient,) = gradients(fused(large, form=form), [large], (None, 2.0, None))
+        assert not gradient.any()
+
+    @pytest.mark.usefixtures("route")
     @pytest.mark.parametrize("function", [variance_hinge, covariance_penalty])
     @pytest.mark.parametrize("shape", [WIDE, TALL, (1100, 1, 5)])
     def test_terms_on_their_own(self, shape, function):
@@ -337,6 +361,7 @@ LAYOUTS = {
     "every second feature": lambda h: placed(h, steps=(1, 1, 2)),
     "expanded over T": lambda h: h[:, :1].expand_as(h),
     "expanded over d": lambda h: h[..., :1].expand_as(h),
+    "windows that overlap": lambda h: h.flatten(1).unfold(1, h.shape[2], 1)[:, : h.shape[1]],
 }
 
 
@@ -397,6 +422,43 @@ def test_strides_beyond_32_bits(strides, form):
         pytest.skip("5.4 GB of addresses are not to be had")
     h = memory.as_strided((6, 6, 9), strides)
     assert_agrees(h.copy_(random(6, 6, 9)), form)
+
+
+# -- Choosing a configuration -----------------------------------------------------------------------------------------
+
+
+def test_a_choice_is_made_once_for_a_shape_class_a_precision_and_a_dtype(monkeypatch):
+    """And none while a graph is captured, which cannot be timed. The disk cache writes the key as JSON."""
+    first, second = configs = (launch.config(4, 3, 2, BK=32), launch.config(8, 2, 1, BK=64))
+    timed, capturing = [], [True]
+
+    class Tuner:
+        def __init__(self, kernel, choices, names):
+            self.names, self.best_config = names, triton.Config(dict(second.tiles), num_warps=8, num_stages=2)
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: timed.append(json.dumps({name: constants[name] for name in self.names}))
+
+    monkeypatch.setattr(launch, "_autotuned", Tuner)
+    monkeypatch.setattr(launch, "_choices", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def choose(dtype: torch.dtype = torch.float32, **constants: object) -> object:
+        h = torch.empty(4, dtype=dtype)
+        return launch._fastest(
+            "kernel", configs, lambda meta: 1, (h, 1), {"DTYPE": triton.language.float32, **constants}
+        )
+
+    assert choose(SHAPE=1, PRECISION="tf32") is first
+    assert not timed
+    capturing[0] = False
+    assert choose(SHAPE=1, PRECISION="tf32") is second
+    capturing[0] = True
+    assert choose(SHAPE=1, PRECISION="tf32") is second, "made before the capture"
+    capturing[0] = False
+    for others in ({"PRECISION": "tf32x3"}, {"SHAPE": 2}, {"HINGE": False}, {"dtype": torch.float16}):
+        choose(**{"SHAPE": 1, "PRECISION": "tf32", **others})
+    assert len(timed) == 5
 
 
 # -- What surrounds the numbers -------------------------------------------------------------------------------------
@@ -540,12 +602,13 @@ class TestInterfaces:
         """Schema, fake kernel and autograd agree with what the operators do."""
         hs = [random(5, 3, 9), placed(random(5, 2, 9, seed=1), (1, 0, 2))]
         weights = (ALPHA, BETA, 1.0, 1e-4, gram, True, covariance)
-        arguments = ([h.clone().requires_grad_() for h in hs], *weights, gradient)
+        arguments = ([h.clone().requires_grad_() for h in hs], *weights, [gradient, False])
         assert set(torch.library.opcheck(torch.ops.vjvcr.vcr.default, arguments).values()) == {"SUCCESS"}
-        kept = ops.vcr(hs, *weights, False)[3]
+        kept = ops.vcr(hs, *weights, [False, False])[3]
         g = torch.tensor(2.0, device=DEVICE)
         for incoming in ((g, None, None), (None, g, g)):
-            found = torch.library.opcheck(torch.ops.vjvcr.vcr_backward.default, (hs, kept, *incoming, *weights))
+            arguments = (hs, kept, *incoming, *weights, [True, gradient])
+            found = torch.library.opcheck(torch.ops.vjvcr.vcr_backward.default, arguments)
             assert set(found.values()) == {"SUCCESS"}
 
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
@@ -712,6 +775,12 @@ class TestCuda:
     @pytest.mark.parametrize("shape", [(160, 3, 512), (300, 2, 512), (2000, 2, 256), (1100, 1, 1200), (600, 2, 300)])
     def test_half_precision(self, shape, dtype):
         assert_agrees(random(*shape, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_a_sorted_batch(self, dtype):
+        """The first samples are far from the rest of their part: no reason to round more."""
+        h = random(40_000, 1, 64) + torch.linspace(-3, 3, 40_000, device=DEVICE)[:, None, None]
+        assert_agrees(h.to(dtype))
 
     def test_auto_chooses_it(self):
         h = random(*WIDE)

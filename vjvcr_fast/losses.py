@@ -236,9 +236,9 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
         # The compiler's graphs keep what forward makes alive for long, and may not change it in place; a float16
         # gradient that waits for its loss scale underflows.
         early = gradient == "forward" and hs[0].dtype != torch.float16 and not torch.compiler.is_compiling()
-        settings = settings._replace(gradient=wanted and early)
+        made = [wanted and early and h.requires_grad for h in hs]
         # Features that are not side by side are copied once: read in place, they would cost several times their bytes.
-        return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
+        return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings[:-1], made)[:3])
     if torch.compiler.is_compiling() and not wanted:
         # Where nothing needs a gradient the compiler inlines forward, and counts *hs as one argument to tell whether
         # it takes a context: it breaks on a sequence. There is nothing to differentiate: no Function is needed.
