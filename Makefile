@@ -57,6 +57,7 @@ bench: $(VENV)/.dev  ## benchmarks against the reference; writes benchmarks/resu
 
 # A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
 GPU_VENV := .venv-gpu
+WITHOUT_GPU := tests/test_aot.py tests/test_interpreted.py
 GPU := $(GPU_VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
@@ -72,10 +73,14 @@ has-gpu:
 
 gpu: started := $(shell date +%s)
 gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torch: all tests and benchmarks
-	@failed=; \
-	FAIL_WITHOUT_CUDA=1 $(GPU) -m pytest -m "not slow" $(ARGS) || failed="$$failed tests"; \
+	@failed=; log=$$(mktemp); at() { echo "make gpu: $$1 after $$(($$(date +%s) - $(started))) s"; }; \
+	$(GPU) -m pytest -m "not slow" $(WITHOUT_GPU) >"$$log" 2>&1 & beside=$$!; \
+	FAIL_WITHOUT_CUDA=1 $(GPU) -m pytest -m "not slow" $(WITHOUT_GPU:%=--ignore=%) $(ARGS) || failed="$$failed tests"; \
+	at "tests on the GPU"; \
+	wait $$beside || failed="$$failed tests-without-gpu"; \
+	cat "$$log"; rm -f "$$log"; at "tests that need none, run beside them,"; \
 	$(GPU) -m pytest benchmarks || failed="$$failed benchmarks"; \
-	echo "make gpu: $$(($$(date +%s) - $(started))) s$${failed:+, failed:$$failed}"; \
+	at "all$${failed:+, failed:$$failed,}"; \
 	test -z "$$failed"
 
 clean:  ## remove the virtual environments and caches; runs/ stays

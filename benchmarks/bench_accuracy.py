@@ -75,7 +75,7 @@ def _errors(
 
 def _check(rows: Sequence[Row]) -> None:
     for row in rows:
-        bound = tolerance(row["_precision"], row["N"])
+        bound = max(tolerance(row["_precision"], row["N"]))
         assert max(row["loss error"], row["gradient error"]) <= bound, f"{row}: allowed {bound:.1e}"
 
 

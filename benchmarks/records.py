@@ -86,15 +86,18 @@ def metrics(providers: dict[str, Row]) -> dict[str, float]:
 
 def judged(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """A record {target, wanted, got, met} for each target and precision; got and met are None where the row was not
-    measured. The last one is about all rows: its got is the least ratio."""
+    measured. The last one is about all rows: its got is the least ratio, and it is not met while a row is missing."""
     grouped, records = by_provider(rows), []
     for target in TARGETS:
         for precision in target.precisions:
             got = metrics(grouped.get((target.shape, precision), {})).get(target.what)
             records.append(_record(f"{NAMES[target.shape]} {precision}: {target.what}", target, got))
-    least = [ratio for group in grouped.values() if (ratio := _against_compiled(group)) is not None]
-    every = Target("", (), "", ">=", 1.0)
-    return [*records, _record("every row: x the faster of the compiled two", every, min(least, default=None))]
+    ratios = [_against_compiled(group) for group in grouped.values()]
+    least = min((ratio for ratio in ratios if ratio is not None), default=None)
+    last = _record("every row: x the faster of the compiled two", Target("", (), "", ">=", 1.0), least)
+    if last["met"] and None in ratios:
+        last["met"] = None
+    return [*records, last]
 
 
 def _against_compiled(providers: dict[str, Row]) -> float | None:

@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LOSSES = RESULTS / "losses-cpu.json"
-TABLE1 = ROOT / "docs" / "results" / "table1-moving-mnist-mini.md"
-ACCURACY = ROOT / "docs" / "results" / "accuracy.png"
+DOCS = ROOT / "docs" / "results"
+ACCURACY = DOCS / "accuracy.png"
 
 Results = Row = dict[str, Any]
 
@@ -59,12 +59,16 @@ def losses_gpu(path: Path) -> str:
     return f"{_markdown(titles, lines)}\n\n{_conditions(results)} File: {where}."
 
 
-def table1() -> str:
-    """Table 1, without its title."""
-    return TABLE1.read_text().split("\n", 2)[2].strip()
+def table(path: Path) -> str:
+    """A table of the paper, without its title."""
+    return path.read_text().split("\n", 2)[2].strip()
 
 
-PARTS: dict[str, Callable[[], str]] = {"losses": losses, "table1": table1}
+PARTS: dict[str, Callable[[], str]] = {
+    "losses": losses,
+    "table1": lambda: table(DOCS / "table1-moving-mnist-mini.md"),
+    "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
+}
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
 
 

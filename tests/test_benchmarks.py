@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tolerances
 import torch
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,9 @@ def test_targets_met_and_missed():
     assert found["CATER bf16: copies above input and gradient"] == ("<= 1.2", 1.0, True)
     assert found["CATER tf32: time over floor"] == ("<= 1.6", None, None), "not measured"
     assert found["every row: x the faster of the compiled two"] == (">= 1", 2.5, True)
+    left_out = {"N, T, d": "9, 9, 9", "precision": "fp32", "provider": "ours", "note": "left out"}
+    last = records.judged([*rows, left_out])[-1]
+    assert (last["got"], last["met"]) == (2.5, None), "a row that is missing may be a slower one"
 
 
 def test_the_time_of_full_precision_is_absolute():
@@ -327,7 +331,7 @@ def test_every_provider_is_checked_and_timed(case, name):
             continue
         assert row["us"] > 0
         assert row["_launched_us"] > 0
-        assert row["_gradient_error"] <= bench_losses_cuda.SLACK * providers.tolerance(name, case.n)
+        assert row["_gradient_error"] <= bench_losses_cuda.SLACK * providers.tolerance(name, case.n)[1]
         assert row["over floor"] == pytest.approx(row["us"] / row["_floor_us"])
     text = report.gpu_report(records.results("losses_cuda", MACHINE, rows))
     assert f"| ({case}) | {name} |" in text
@@ -409,7 +413,7 @@ class TestMakeGpu:
     def test_tests_must_not_skip_what_needs_cuda(self):
         done = run("make", "-n", "gpu", f"PYTHON={sys.executable}", "GPU_VENV=not-made-yet")
         assert done.returncode == 0, done.stderr
-        steps = ["check_gpu.py", "-m venv", "--no-index", "FAIL_WITHOUT_CUDA=1", "-m pytest benchmarks", "make gpu:"]
+        steps = ["check_gpu.py", "-m venv", "--no-index", "FAIL_WITHOUT_CUDA=1", "wait", "-m pytest benchmarks"]
         places = [done.stdout.find(step) for step in steps]
         assert -1 not in places
         assert places == sorted(places)
@@ -438,3 +442,12 @@ def test_a_cpu_collects_the_benchmarks_of_a_cpu():
     assert done.returncode == 0, done.stdout
     assert "bench_losses.py" in done.stdout
     assert "bench_losses_cuda.py" not in done.stdout
+
+
+def test_benchmarks_allow_what_tests_allow():
+    expected = {
+        "fp32": (tolerances.TF32X3, tolerances.TF32X3),
+        "tf32": (tolerances.TF32, tolerances.TF32_GRADIENT),
+        "bf16": (tolerances.BFLOAT16_PRODUCTS, tolerances.BFLOAT16_PRODUCTS_GRADIENT),
+    }
+    assert expected == providers.TOLERANCES

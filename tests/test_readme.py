@@ -23,8 +23,19 @@ def _report() -> ModuleType:
     return module
 
 
+def blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_latents() -> None:
+    names: dict[str, Any] = {}
+    exec(blocks()[2], names)
+    assert names["energy"].shape == (64,)
+    assert (names["steps"] > 0).all()
+
+
 def test_drop_in_and_equivalent_agree() -> None:
-    drop_in, equivalent = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    drop_in, equivalent, _ = blocks()
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(drop_in, names)
