@@ -11,18 +11,17 @@ processes used meanwhile, which from a few percent on spoils the ratios too: man
 """
 
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import providers
 import pytest
 import torch
 from providers import SIGMA, Case, Outputs, Provider, compiled
+from timing import BusyElsewhere
 
 SECONDS, SECONDS_FULL = 3.0, 30.0  # a case's rounds take about this long ...
 ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
@@ -110,7 +109,7 @@ def test_vcr_loss(case, benchmark, report, full):
     if benchmark.disabled:
         return
 
-    busy = _BusyElsewhere()
+    busy = BusyElsewhere()
     timed = _take_turns(benchmark, case, steps, full)
     elsewhere = busy.share()
     for name, times in timed.items():
@@ -176,24 +175,3 @@ def _watch_memory(step: Step) -> tuple[Outputs, int]:
         level += event.nbytes()
         peak = max(peak, level)
     return outputs, peak
-
-
-class _BusyElsewhere:
-    """The share of the machine that other processes use, from here on; 0 where there is no /proc/stat."""
-
-    def __init__(self) -> None:
-        self.started = self._seconds()
-
-    def share(self) -> float:
-        machine, own, wall = (now - then for now, then in zip(self._seconds(), self.started, strict=True))
-        return max(0.0, (machine - own) / (wall * (os.cpu_count() or 1)))
-
-    @staticmethod
-    def _seconds() -> tuple[float, float, float]:
-        """Busy seconds of all processors and of this process, and the time."""
-        try:
-            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except OSError:
-            fields = [0] * 8
-        idle = fields[3] + fields[4]
-        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()

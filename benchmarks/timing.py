@@ -7,9 +7,12 @@ its size; the host queues the region meanwhile, so its start does not count eith
 
 import functools
 import math
+import os
 import statistics
+import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -85,6 +88,50 @@ class Cuda:
         finally:
             torch.cuda.set_stream(self._stream)  # a capture that fails leaves none
         return graph.replay, outputs
+
+
+class Host:
+    """The CPU, whose calls return when they are done."""
+
+    def __init__(self) -> None:
+        self.torch_device, self.cache_bytes = torch.device("cpu"), 0
+
+    def stream(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def sweep(self) -> None: ...
+
+    def event(self) -> float:
+        return time.perf_counter()
+
+    def milliseconds(self, start: float, end: float) -> float:
+        return 1e3 * (end - start)
+
+    def synchronize(self) -> None: ...
+
+    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        return function, function()
+
+
+class BusyElsewhere:
+    """The share of the machine that other processes use, from here on; 0 where there is no /proc/stat."""
+
+    def __init__(self) -> None:
+        self.started = self._seconds()
+
+    def share(self) -> float:
+        machine, own, wall = (now - then for now, then in zip(self._seconds(), self.started, strict=True))
+        return max(0.0, (machine - own) / (wall * (os.cpu_count() or 1)))
+
+    @staticmethod
+    def _seconds() -> tuple[float, float, float]:
+        """Busy seconds of all processors and of this process, and the time."""
+        try:
+            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        except OSError:
+            fields = [0] * 8
+        idle = fields[3] + fields[4]
+        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
 
 
 def copies(nbytes: int, cache_bytes: int) -> int:

@@ -5,4 +5,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
   m.def(
       "proximal_step(Tensor(a!) z, Tensor(b!) v, Tensor gradient, Tensor step, Tensor momentum, float weight, "
       "float lower, float upper) -> ()");
+  m.def(
+      "fista_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start, "
+      "float scale, float weight, float lower, float upper, float momentum, bool backtracking, float lr, "
+      "float tolerance, int steps, bool bf16) -> (Tensor z, Tensor energy, Tensor step, Tensor steps, Tensor lost)");
+  m.def("discrete_argmin(Tensor u, Tensor w3, Tensor b3, Tensor target) -> (Tensor energies, Tensor index)");
 }

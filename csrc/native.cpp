@@ -13,6 +13,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("soft_threshold", py::vectorize(vjvcr::soft_threshold<double>), py::arg("v"), py::arg("threshold"));
   m.def("proximal", py::vectorize(vjvcr::proximal<double>), py::arg("v"), py::arg("gradient"), py::arg("step"),
         py::arg("weight"), py::arg("lower"), py::arg("upper"));
-  m.def("extrapolate", py::vectorize(vjvcr::extrapolate<double>), py::arg("x"), py::arg("before"),
-        py::arg("momentum"));
+  m.def("extrapolate_in_sign", py::vectorize(vjvcr::extrapolate_in_sign<double>), py::arg("x"), py::arg("previous"),
+        py::arg("momentum"), py::arg("weight"), py::arg("lower"), py::arg("upper"));
+  m.attr("GROWTH_AT_FIRST") = vjvcr::kGrowthAtFirst;
+  m.attr("GROWTH") = vjvcr::kGrowth;
+  m.attr("SHRINKAGE") = vjvcr::kShrinkage;
 }

@@ -1,4 +1,5 @@
-// z <- prox(v - step gradient), v <- z + momentum (z - its old value), on the CPU, in one pass.
+// z <- prox(v - step gradient), v <- z + momentum (z - its old value), where z is penalised in its sign, on the CPU, in one
+// pass.
 #include "latent_math.h"
 #include "tensors.h"
 
@@ -14,7 +15,7 @@ void sample(T* __restrict__ z, T* __restrict__ v, const T* __restrict__ gradient
     const T before = z[k];
     const T after = proximal(v[k], gradient[k], step, weight, lower, upper);
     z[k] = after;
-    v[k] = extrapolate(after, before, momentum);
+    v[k] = extrapolate_in_sign(after, before, momentum, weight, lower, upper);
   }
 }
 

@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kThreads)
     const T before = z[k];
     const T after = proximal(v[k], gradient[k], step, weight, lower, upper);
     z[k] = after;
-    v[k] = extrapolate(after, before, momenta[i]);
+    v[k] = extrapolate_in_sign(after, before, momenta[i], weight, lower, upper);
   }
 }
 

@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace vjvcr {
 
@@ -43,6 +44,53 @@ inline void check_proximal_step(const Tensor& z, const Tensor& v, const Tensor& 
     STD_TORCH_CHECK(other->is_contiguous(), "proximal_step: all tensors must be contiguous");
   }
   STD_TORCH_CHECK(z.is_contiguous(), "proximal_step: all tensors must be contiguous");
+}
+
+inline bool is_shaped(const Tensor& tensor, std::initializer_list<int64_t> shape) {
+  if (tensor.dim() != static_cast<int64_t>(shape.size())) return false;
+  int64_t i = 0;
+  for (const int64_t size : shape) {
+    if (tensor.size(i++) != size) return false;
+  }
+  return true;
+}
+
+// All of one dtype, float32 or float64, contiguous, on one device.
+inline void check_alike(const char* name, std::initializer_list<const Tensor*> tensors) {
+  const Tensor& first = **tensors.begin();
+  STD_TORCH_CHECK(first.scalar_type() == ScalarType::Float || first.scalar_type() == ScalarType::Double, name,
+                  ": float32 or float64 is needed");
+  for (const Tensor* tensor : tensors) {
+    STD_TORCH_CHECK(same_place(first, *tensor), name, ": all tensors must share their dtype and device");
+    STD_TORCH_CHECK(tensor->is_contiguous(), name, ": all tensors must be contiguous");
+  }
+}
+
+// z0 (N, m); p, u0, r (N, H); w1z (H, m); w2, gram (H, H); b2 (H,); start (N,).
+inline void check_fista_mlp(const Tensor& z0, const Tensor& p, const Tensor& w1z, const Tensor& w2, const Tensor& b2,
+                            const Tensor& gram, const Tensor& u0, const Tensor& r, const Tensor& start) {
+  STD_TORCH_CHECK(z0.dim() == 2 && z0.size(1) >= 1, "fista_mlp: z0 must be (N, m), m at least 1");
+  STD_TORCH_CHECK(p.dim() == 2 && p.size(0) == z0.size(0) && p.size(1) >= 1, "fista_mlp: p must be (N, H)");
+  const int64_t n = z0.size(0), latent = z0.size(1), hidden = p.size(1);
+  STD_TORCH_CHECK(is_shaped(u0, {n, hidden}) && is_shaped(r, {n, hidden}), "fista_mlp: u0 and r must have p's shape");
+  STD_TORCH_CHECK(is_shaped(w1z, {hidden, latent}), "fista_mlp: w1z must be (H, m) = (", hidden, ", ", latent, ")");
+  STD_TORCH_CHECK(is_shaped(w2, {hidden, hidden}) && is_shaped(gram, {hidden, hidden}),
+                  "fista_mlp: w2 and gram must be (H, H), H = ", hidden);
+  STD_TORCH_CHECK(is_shaped(b2, {hidden}), "fista_mlp: b2 must be (H,), H = ", hidden);
+  STD_TORCH_CHECK(is_shaped(start, {n}), "fista_mlp: start must be (N,), N = ", n);
+  check_alike("fista_mlp", {&z0, &p, &w1z, &w2, &b2, &gram, &u0, &r, &start});
+}
+
+// u (N, H); w3 (k, M, H); b3 (k, M); target (N, M).
+inline void check_discrete_argmin(const Tensor& u, const Tensor& w3, const Tensor& b3, const Tensor& target) {
+  STD_TORCH_CHECK(u.dim() == 2 && u.size(1) >= 1, "discrete_argmin: u must be (N, H)");
+  STD_TORCH_CHECK(w3.dim() == 3 && w3.size(0) >= 1 && w3.size(1) >= 1 && w3.size(2) == u.size(1),
+                  "discrete_argmin: w3 must be (k, M, H), H = ", u.size(1));
+  STD_TORCH_CHECK(is_shaped(b3, {w3.size(0), w3.size(1)}), "discrete_argmin: b3 must be (k, M) = (", w3.size(0), ", ",
+                  w3.size(1), ")");
+  STD_TORCH_CHECK(is_shaped(target, {u.size(0), w3.size(1)}), "discrete_argmin: target must be (N, M) = (", u.size(0),
+                  ", ", w3.size(1), ")");
+  check_alike("discrete_argmin", {&u, &w3, &b3, &target});
 }
 
 }  // namespace vjvcr

@@ -21,7 +21,7 @@ from tolerances import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vjvcr_fast import reference
+from vjvcr_fast import native, reference
 from vjvcr_fast.latents import (
     ContinuousLatent,
     DiscreteLatent,
@@ -46,6 +46,15 @@ Energy = Callable[[Tensor], Tensor]
 @pytest.fixture(autouse=True)
 def seed(one_thread: None) -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, params=["operators", "torch"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the operators of csrc/, and as where they were not built."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "MISSING", "not wanted")
+    elif native.MISSING is not None:
+        pytest.skip(f"the operators are {native.MISSING}")
 
 
 def make_model(row: str = "vj-vcr", gamma: float = 0.5, **latent: int) -> EnergyModel:

@@ -1,5 +1,6 @@
 """The compiled operators against their formula in float64, and as torch and its compiler see them."""
 
+import dataclasses
 import math
 
 import pytest
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from tolerances import relative
 from torch import Tensor
 
-from vjvcr_fast import native
+from vjvcr_fast import latents, native, reference
+from vjvcr_fast.latents import ContinuousLatent, LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -34,17 +36,21 @@ def formula(
     moved = v - step * gradient
     after = (moved.sign() * (moved.abs() - step * weight).clamp(min=0)).clamp(lower, upper)
     ahead = after + momentum * (after - z)
+    if weight > 0:
+        ahead = torch.where(ahead * after > 0, ahead, 0)
+    ahead = ahead.clamp(lower, upper)
     return torch.where(step == 0, z, after), torch.where(step == 0, v, ahead)
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight", [0.0, 0.3])
 @pytest.mark.parametrize("limits", LIMITS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(5, 20), (2, 1), (7,), (3, 4, 5), (300, 123), (4, 0), (0, 4)])
-def test_proximal_step(shape, dtype, limits, device):
+def test_proximal_step(shape, dtype, limits, weight, device):
     z, v, *others = arguments(*shape, dtype=dtype, device=device)
-    expected = formula(z, v, *others, 0.3, *limits)
-    assert torch.ops.vjvcr.proximal_step(z, v, *others, 0.3, *limits) is None
+    expected = formula(z, v, *others, weight, *limits)
+    assert torch.ops.vjvcr.proximal_step(z, v, *others, weight, *limits) is None
     bound = tolerances.FLOAT32 if dtype == torch.float32 else tolerances.FLOAT64
     for made, right in zip((z, v), expected, strict=True):
         assert relative(made, right) <= bound
@@ -55,7 +61,6 @@ def test_zeros_are_exact_and_nan_is_not_hidden():
     gradient[2, 3] = math.nan
     torch.ops.vjvcr.proximal_step(z, v, gradient, step, momentum, 1e9, -math.inf, math.inf)
     assert z[2, 3].isnan()
-    assert v[2, 3].isnan()
     z[2, 3] = 0
     assert not z[[0, 2, 3]].any()
 
@@ -119,8 +124,226 @@ def test_the_host_math_of_the_sources():
     z, v, gradient, step, momentum = arguments(5, 20, dtype=torch.float64)
     columns = step[:, None].numpy(), momentum[:, None].numpy()
     after = host.proximal(v.numpy(), gradient.numpy(), columns[0], 0.3, -1.0, 1.0)
-    ahead = host.extrapolate(after, z.numpy(), columns[1])
+    ahead = host.extrapolate_in_sign(after, z.numpy(), columns[1], 0.3, -1.0, 1.0)
     torch.ops.vjvcr.proximal_step(z, v, gradient, step, momentum, 0.3, -1.0, 1.0)
     moved = [0, 2, 3, 4]
     assert torch.equal(z[moved], torch.from_numpy(after)[moved])
     assert torch.equal(v[moved], torch.from_numpy(ahead)[moved])
+
+
+def test_the_step_size_changes_alike_in_the_sources_and_in_python():
+    host = pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
+    for name in ("GROWTH_AT_FIRST", "GROWTH", "SHRINKAGE"):
+        assert getattr(host, name) == getattr(reference, name)
+
+
+# -- All steps for an MLP predictor ---------------------------------------------------------------------------------
+
+RULES = {
+    "fista": SparseLatent(5, 1e-2, 30),
+    "ista": SparseLatent(5, 1e-2, 30, method="ista"),
+    "nonnegative": SparseLatent(5, 1e-2, 30, nonnegative=True),
+    "no penalty": SparseLatent(5, 0.0, 30),
+    "fixed": SparseLatent(5, 1e-2, 30, step_rule="fixed", lr=0.1),
+    "too long": SparseLatent(5, 1e-2, 12, step_rule="fixed", lr=1e3, tolerance=0.0),
+    "momentum": ContinuousLatent((5,), 30, lr=0.3),
+    "box": ContinuousLatent((5,), 30, lr=0.3, clamp=(0.0, 1.0)),
+}
+
+
+def mlp(n: int = 9, latent: int = 5, hidden: int = 24, width: int = 30, seed: int = 0) -> MLPEnergy:
+    """In float64."""
+    generator = torch.Generator().manual_seed(seed)
+    random = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    scale = hidden**-0.5
+    w1z = torch.nn.functional.normalize(random(hidden, latent), dim=0)
+    w2, w3 = random(hidden, hidden) * scale, random(width, hidden) * scale
+    return MLPEnergy(random(n, hidden), w1z, w2, random(hidden), w3, random(width), random(n, width))
+
+
+def moved(energy: MLPEnergy, device: str) -> MLPEnergy:
+    return MLPEnergy(**{name: tensor.to(device) for name, tensor in vars(energy).items()})
+
+
+def infer(latent, energy: MLPEnergy, dtype: torch.dtype = torch.float64, z0: Tensor | None = None) -> LatentResult:
+    """In one operator."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "_fused", lambda *a, fused=latents._fused: calls.append(1) or fused(*a))
+        result = latent.infer(energy, len(energy.p), device=energy.p.device, dtype=dtype, z0=z0)
+    assert calls, "the operator was not asked"
+    return result
+
+
+def infer_in_torch(latent, energy: MLPEnergy, z0: Tensor | None = None) -> LatentResult:
+    """In torch operations, float64, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "MISSING", "not wanted")
+        return latent.infer(energy, len(energy.p), device="cpu", dtype=torch.float64, z0=z0)
+
+
+def assert_same(found: LatentResult, right: LatentResult, bound: float) -> None:
+    assert torch.equal(found.steps.cpu(), right.steps)
+    assert torch.equal(found.z.cpu() == 0, right.z == 0)
+    assert relative(found.z, right.z) <= bound
+    assert relative(found.energy, right.energy) <= bound
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_fista_mlp_is_the_loop_in_torch(rule):
+    assert_same(infer(RULES[rule], mlp()), infer_in_torch(RULES[rule], mlp()), tolerances.LATENT_PLAIN)
+
+
+@pytest.mark.parametrize("size", [{"n": 1}, {"n": 2, "hidden": 1}, {"hidden": 17, "width": 1}, {"n": 70, "hidden": 33}])
+@pytest.mark.parametrize("latent", [1, 3, 20])
+def test_fista_mlp_of_other_sizes(size, latent):
+    rule, energy = SparseLatent(latent, 1e-2, 25), mlp(latent=latent, **size)
+    z0 = torch.linspace(-2, 2, len(energy.p) * latent, dtype=torch.float64).view(-1, latent)
+    assert_same(infer(rule, energy, z0=z0), infer_in_torch(rule, energy, z0), tolerances.LATENT_PLAIN)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("rule", RULES)
+def test_fista_mlp_in_float32(rule, device):
+    """Other roundings take other steps: what counts is the energy."""
+    energy = mlp(n=40)
+    found = infer(RULES[rule], moved(energy.to(torch.float32), device), torch.float32)
+    right = infer_in_torch(RULES[rule], energy)
+    assert relative(found.energy.mean(), right.energy.mean()) <= tolerances.LATENT_ROUTES
+
+
+def test_samples_leave_the_batch_as_they_are():
+    """Samples that froze after different steps, in a batch that shrinks, and each alone."""
+    energy, rule = mlp(n=64, seed=1), SparseLatent(5, 3e-2, 400, tolerance=1e-3)
+    together = infer(rule, energy)
+    assert len(together.steps.unique()) > 8
+    assert together.steps.max() < 400
+    fields = vars(energy)
+    for i in (0, 17, 63):
+        own = {name: fields[name][i : i + 1] for name in ("p", "target")}
+        alone = infer(rule, MLPEnergy(**{**fields, **own}))
+        assert relative(alone.z[0], together.z[i]) <= tolerances.LATENT_PLAIN
+        assert alone.steps[0] == together.steps[i]
+
+
+def test_the_energy_of_long_runs_in_float64():
+    found = infer(SparseLatent(5, 1e-2, 100), mlp(n=64).to(torch.float32), torch.float32)
+    long = infer_in_torch(SparseLatent(5, 1e-2, 3000, tolerance=0.0), mlp(n=64))
+    assert found.energy.mean() <= long.energy.mean() * (1 + tolerances.LATENT_OPTIMUM)
+
+
+def test_twice_the_same_bits_of_fista_mlp():
+    first, second = (infer(RULES["fista"], mlp(n=100).to(torch.float32), torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_lost(value):
+    energy = mlp()
+    energy.p[3, 2] = value
+    quiet, clean = dataclasses.replace(RULES["fista"], check=False), mlp()
+    found, right = infer(quiet, energy), infer(quiet, clean)
+    others = [i for i in range(9) if i != 3]
+    assert relative(found.z[others], right.z[others]) <= tolerances.LATENT_PLAIN
+    assert not found.z[3].any(), "it keeps z0"
+    with pytest.raises(NonFiniteEnergyError, match="not finite at z0 for 1 of 9 samples"):
+        infer(RULES["fista"], energy)
+
+
+def arguments_of_fista(dtype: torch.dtype = torch.float64) -> list[object]:
+    z0 = torch.zeros(9, 5, dtype=dtype)
+    energy = mlp().to(dtype)
+    made = energy.expand(z0)
+    tensors = [z0, energy.p, energy.w1z, energy.w2, energy.b2, made.G, made.u0, made.r, made.start]
+    return [*tensors, made.scale, 0.01, -math.inf, math.inf, -1.0, True, 1.0, 1e-4, 7, False]
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "words"),
+    [
+        (0, lambda x: x[0], r"z0 must be \(N, m\)"),
+        (1, lambda x: x[:3], r"p must be \(N, H\)"),
+        (2, lambda x: x.T.contiguous(), r"w1z must be \(H, m\) = \(24, 5\)"),
+        (3, lambda x: x[:, :-1].contiguous(), r"w2 and gram must be \(H, H\), H = 24"),
+        (4, lambda x: x[:-1], r"b2 must be \(H,\), H = 24"),
+        (6, lambda x: x[:-1], "u0 and r must have p's shape"),
+        (8, lambda x: x[:-1], r"start must be \(N,\), N = 9"),
+        (7, lambda x: x.float(), "dtype and device"),
+        (5, lambda x: x.T, "contiguous"),
+        (18, lambda x: True, "bf16=True needs a CUDA GPU"),
+    ],
+)
+def test_what_fista_mlp_cannot_take_is_named(at, change, words):
+    given = arguments_of_fista()
+    given[at] = change(given[at])
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.vjvcr.fista_mlp(*given)
+
+
+def test_opcheck_of_fista_mlp():
+    torch.library.opcheck(torch.ops.vjvcr.fista_mlp.default, tuple(arguments_of_fista()))
+
+
+def test_inference_compiled():
+    def whole(p: Tensor) -> Tensor:
+        quiet = dataclasses.replace(RULES["fista"], check=False)
+        return quiet.infer(dataclasses.replace(mlp_energy, p=p), len(p), device="cpu", dtype=torch.float64).z
+
+    mlp_energy = mlp()
+    compiled = torch.compile(whole, fullgraph=True, backend="aot_eager")
+    assert relative(compiled(mlp_energy.p), whole(mlp_energy.p)) <= tolerances.LATENT_PLAIN
+
+
+# -- One of several heads -------------------------------------------------------------------------------------------
+
+
+def heads(n: int, k: int, width: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """u, w3, b3, target."""
+    generator = torch.Generator().manual_seed(n)
+    shapes = ((n, hidden), (k, width, hidden), (k, width), (n, width))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+
+def energies_of(u: Tensor, w3: Tensor, b3: Tensor, target: Tensor) -> Tensor:
+    predictions = torch.einsum("nh,kmh->nkm", u.double(), w3.double()) + b3.double()
+    return (predictions - target.double()[:, None]).square().mean(dim=2)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("shape", [(9, 5, 30, 24), (1, 1, 1, 1), (3, 2, 17, 5), (300, 3, 6000, 8), (0, 3, 4, 5)])
+def test_discrete_argmin(shape, dtype, device):
+    if device == "cuda" and dtype == torch.float64:
+        pytest.skip("float32 alone on a GPU")
+    given = heads(*shape, dtype=dtype)
+    energies, index = torch.ops.vjvcr.discrete_argmin(*(x.to(device) for x in given))
+    right = energies_of(*given)
+    assert energies.shape == (shape[0], shape[1])
+    if shape[0]:
+        assert relative(energies, right) <= (tolerances.FLOAT32 if dtype == torch.float32 else tolerances.FLOAT64)
+        assert torch.equal(index, energies.argmin(dim=1))
+
+
+def test_the_first_of_equals_and_no_nan():
+    u, w3, b3, target = heads(6, 4, 10, 7)
+    w3[3], b3[3] = w3[1], b3[1]
+    w3[0, 0, 0] = math.nan
+    energies, index = torch.ops.vjvcr.discrete_argmin(u, w3, b3, target)
+    assert energies[:, 0].isnan().all()
+    assert (index > 0).all()
+    assert (index < 3).all()
+
+
+@pytest.mark.parametrize(
+    ("at", "words"),
+    [(0, "u must be"), (1, r"w3 must be \(k, M, H\), H = 24"), (2, "b3 must be"), (3, "target must be")],
+)
+def test_what_discrete_argmin_cannot_take_is_named(at, words):
+    given = heads(9, 5, 30, 24)
+    given[at] = given[at][0]
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.vjvcr.discrete_argmin(*given)
+
+
+def test_opcheck_of_discrete_argmin():
+    torch.library.opcheck(torch.ops.vjvcr.discrete_argmin.default, tuple(heads(9, 5, 30, 24)))

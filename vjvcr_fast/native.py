@@ -1,11 +1,25 @@
-"""The compiled operators (csrc/): loaded once, on import, where they were built.
+"""The compiled operators (csrc/): loaded once, on import, where they were built; `torch.ops.vjvcr` has them.
 
-`torch.ops.vjvcr.proximal_step(z, v, gradient, step, momentum, weight, lower, upper)` makes in place, in one pass,
+All take contiguous tensors, all float32 or all float64, on one device, and raise RuntimeError for those that do not
+fit. What the names stand for is told in vjvcr_fast/latents.py, whose loop in plain torch is their specification.
 
-    z <- clamp(soft_threshold(v - step gradient, step weight), lower, upper),   v <- z + momentum (z - its old value)
+proximal_step(z, v, gradient, step, momentum, weight, lower, upper) -> (): in place, in one pass, for z, v, gradient
+(N, ...) and step, momentum (N,),
 
-for z, v, gradient (N, ...) and step, momentum (N,), contiguous, all float32 or all float64, on one device. A sample
-whose step is zero is left as it is. Raises RuntimeError for tensors that do not fit.
+    z <- clamp(soft_threshold(v - step gradient, step weight), lower, upper)
+    v <- clamp(z + momentum (z - its old value), lower, upper), with weight > 0 zero where that has not z's sign.
+
+A sample whose step is zero is left as it is.
+
+fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, scale, weight, lower, upper, momentum, backtracking, lr, tolerance,
+steps, bf16) -> (z, energy, step, steps, lost): all steps of the inference for an MLP predictor, about z0 (N, m), from
+`latents.ExpandedMLPEnergy` (gram is G). momentum: negative for FISTA's own. bf16: on a GPU, products of bfloat16
+operands. Returns z (N, m), energies with the penalty, last step sizes, steps taken (int64) and whether the last trial
+was not finite (bool), (N,) each. On a GPU float32 alone, m <= 128, one launch for all steps.
+
+discrete_argmin(u, w3, b3, target) -> (energies, index): the mean over M of (W3_k u + b3_k - target)^2, (N, k), and the
+first least of those that are not NaN or infinite, (N,) int64, 0 without any; for u (N, H), w3 (k, M, H), b3 (k, M),
+target (N, M). No prediction is held as a whole.
 """
 
 import importlib
@@ -27,12 +41,30 @@ def _load() -> str | None:
 
 
 MISSING = _load()
+_HAS_CUDA = False
 
 if MISSING is None:
+    _HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("vjvcr::fista_mlp", "CUDA")
 
     @torch.library.register_fake("vjvcr::proximal_step")
     def _(z, v, gradient, step, momentum, weight, lower, upper):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake("vjvcr::fista_mlp")
+    def _(z0, p, w1z, w2, b2, gram, u0, r, start, *options):  # type: ignore[no-untyped-def]
+        steps, lost = (start.new_empty(start.shape, dtype=dtype) for dtype in (torch.int64, torch.bool))
+        return torch.empty_like(z0), torch.empty_like(start), torch.empty_like(start), steps, lost
+
+    @torch.library.register_fake("vjvcr::discrete_argmin")
+    def _(u, w3, b3, target):  # type: ignore[no-untyped-def]
+        return u.new_empty(len(u), len(w3)), u.new_empty(len(u), dtype=torch.int64)
+
+
+def serves(tensor: torch.Tensor) -> bool:
+    """Whether there are operators for tensors of its device and dtype."""
+    if MISSING is not None or tensor.dtype not in (torch.float32, torch.float64):
+        return False
+    return tensor.device.type == "cpu" or (tensor.is_cuda and _HAS_CUDA)
 
 
 def explain() -> str:
