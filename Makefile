@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help train test test-slow check format aot bench gpu has-gpu clean
+.PHONY: help train test test-slow check format aot bench gpu gpu-paper has-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,7 +71,7 @@ $(GPU_VENV)/.done: pyproject.toml setup.py | has-gpu
 has-gpu:
 	@$(PYTHON) benchmarks/check_gpu.py
 
-gpu: started := $(shell date +%s)
+gpu gpu-paper: started := $(shell date +%s)
 gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torch: all tests and benchmarks
 	@failed=; log=$$(mktemp); at() { echo "make gpu: $$1 after $$(($$(date +%s) - $(started))) s"; }; \
 	$(GPU) -m pytest -m "not slow" $(WITHOUT_GPU) >"$$log" 2>&1 & beside=$$!; \
@@ -82,6 +82,16 @@ gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torc
 	$(GPU) -m pytest benchmarks || failed="$$failed benchmarks"; \
 	at "all$${failed:+, failed:$$failed,}"; \
 	test -z "$$failed"
+
+# A piece of less than 8 minutes; Ctrl-C's signal, on which a run saves where it is.
+PIECE ?= 440
+gpu-paper: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, in pieces: the full Table 2 and figure 3; call it until it is done
+	@for what in table2 fig3; do \
+	  left=$$(($(PIECE) + $(started) - $$(date +%s))); test $$left -gt 0 || left=1; \
+	  timeout --signal=INT $$left $(GPU) -m vjvcr_fast reproduce $$what --preset moving-mnist-stochastic $(ARGS); code=$$?; \
+	  if test $$code -eq 124; then echo "make gpu-paper: not done yet; the same command goes on from there"; fi; \
+	  test $$code -eq 0 || exit $$code; \
+	done
 
 clean:  ## remove the virtual environments and caches; runs/ stays
 	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

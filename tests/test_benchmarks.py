@@ -6,6 +6,7 @@ What runs on a GPU runs here on the host, which takes the device's place, over s
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -418,8 +419,15 @@ class TestMakeGpu:
         assert -1 not in places
         assert places == sorted(places)
 
-    def test_fails_at_once_without_a_gpu(self):
-        done = run("make", "gpu", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
+    def test_the_paper_comes_in_pieces_that_go_on(self):
+        done = run("make", "-n", "gpu-paper", f"PYTHON={sys.executable}", "GPU_VENV=not-made-yet", "PIECE=77")
+        assert done.returncode == 0, done.stderr
+        assert re.search(r"timeout --signal=INT \S+ \S+ -m vjvcr_fast reproduce .*moving-mnist-stochastic", done.stdout)
+        assert "$((77 + " in done.stdout
+
+    @pytest.mark.parametrize("target", ["gpu", "gpu-paper"])
+    def test_fails_at_once_without_a_gpu(self, target):
+        done = run("make", target, f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="")
         assert done.returncode != 0
         assert "make gpu: " in done.stderr
         assert "pytest" not in done.stdout
