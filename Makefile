@@ -58,6 +58,7 @@ bench: $(VENV)/.dev  ## benchmarks against the reference; writes benchmarks/resu
 # A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
 GPU_VENV := .venv-gpu
 WITHOUT_GPU := tests/test_aot.py tests/test_interpreted.py
+SANITIZED := tests/test_cuda_emulated.py -m cuda -k was_emulated
 GPU := $(GPU_VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 
@@ -79,6 +80,9 @@ gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torc
 	at "tests on the GPU"; \
 	wait $$beside || failed="$$failed tests-without-gpu"; \
 	cat "$$log"; rm -f "$$log"; at "tests that need none, run beside them,"; \
+	if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 9 $(GPU) -m pytest -q $(SANITIZED) || failed="$$failed $$tool"; \
+	done; else echo "make gpu: there is no compute-sanitizer"; fi; at "sanitizers"; \
 	$(GPU) -m pytest benchmarks || failed="$$failed benchmarks"; \
 	at "all$${failed:+, failed:$$failed,}"; \
 	test -z "$$failed"

@@ -94,7 +94,7 @@ def extensions():
             extra_compile_args={"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS},
             extra_link_args=link,
             library_dirs=library_dirs,
-            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.h"))],
+            depends=[str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").glob("*.*h"))],
             py_limited_api=True,
         )
     ]

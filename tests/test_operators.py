@@ -347,3 +347,22 @@ def test_what_discrete_argmin_cannot_take_is_named(at, words):
 
 def test_opcheck_of_discrete_argmin():
     torch.library.opcheck(torch.ops.vjvcr.discrete_argmin.default, tuple(heads(9, 5, 30, 24)))
+
+
+# -- How it would be launched ---------------------------------------------------------------------------------------
+
+
+def test_the_launch_plan_of_an_h100():
+    """No more blocks than it has multiprocessors."""
+    pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
+    for hidden in (256, 512, 1024):
+        for bf16 in (True, False):
+            found = native.plan(hidden, bf16=bf16)
+            assert found["cluster"] * found["clusters"] <= 132
+            assert found["clusters"] * found["samples"] >= 256
+            assert found["shared_bytes"] <= 227 << 10
+    assert native.plan(512)["cluster"] * native.plan(512)["clusters"] == 128
+    assert native.plan(256)["resident"] == 1
+    assert native.plan(512, latent=128)
+    assert native.plan(512, latent=129) == {}
+    assert "hidden 512: 16 clusters of 8 blocks" in native.explain_plan()

@@ -2,6 +2,7 @@
 
 import email.message
 import email.parser
+import importlib.util
 import os
 import re
 import shutil
@@ -150,8 +151,31 @@ def test_cuda_kernels_do_not_spill(build: tuple[Path, str]) -> None:
         pytest.skip("there is no nvcc")
     compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", build[1])
     assert {"sm_80", "sm_90a"} == set(compiled)
-    spilled = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", build[1])
-    assert spilled == [("0", "0")] * len(compiled)
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", build[1])
+    assert used == [("0", "0", "0")] * len(compiled)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", build[1])]
+    assert len(registers) == len(compiled)
+    assert max(registers) * 256 <= 65536  # of a block, of a multiprocessor
+
+
+def test_cuda_products_run_on_tensor_cores(wheel: Path, tmp_path: Path) -> None:
+    found = importlib.util.find_spec("triton")
+    beside = Path(found.origin).parent / "backends/nvidia/bin" if found and found.origin else Path()
+    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
+    if shutil.which("nvcc") is None or cuobjdump is None:
+        pytest.skip("there is no nvcc, or no cuobjdump")
+    with zipfile.ZipFile(wheel) as archive:
+        (library,) = (name for name in archive.namelist() if name.startswith("vjvcr_fast/_operators"))
+        archive.extract(library, tmp_path)
+    for architecture in ("sm_80", "sm_90a"):
+        listed = run(cuobjdump, "-sass", "-arch", architecture, tmp_path / library, cwd=tmp_path).stdout
+        kernels = dict(part.split("\n", 1) for part in listed.split("Function : ")[1:])
+        products = {name: code for name, code in kernels.items() if re.search("fista_mlp_kernel|head_energies", name)}
+        assert len(products) == 8
+        for name, code in products.items():
+            assert "HMMA.1688.F32.TF32" in code, name
+            assert ("HMMA.16816.F32.BF16" in code) == ("Bf16" in name), name
+            assert "LDL" not in code, name
 
 
 @pytest.mark.slow

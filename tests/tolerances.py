@@ -115,3 +115,10 @@ LATENT_PLAIN = 1e-6
 
 # Energies by FISTA with backtracking against coordinate descent, convex, after hundreds of float64 steps.
 LATENT_CONVEX = 1e-8
+
+# The iterates of the CUDA kernels' source after six float32 steps against float64: step sizes and momenta are quotients
+# of differences, which carry a few hundred roundings of 6e-8.
+LATENT_SIX_STEPS = 1e-4
+
+# The mean energy at z* where products are of bfloat16: the issue's bound.
+LATENT_BFLOAT16 = 0.01

@@ -219,6 +219,8 @@ def _info(arguments: argparse.Namespace) -> None:
     for device, chosen in backends.explain().items():
         print(row(f"loss, {device}", chosen))
     print(row("operators", native.explain()))
+    if native.MISSING is None:
+        print(row("fista_mlp on", native.explain_plan()))
     print(row("presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"))
     for extra, modules in EXTRAS.items():
         missing = [m for m in modules if importlib.util.find_spec(m) is None]

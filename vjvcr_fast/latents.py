@@ -455,7 +455,7 @@ def _minimise(
         if isinstance(energy, MLPEnergy):
             energy = energy.to(z0.dtype)
             inner = energy.expand(z0)
-        if isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(z0):
+        if isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
             state = _fused(inner, rule, z0, steps)
         else:
             at = _start(inner, rule, z0)
@@ -475,16 +475,10 @@ def _minimise(
         return _result(z.unflatten(1, rule.shape), least.squeeze(1), state.steps.squeeze(1))
 
 
-MOST_LATENTS = 128  # of `fista_mlp` on a GPU
-
-
-def _is_fused(z0: Tensor) -> bool:
-    if not native.serves(z0):
-        return False
-    if not z0.is_cuda:
-        return True
-    known = torch.cuda.get_device_capability(z0.device)[0] in (8, 9)
-    return known and z0.dtype == torch.float32 and z0.shape[1] <= MOST_LATENTS
+def _is_fused(energy: ExpandedMLPEnergy, z0: Tensor, rule: _Rule) -> bool:
+    if not native.serves(z0) or not z0.is_cuda:
+        return native.serves(z0)
+    return z0.dtype == torch.float32 and native.planned(len(energy.G), len(z0), z0.shape[1], rule.bf16, z0.get_device())
 
 
 def _fused(energy: ExpandedMLPEnergy, rule: _Rule, z0: Tensor, steps: int) -> "_Found":

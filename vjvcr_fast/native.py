@@ -15,15 +15,18 @@ fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, scale, weight, lower, upper, m
 steps, bf16) -> (z, energy, step, steps, lost): all steps of the inference for an MLP predictor, about z0 (N, m), from
 `latents.ExpandedMLPEnergy` (gram is G). momentum: negative for FISTA's own. bf16: on a GPU, products of bfloat16
 operands. Returns z (N, m), energies with the penalty, last step sizes, steps taken (int64) and whether the last trial
-was not finite (bool), (N,) each. On a GPU float32 alone, m <= 128, one launch for all steps.
+was not finite (bool), (N,) each. On a GPU
+float32 alone, in the sizes that `plan` serves, one launch for all steps.
 
 discrete_argmin(u, w3, b3, target) -> (energies, index): the mean over M of (W3_k u + b3_k - target)^2, (N, k), and the
 first least of those that are not NaN or infinite, (N,) int64, 0 without any; for u (N, H), w3 (k, M, H), b3 (k, M),
 target (N, M). No prediction is held as a whole.
 """
 
+import functools
 import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -65,6 +68,48 @@ def serves(tensor: torch.Tensor) -> bool:
     if MISSING is not None or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and _HAS_CUDA)
+
+
+def plan(
+    hidden: int, n: int = 256, latent: int = 20, bf16: bool = True, device: int | None = None
+) -> dict[str, Any] | None:
+    """How `fista_mlp` would be launched on that GPU, the current one by default, or on an H100 where there is none.
+
+    cluster: blocks that share `samples` samples; clusters: how many; resident: the part of the weights that stays in
+    shared memory; shared_bytes: of a block. Empty where it does not serve, None where pybind11 was not there.
+    """
+    try:
+        module = importlib.import_module("vjvcr_fast._native")
+    except ImportError:
+        return None
+    architecture, multiprocessors, shared = 90, 132, 227 << 10
+    if torch.cuda.is_available():
+        found: Any = torch.cuda.get_device_properties(device)
+        architecture, multiprocessors = {8: 80, 9: 90}.get(found.major, 0), found.multi_processor_count
+        shared = found.shared_memory_per_block_optin
+    return module.launch_plan(n, hidden, latent, bf16, architecture, multiprocessors, shared)
+
+
+def planned(hidden: int, n: int, latent: int, bf16: bool, device: int) -> bool:
+    """Whether `fista_mlp` serves these sizes on that GPU."""
+    if torch.compiler.is_compiling():  # which cannot look into `plan`: what has room in any of compute capability 9.0
+        return torch.cuda.get_device_capability(device)[0] == 9 and hidden <= 1024 and latent <= 128
+    return bool(_plan(hidden, n, latent, bf16, device))
+
+
+_plan = functools.cache(plan)
+
+
+def explain_plan() -> str:
+    """One line for `vjvcr-fast info`."""
+    words = []
+    for hidden in (256, 512, 1024):
+        found = plan(hidden)
+        if not found:
+            return "not served" if found == {} else "not known: pybind11 was not there when the operators were built"
+        layout = f"{found['clusters']} clusters of {found['cluster']} blocks, {found['samples']} samples each"
+        words.append(f"hidden {hidden}: {layout}, {found['resident']:.0%} of the weights on the chip")
+    return f"{'this GPU' if torch.cuda.is_available() else 'an H100'}, N = 256, bf16: {'; '.join(words)}"
 
 
 def explain() -> str:

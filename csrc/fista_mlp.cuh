@@ -1,0 +1,427 @@
+// All K steps of monotone FISTA for the MLP predictor in one launch; the math is vjvcr_fast/latents.py's `_step` with
+// `ExpandedMLPEnergy`. With p0 = P + W1z z0, c = W2 relu(p0) + b2, at the trial point v
+//
+//     a = relu(p0 + W1z (v - z0)),   u = relu(c + W2 (a - relu(p0))),   D = u - relu(c),   q = G D - r,
+//     E = start + scale sum((q - r) D),   dE/dz = 2 scale W1z' [a > 0] W2' [u > 0] q:
+//
+// five products, each of a change since z0, so that what bfloat16 rounds away is small against the change. The two with
+// W1z are of float32 accuracy in either mode.
+//
+// A cluster of C blocks holds S samples for all steps, each block H / C rows of W2, G and W2': as many fragments as its
+// shared memory holds, the others come from L2 with every step. After a product each block sends its rows of the result
+// to all. What arrives next in a place was sent by blocks that had all this block made of the last content: 4
+// mailboxes (a, D, q, dE/dz) and 7 barriers within the block are all the waiting of a step. The latents are updated by
+// every block alike: no block waits for another's decision, and no sum depends on the order of arrival.
+//
+// A step moves, per block, with e bytes a number: 3 e H^2 / C of weights; 3 e S H H / (32 C) of activations out of
+// shared memory and 3 e S H into it, from the cluster; partial sums, 6 * 640 bytes a tile of 16 rows, 8 samples and
+// group of warps. For N = 256, H = 512, bfloat16, C = 8, S = 16 (128 blocks): 192 KB of weights, of which about 75 KB
+// from L2, 96 KB of activations, 120 KB of sums, 59 KB from the cluster, 768 instructions m16n8k16. Estimated from
+// these, not measured: 4 to 6 us a step; 3 to 4 us at H = 256.
+#pragma once
+
+#include "latent_math.h"
+#include "launch_plan.h"
+#include "products.cuh"
+
+namespace vjvcr {
+
+// NaN stays NaN.
+VJVCR_DEVICE float relu(float x) { return x < 0 ? 0 : x; }
+
+struct FistaInput {
+  Plan plan;
+  int n, iterations;
+  const float *p, *w1z, *w2, *b2, *gram, *r, *start, *z0;
+  float scale;
+  Rule<float> rule;
+};
+
+struct FistaOutput {
+  float *z, *energy, *step;
+  int64_t* steps;
+  bool* lost;
+};
+
+// Made by fista_prepare_kernel: fragments [block of a cluster][W1z: k-step][tile], [W1z': k-step][tile], then
+// [k-step][W2, G, W2'][tile], so that the first ones, which stay in shared memory, are shares of all three; p0 and
+// relu(p0). c = W2 relu(p0) is made between the two kernels.
+struct FistaPrepared {
+  uint4* fragments;
+  float *p0, *a0;
+  const float* c;
+};
+
+// Two rows, 8 bytes of each, of the matrix (rows x columns) with element (i, k) at i * by_row + k * by_column.
+template <typename Mode>
+VJVCR_DEVICE uint4 packed(const float* matrix, int row, int k, int rows, int columns, int by_row, int by_column) {
+  uint2 both[2];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    float x[Mode::kElements];
+#pragma unroll
+    for (int j = 0; j < Mode::kElements; ++j) {
+      const bool inside = row + i < rows && k + j < columns;
+      x[j] = inside ? matrix[int64_t(row + i) * by_row + int64_t(k + j) * by_column] : 0;
+    }
+    both[i] = Mode::pack(x);
+  }
+  return {both[0].x, both[0].y, both[1].x, both[1].y};
+}
+
+template <typename Mode>
+VJVCR_KERNEL(kThreads)
+fista_prepare_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared out) {
+  const Plan& plan = in.plan;
+  const int h = plan.hidden, m = plan.latent, tiles = plan.tiles(), stride = hw::blocks() * kThreads;
+  const int into = tiles * plan.latent_steps, outer = plan.outer_fragments();
+  for (int i = hw::block() * kThreads + hw::thread(); i < plan.cluster * plan.fragments() * 32; i += stride) {
+    const int lane = i % 32, f = i / 32 % plan.fragments(), first = i / 32 / plan.fragments() * plan.rows;
+    const int g = lane / 4, t = lane % 4;
+    if (f < into) {
+      out.fragments[i] =
+          packed<Tf32x3>(in.w1z, first + f % tiles * 16 + 2 * g, f / tiles * 8 + 2 * t, h, m, m, 1);
+    } else if (f < outer) {
+      const int tile = (f - into) % plan.latent_tiles, k = (f - into) / plan.latent_tiles;
+      out.fragments[i] = packed<Tf32x3>(in.w1z, tile * 16 + 2 * g, first + k * 8 + 2 * t, m, h, 1, m);
+    } else {
+      const int tile = (f - outer) % tiles, product = (f - outer) / tiles % 3, k = (f - outer) / tiles / 3;
+      out.fragments[i] =
+          packed<Mode>(product == 1 ? in.gram : in.w2, first + tile * 16 + 2 * g, (4 * k + t) * Mode::kElements, h, h,
+                       product == 2 ? 1 : h, product == 2 ? h : 1);
+    }
+  }
+  for (int64_t i = hw::block() * kThreads + hw::thread(); i < int64_t(in.n) * h; i += stride) {
+    float sum = in.p[i];
+    for (int k = 0; k < m; ++k) sum += in.w1z[i % h * m + k] * in.z0[i / h * m + k];
+    out.p0[i] = sum;
+    out.a0[i] = relu(sum);
+  }
+}
+
+struct Scalars {
+  Sample<float> sample;
+  float start;
+};
+static_assert(sizeof(Scalars) <= kScalarBytes);
+
+// How the warps of a block share a product of `tiles` by `steps` fragments: each has two tiles; where there are more
+// warps than pairs of tiles, a share of the k-steps. Made once, since it divides.
+struct Work {
+  int tiles, steps, pairs, groups, group, pair;
+  VJVCR_DEVICE Work(int tiles, int steps, int warp)
+      : tiles(tiles), steps(steps), pairs((tiles + 1) / 2), groups(groups_of(tiles, steps)), group(warp / pairs),
+        pair(warp % pairs) {}
+};
+
+// A block's view of its shared memory.
+template <typename Mode, int kTiles>
+struct FistaBlock {
+  static constexpr int kElements = Mode::kElements, kSamples = 8 * kTiles;
+  struct alignas(4 * kElements) Values {  // of a unit: adjacent rows of one sample
+    float x[kElements];
+  };
+
+  const Plan& plan;
+  const uint4* streamed;
+  char* memory;
+  int thread, lane, rank;
+
+  // What a thread does alone: kElements rows of a sample, 8 bytes of the next product's operand.
+  struct Unit {
+    int index, sample, row;
+  };
+  VJVCR_DEVICE int units() const { return plan.rows * kSamples / kElements; }
+  VJVCR_DEVICE Unit unit(int i) const {
+    return {i, i / 4 % kSamples, (i / (4 * kSamples) * 4 + i % 4) * kElements};
+  }
+  VJVCR_DEVICE Values* array(int which) const {
+    return reinterpret_cast<Values*>(memory + plan.arrays) + which * units();
+  }
+  VJVCR_DEVICE float2* scratch() const { return reinterpret_cast<float2*>(memory + plan.scratch); }
+  VJVCR_DEVICE char* x() const { return memory + plan.x; }
+  VJVCR_DEVICE char* y() const { return memory + plan.x + plan.operand_bytes(); }
+  VJVCR_DEVICE float* v() const { return reinterpret_cast<float*>(memory + plan.v); }
+  VJVCR_DEVICE float* parts() const { return reinterpret_cast<float*>(memory + plan.parts); }
+  VJVCR_DEVICE float* energy() const { return reinterpret_cast<float*>(memory + plan.energy); }
+  VJVCR_DEVICE float* state(int which, int sample) const {
+    return reinterpret_cast<float*>(memory + plan.states) + (which * kSamples + sample) * plan.latent;
+  }
+  VJVCR_DEVICE Scalars& scalars(int sample) const {
+    return *reinterpret_cast<Scalars*>(memory + plan.scalars + sample * kScalarBytes);
+  }
+
+  VJVCR_DEVICE uint4 fragment(int f) const {
+    return (f < plan.resident ? reinterpret_cast<const uint4*>(memory) : streamed)[f * 32 + lane];
+  }
+
+  VJVCR_DEVICE uint64_t* mailbox(int which) const {
+    return reinterpret_cast<uint64_t*>(memory + plan.mailboxes) + which;
+  }
+
+  template <typename T>
+  VJVCR_DEVICE void send(int which, T* place, T value) const {
+#pragma unroll 1
+    for (int i = 0; i < plan.cluster; ++i) hw::send(place, value, mailbox(which), (rank + i) & (plan.cluster - 1));
+  }
+
+  // This block's rows of an operand of all, where it is whole.
+  VJVCR_DEVICE void send(int which, char* operand, const Unit& at, const float (&x)[kElements]) const {
+    send(which, reinterpret_cast<uint2*>(operand + rank * (units() * 8)) + at.index, Mode::pack(x));
+  }
+
+  // scratch [group of warps][tile][8 samples] <- weights (from fragment `first` on, `stride` to a k-step) times
+  // activations.
+  template <typename Product>
+  VJVCR_DEVICE void multiply(const Work& work, int first, int stride, const char* activations) const {
+    for (int pair = work.pair; pair < work.pairs && work.group < work.groups; pair += kWarps) {
+      const int tile[2] = {2 * pair, min(2 * pair + 1, work.tiles - 1)};
+      float sum[2][kTiles][4] = {};
+      sum_products<Product, kTiles>(
+          sum, work.group, work.groups, work.steps,
+          [&](int k, int i) { return fragment(first + k * stride + tile[i]); },
+          [&](int k, int j) { return reinterpret_cast<const uint2*>(activations)[(k * kTiles + j) * 32 + lane]; });
+#pragma unroll
+      for (int i = 0; i < 2 * kTiles; ++i) {
+        const float(&of)[4] = sum[i / kTiles][i % kTiles];
+        const int at = (work.group * work.tiles + tile[i / kTiles]) * kTiles + i % kTiles;
+        float2* to = scratch() + at * kScratchTile + lane / 4;
+        to[lane % 4 * 20] = {of[0], of[2]};
+        to[lane % 4 * 20 + 10] = {of[1], of[3]};
+      }
+    }
+    hw::barrier();
+  }
+
+  // Of multiply's result: adjacent rows of a sample.
+  template <int kRows>
+  VJVCR_DEVICE void result(float (&x)[kRows], const Work& work, int sample, int row) const {
+    const float2* from = scratch() + (row / 16 * kTiles + sample / 8) * kScratchTile + sample % 8 * 10 + row % 16 / 2;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) x[i] = 0;
+    for (int group = 0; group < work.groups; ++group, from += work.tiles * kTiles * kScratchTile) {
+#pragma unroll
+      for (int i = 0; i < kRows / 2; ++i) x[2 * i] += from[i].x, x[2 * i + 1] += from[i].y;
+    }
+  }
+};
+
+enum { kOfA, kOfD, kOfQ, kOfParts };                            // mailboxes
+enum { kP, kA, kC, kU, kR };                                    // arrays
+enum { kZ, kGradient, kPrevious, kProximal, kTrial, kSlope, kOrigin };  // states
+
+// Weights to shared memory, this block's rows of P, c, r, and the samples at z0. Beyond n and hidden all is zero.
+template <typename Mode, int kTiles>
+VJVCR_DEVICE void load(const FistaBlock<Mode, kTiles>& at, const FistaInput& in, const FistaPrepared& made, int first) {
+  const Plan& plan = at.plan;
+#pragma unroll 4
+  for (int i = at.thread; i < plan.resident * 32; i += kThreads) {
+    reinterpret_cast<uint4*>(at.memory)[i] = at.streamed[i];
+  }
+#pragma unroll 1
+  for (int i = at.thread; i < at.units(); i += kThreads) {
+    const auto unit = at.unit(i);
+    const int n = first + unit.sample;
+#pragma unroll
+    for (int e = 0; e < Mode::kElements; ++e) {
+      const int row = at.rank * plan.rows + unit.row + e;
+      const bool inside = n < in.n && row < plan.hidden;
+      const int64_t from = int64_t(n) * plan.hidden + row;
+      at.array(kP)[i].x[e] = inside ? made.p0[from] : 0;
+      at.array(kC)[i].x[e] = inside ? made.c[from] + in.b2[row] : 0;
+      at.array(kR)[i].x[e] = inside ? in.r[from] : 0;
+    }
+  }
+  for (int i = at.thread; i < plan.latent_steps * 8 * 8 * kTiles; i += kThreads) at.v()[i] = 0;
+#pragma unroll 1
+  for (int i = at.thread; i < 8 * kTiles * plan.latent; i += kThreads) {
+    const int sample = i / plan.latent, k = i % plan.latent, n = first + sample;
+    const float z = n < in.n ? in.z0[int64_t(n) * plan.latent + k] : 0;
+    for (int which : {kZ, kPrevious, kProximal, kTrial, kOrigin}) at.state(which, sample)[k] = z;
+  }
+  for (int i = at.thread; i < 8 * kTiles; i += kThreads) {
+    at.scalars(i).start = first + i < in.n ? in.start[first + i] : 0;
+  }
+}
+
+VJVCR_DEVICE float team_sum(float x) {
+#pragma unroll
+  for (int mask = kTeam / 2; mask > 0; mask /= 2) x += hw::shuffle_xor(x, mask);
+  return x;
+}
+
+// A team of lanes, a sample (i here, n of all): takes or leaves the trial point, whose energy and gradient are in
+// parts, and makes the next. The first call (begins) takes energy and gradient of z0. Returns whether the sample is
+// not frozen.
+template <typename Mode, int kTiles>
+VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& in, int i, int n, bool begins) {
+  const int m = at.plan.latent, first = at.thread % kTeam;
+  const Rule<float>& rule = in.rule;
+  float *z = at.state(kZ, i), *gradient = at.state(kGradient, i), *previous = at.state(kPrevious, i);
+  float *x = at.state(kProximal, i), *trial = at.state(kTrial, i), *slope = at.state(kSlope, i);
+  const float* origin = at.state(kOrigin, i);
+  const auto part = [&](int k) {
+    float sum = 0;
+    for (int rank = 0; rank < at.plan.cluster; ++rank) sum += at.parts()[(rank * 8 * kTiles + i) * (m + 1) + k];
+    return sum;
+  };
+
+  float penalty = 0, bent = 0, changed2 = 0, moved2 = 0, x2 = 0, z2 = 0;
+#pragma unroll 1
+  for (int k = first; k < m; k += kTeam) {
+    slope[k] = 2 * in.scale * part(k);
+    const float change = trial[k] - z[k], move = x[k] - z[k];
+    penalty += fabsf(trial[k]);
+    bent += (slope[k] - gradient[k]) * change;
+    changed2 += change * change;
+    moved2 += move * move;
+    x2 += x[k] * x[k];
+    z2 += z[k] * z[k];
+  }
+  for (float* sum : {&penalty, &bent, &changed2, &moved2, &x2, &z2}) *sum = team_sum(*sum);
+  const float value = at.scalars(i).start + in.scale * part(m) + rule.weight * penalty;
+
+  Sample<float> sample = at.scalars(i).sample;
+  hw::warp_barrier();  // all lanes have read what one of them writes below
+  bool taken = begins;
+  if (begins) {
+    sample = begin(rule, value);
+    sample.active = n < in.n;
+  } else {
+    taken = advance(rule, sample, momentum_of(rule, sample), value, bent, changed2, moved2, x2, z2);
+  }
+  const float momentum = momentum_of(rule, sample);
+#pragma unroll 1
+  for (int k = first; k < m; k += kTeam) {
+    if (taken) z[k] = trial[k], gradient[k] = slope[k], previous[k] = x[k];
+    x[k] = proximal(z[k], gradient[k], sample.step, rule.weight, rule.lower, rule.upper);
+    trial[k] = extrapolate_in_sign(x[k], previous[k], momentum, rule.weight, rule.lower, rule.upper);
+    at.v()[(k / 8 * 8 * kTiles + i) * 8 + k % 8] = trial[k] - origin[k];
+  }
+  if (first == 0) at.scalars(i).sample = sample;
+  return sample.active;
+}
+
+template <typename Mode, int kTiles>
+VJVCR_KERNEL(kThreads)
+fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made, VJVCR_CONSTANT FistaOutput out) {
+  constexpr int kElements = Mode::kElements, kSamples = 8 * kTiles;
+  const Plan& plan = in.plan;
+  const int rank = hw::block() % plan.cluster, first = hw::block() / plan.cluster * kSamples;
+  const FistaBlock<Mode, kTiles> at{plan, made.fragments + int64_t(rank) * plan.fragments() * 32, hw::shared_memory(),
+                                    hw::thread(), hw::thread() % 32, rank};
+  const int tiles = plan.tiles(), m = plan.latent, outer = plan.outer_fragments(), warp = at.thread / 32;
+  const Work into(tiles, plan.latent_steps, warp), large(tiles, plan.steps, warp);
+  const Work back(plan.latent_tiles, plan.rows / 8, warp);
+  if (at.thread < kMailboxes) hw::open_mailbox(at.mailbox(at.thread));
+  load(at, in, made, first);
+  hw::cluster_barrier();  // all blocks are there to be sent to
+
+  for (int iteration = 0;; ++iteration) {
+    // a, rows of this block; its change is the operand X of all.
+    at.template multiply<Tf32x3>(into, 0, tiles, reinterpret_cast<char*>(at.v()));
+#pragma unroll 1
+    for (int i = at.thread; i < at.units(); i += kThreads) {
+      const auto unit = at.unit(i);
+      const auto p = at.array(kP)[i];
+      auto& a = at.array(kA)[i];
+      float change[kElements];
+      at.result(change, into, unit.sample, unit.row);
+#pragma unroll
+      for (int e = 0; e < kElements; ++e) {
+        a.x[e] = relu(p.x[e] + change[e]);
+        change[e] = a.x[e] - relu(p.x[e]);
+      }
+      at.send(kOfA, at.x(), unit, change);
+    }
+    hw::receive(at.mailbox(kOfA), plan.operand_bytes(), iteration);
+
+    // Three products by the same code, for the sake of the instruction cache.
+    //   W2 (change of a): u; its change D is Y.
+    //   G D: q, where u > 0, is X; the energy, summed over this block's rows in energy [k-step][sample].
+    //   W2' q, where a > 0, takes X's place, in float32: nobody sends there before they have this block's parts.
+#pragma unroll 1
+    for (int stage = 0; stage < 3; ++stage) {
+      at.template multiply<Mode>(large, outer + stage * tiles, 3 * tiles, stage == 1 ? at.y() : at.x());
+#pragma unroll 1
+      for (int i = at.thread; i < at.units(); i += kThreads) {
+        const auto unit = at.unit(i);
+        float x[kElements];
+        at.result(x, large, unit.sample, unit.row);
+        if (stage == 0) {
+          const auto c = at.array(kC)[i];
+          auto& u = at.array(kU)[i];
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) {
+            u.x[e] = relu(c.x[e] + x[e]);
+            x[e] = u.x[e] - relu(c.x[e]);
+          }
+          at.send(kOfD, at.y(), unit, x);
+        } else if (stage == 1) {
+          const auto c = at.array(kC)[i], u = at.array(kU)[i], r = at.array(kR)[i];
+          float energy = 0;
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) {
+            x[e] -= r.x[e];
+            energy += (x[e] - r.x[e]) * (u.x[e] - relu(c.x[e]));
+            x[e] = u.x[e] > 0 ? x[e] : 0;
+          }
+          energy += hw::shuffle_xor(energy, 1);
+          energy += hw::shuffle_xor(energy, 2);
+          if (at.lane % 4 == 0) at.energy()[i / 4] = energy;
+          at.send(kOfQ, at.x(), unit, x);
+        } else {
+          const auto a = at.array(kA)[i];
+          float* to = reinterpret_cast<float*>(at.x()) + (unit.row / 8 * kSamples + unit.sample) * 8 + unit.row % 8;
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) to[e] = a.x[e] > 0 ? x[e] : 0;
+        }
+      }
+      if (stage < 2) {
+        hw::receive(at.mailbox(stage == 0 ? kOfD : kOfQ), plan.operand_bytes(), iteration);
+      } else {
+        hw::barrier();
+      }
+    }
+
+    // This block's parts of gradient and energy, to all.
+    at.template multiply<Tf32x3>(back, tiles * plan.latent_steps, plan.latent_tiles, at.x());
+#pragma unroll 1
+    for (int i = at.thread; i < kSamples * (m + 1); i += kThreads) {
+      const int sample = i % kSamples, k = i / kSamples;
+      float part = 0;
+      if (k < m) {
+        float both[2];
+        at.result(both, back, sample, k / 2 * 2);
+        part = k % 2 == 0 ? both[0] : both[1];
+      } else {
+        for (int j = sample; j < at.units() / 4; j += kSamples) part += at.energy()[j];
+      }
+      at.send(kOfParts, at.parts() + (rank * kSamples + sample) * (m + 1) + k, part);
+    }
+    hw::receive(at.mailbox(kOfParts), plan.cluster * kSamples * (m + 1) * 4, iteration);
+
+    bool active = false;
+#pragma unroll 1
+    for (int i = at.thread / kTeam; i < kSamples; i += kThreads / kTeam) {
+      active = update(at, in, i, first + i, iteration == 0) || active;
+    }
+    if (!hw::barrier_any(active && iteration < in.iterations)) break;  // all blocks of the cluster alike
+  }
+
+  hw::cluster_barrier();  // no block is gone before all have received
+  if (rank > 0) return;
+  const int here = min(kSamples, in.n - first);
+#pragma unroll 1
+  for (int i = at.thread; i < here * m; i += kThreads) out.z[int64_t(first) * m + i] = at.state(kZ, 0)[i];
+#pragma unroll 1
+  for (int i = at.thread; i < here; i += kThreads) {
+    const Sample<float> sample = at.scalars(i).sample;
+    out.energy[first + i] = sample.energy;
+    out.step[first + i] = sample.step;
+    out.steps[first + i] = sample.steps;
+    out.lost[first + i] = sample.lost;
+  }
+}
+
+}  // namespace vjvcr

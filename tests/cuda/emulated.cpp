@@ -1,0 +1,101 @@
+// The kernels on a CPU, called through ctypes: see emulator.h. All arrays are copied to where going beyond them shows.
+#include "emulator.h"
+//
+#include "../../csrc/discrete_argmin.cuh"
+#include "../../csrc/fista_mlp.cuh"
+
+namespace vjvcr {
+namespace {
+
+constexpr int kBarriers = 11;  // of a step, after a first one
+
+struct Input : hw::Array<float> {
+  Input(const float* from, size_t n) : hw::Array<float>(n) { std::copy(from, from + n, data()); }
+};
+
+template <typename T>
+struct Output : hw::Array<T> {
+  T* to;
+  size_t n;
+  Output(T* to, size_t n) : hw::Array<T>(n), to(to), n(n) {}
+  ~Output() { std::copy(this->data(), this->data() + n, to); }
+};
+
+template <typename Mode, int kTiles>
+const char* run(const FistaInput& in, FistaPrepared made, float* c, const FistaOutput& out, unsigned seed, int skip) {
+  hw::launch([&] { fista_prepare_kernel<Mode>(in, made); }, 2, kThreads, 1, 0, seed);
+  const int h = in.plan.hidden;
+  for (int i = 0; i < in.n * h; ++i) {  // torch's matmul
+    double sum = 0;
+    for (int k = 0; k < h; ++k) sum += double(in.w2[i % h * h + k]) * made.a0[i / h * h + k];
+    c[i] = float(sum);
+  }
+  made.c = c;
+  return hw::launch([&] { fista_mlp_kernel<Mode, kTiles>(in, made, out); }, in.plan.blocks(), kThreads, in.plan.cluster,
+                    in.plan.shared_bytes, seed, [&](int i) { return i > 0 && (i - 1) % kBarriers == skip; });
+}
+
+}  // namespace
+}  // namespace vjvcr
+
+// skip: a barrier of every step that is left out, or -1. fragments: those in shared memory, and all. Returns what went
+// wrong, if anything did.
+extern "C" const char* fista_mlp(const float* z0, const float* p, const float* w1z, const float* w2, const float* b2,
+                         const float* gram, const float* r, const float* start, int n, int hidden, int latent,
+                         float scale, float weight, float lower, float upper, float momentum, bool backtracking,
+                         float lr, float tolerance, int steps, bool bf16, int cluster, int samples, int shared_limit,
+                         unsigned seed, int skip, float* z, float* energy, float* step, int64_t* taken, bool* lost,
+                         int* fragments) {
+  using namespace vjvcr;
+  const Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, 132, shared_limit);
+  if (plan.cluster == 0) return "this does not fit";
+  fragments[0] = plan.resident, fragments[1] = plan.fragments();
+  const size_t nh = size_t(n) * hidden, nm = size_t(n) * latent, hh = size_t(hidden) * hidden;
+  const Input in_z0(z0, nm), in_p(p, nh), in_w1z(w1z, size_t(hidden) * latent), in_w2(w2, hh), in_b2(b2, hidden);
+  const Input in_gram(gram, hh), in_r(r, nh), in_start(start, n);
+  const hw::Array<uint4> packed(size_t(plan.cluster) * plan.fragments() * 32);
+  const hw::Array<float> p0(nh), a0(nh), c(nh);
+  const Output<float> out_z(z, nm), out_energy(energy, n), out_step(step, n);
+  const Output<int64_t> out_taken(taken, n);
+  const Output<bool> out_lost(lost, n);
+  Rule<float> rule{};
+  rule.weight = weight, rule.lower = lower, rule.upper = upper, rule.momentum = momentum;
+  rule.backtracking = backtracking, rule.lr = lr, rule.tolerance = tolerance;
+  const FistaInput in{plan,         n,           steps,          in_p.data(), in_w1z.data(),   in_w2.data(),
+                      in_b2.data(), in_gram.data(), in_r.data(), in_start.data(), in_z0.data(), scale, rule};
+  const FistaOutput out{out_z.data(), out_energy.data(), out_step.data(), out_taken.data(), out_lost.data()};
+  const auto go = samples == 8    ? (bf16 ? run<Bf16, 1> : run<Tf32x3, 1>)
+                  : samples == 16 ? (bf16 ? run<Bf16, 2> : run<Tf32x3, 2>)
+                                  : (bf16 ? run<Bf16, 4> : run<Tf32x3, 4>);
+  return go(in, {packed.data(), p0.data(), a0.data(), nullptr}, c.data(), out, seed, skip);
+}
+
+// Bytes of shared memory without which no weights stay there, but all else fits.
+extern "C" int least_shared(int n, int hidden, int latent, bool bf16, int cluster, int samples) {
+  const vjvcr::Plan plan = vjvcr::plan_of(n, hidden, latent, bf16, cluster, samples, 132, 1 << 30);
+  return plan.shared_bytes - plan.resident * vjvcr::kFragment;
+}
+
+extern "C" void launch_plan(int n, int hidden, int latent, bool bf16, int architecture, int multiprocessors,
+                            int shared_limit, int* found) {
+  const vjvcr::Plan plan = vjvcr::launch_plan(n, hidden, latent, bf16, architecture, multiprocessors, shared_limit);
+  const int of[] = {plan.cluster,  plan.samples,     plan.blocks(),    plan.rows,
+                    plan.resident, plan.fragments(), plan.shared_bytes};
+  std::copy(std::begin(of), std::end(of), found);
+}
+
+extern "C" void discrete_argmin(const float* u, const float* w3, const float* b3, const float* target, int n,
+                                int hidden, int heads, int outputs, unsigned seed, float* energies, int64_t* index) {
+  using namespace vjvcr;
+  const size_t rows = size_t(heads) * outputs;
+  const Input in_u(u, size_t(n) * hidden), in_w3(w3, rows * hidden), in_b3(b3, rows);
+  const Input in_target(target, size_t(n) * outputs);
+  const Output<float> out_energies(energies, size_t(n) * heads);
+  const Output<int64_t> out_index(index, n);
+  const HeadsInput in{n, hidden, heads, outputs, in_u.data(), in_w3.data(), in_b3.data(), in_target.data()};
+  const hw::Array<float> partial(size_t(heads) * in.row_blocks() * n);
+  const auto head_energies = hidden % 8 == 0 ? head_energies_kernel<true> : head_energies_kernel<false>;
+  hw::launch([&] { head_energies(in, partial.data()); }, in.blocks(), kThreads, 1, kHeadBytes, seed);
+  hw::launch([&] { least_head_kernel(in, partial.data(), out_energies.data(), out_index.data()); },
+             (n + kThreads - 1) / kThreads, kThreads, 1, 0, seed);
+}
