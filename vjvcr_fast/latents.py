@@ -260,8 +260,32 @@ class DiscreteLatent(Latent):
         return _result(values[index], least, torch.ones_like(index))
 
 
+class _Descended(Latent):
+    """What the two that take steps have in common."""
+
+    steps: int
+    compile: bool
+    check: bool
+
+    @abstractmethod
+    def _rule(self) -> "_Rule": ...
+
+    def infer(
+        self,
+        energy: LatentEnergy,
+        n: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        z0: Tensor | None = None,
+    ) -> LatentResult:
+        rule = self._rule()
+        start = _start_at(z0, n, rule.shape, device, dtype)
+        return _minimise(energy, start, rule, self.steps, self.compile, self.check)
+
+
 @dataclass(frozen=True)
-class SparseLatent(Latent):
+class SparseLatent(_Descended):
     """energy(z) + weight * |z|_1 by monotone FISTA (Beck and Teboulle 2009), restarted where the energy would rise.
 
     Args:
@@ -294,16 +318,8 @@ class SparseLatent(Latent):
         _require(self.method in get_args(Method), f"method={self.method!r}: choose 'fista' or 'ista'")
         _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
 
-    def infer(
-        self,
-        energy: LatentEnergy,
-        n: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        z0: Tensor | None = None,
-    ) -> LatentResult:
-        rule = _Rule(
+    def _rule(self) -> "_Rule":
+        return _Rule(
             shape=(self.dim,),
             weight=self.weight,
             low=0.0 if self.nonnegative else None,
@@ -313,12 +329,10 @@ class SparseLatent(Latent):
             tolerance=self.tolerance,
             bf16=self.bf16,
         )
-        start = _start_at(z0, n, rule.shape, device, dtype)
-        return _minimise(energy, start, rule, self.steps, self.compile, self.check)
 
 
 @dataclass(frozen=True)
-class ContinuousLatent(Latent):
+class ContinuousLatent(_Descended):
     """energy(z) by gradient descent with (Nesterov's) momentum, projected on a box where `clamp` gives one.
 
     Args:
@@ -346,17 +360,9 @@ class ContinuousLatent(Latent):
             _require(len(self.clamp) == 2 and self.clamp[0] < self.clamp[1], f"clamp={self.clamp}: needs low < high")
         _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
 
-    def infer(
-        self,
-        energy: LatentEnergy,
-        n: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        z0: Tensor | None = None,
-    ) -> LatentResult:
+    def _rule(self) -> "_Rule":
         low, high = self.clamp or (None, None)
-        rule = _Rule(
+        return _Rule(
             shape=tuple(self.shape),
             low=low,
             high=high,
@@ -365,8 +371,6 @@ class ContinuousLatent(Latent):
             lr=self.lr,
             tolerance=self.tolerance,
         )
-        start = _start_at(z0, n, rule.shape, device, dtype)
-        return _minimise(energy, start, rule, self.steps, self.compile, self.check)
 
 
 # -- The loop -------------------------------------------------------------------------------------------------------

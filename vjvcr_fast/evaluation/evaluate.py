@@ -1,11 +1,12 @@
 """Everything the paper measures on one finished MovingMNIST run, written to its evaluation.json."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,11 +42,22 @@ def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyMod
     return override(config, {"latent.weight": state.get("latent_weight", config.latent.weight)}), model.eval()
 
 
-def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
-    """Probes, decodes and measures the run in the folder `run`; returns what it writes to evaluation.json.
+class Subject(NamedTuple):
+    """What is measured. fitted: videos of training digits that probes are fitted to; held_out: of validation digits."""
 
-    config: as in `load_run`. An evaluation.json made from the same
-    checkpoint under the same settings is returned as it is.
+    config: Config
+    model: EnergyModel
+    training_digits: Digits
+    fitted: MovingMNIST
+    held_out: MovingMNIST
+
+
+def measured_once(
+    run: Path, config: Config | None, name: str, measure: Callable[[Subject], dict[str, Any]]
+) -> dict[str, Any]:
+    """What `measure` finds, with what it was made from and how long that took; written to the file `name` of the run.
+
+    config: as in `load_run`. A file made from the same checkpoint under the same settings is returned as it is.
 
     Raises: as `load_run`; ConfigError where the run was trained on other digits; DigitsError.
     """
@@ -57,7 +69,7 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         "step": best["step"],
         "trained_steps": last["step"],
     }
-    file = run / "evaluation.json"
+    file = run / name
     if file.exists():
         before = json.loads(file.read_text())
         if {k: before.get(k) for k in made_from} == made_from:
@@ -69,18 +81,33 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
     device = next(model.parameters()).device
     fitted = build_videos(config, training_digits, "probe", device)
     held_out = build_videos(config, validation_digits, "validation", device)
-    settings = config.evaluate
+    result = {
+        **made_from,
+        "seed": config.train.seed,
+        "digits": training_digits.source,
+        **measure(Subject(config, model, training_digits, fitted, held_out)),
+        "train_seconds": last["seconds"],
+        "evaluate_seconds": time.perf_counter() - started,
+    }
+    checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
+    return result
 
+
+def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
+    """Probes, decodes and measures the run in the folder `run`, once: `measured_once`. Writes its evaluation.json."""
+    return measured_once(run, config, "evaluation.json", functools.partial(_measure, run))
+
+
+def _measure(run: Path, subject: Subject) -> dict[str, Any]:
+    config, model, training_digits, fitted, held_out = subject
+    settings = config.evaluate
     train = probes.extract(model, fitted, settings.probe_videos, config)
     validation = probes.extract(model, held_out, settings.validation_videos, config, encoded=True)
     curve = probes.adam_probe(train, validation, config, config.train.seed)
     singular = reference.singular_values(validation.encoded)
     decoder, latents = frozen_decoder(run, config, model, training_digits), Latents(config, model)
-    result = {
-        **made_from,
+    return {
         "row": config.model.row,
-        "seed": config.train.seed,
-        "digits": training_digits.source,
         "speed_mse": curve[-1],
         "speed_mse_by_epoch": curve,
         "speed_mse_least_squares": probes.least_squares_probe(train, validation),
@@ -90,12 +117,8 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
-        "train_seconds": last["seconds"],
-        "evaluate_seconds": time.perf_counter() - started,
         "singular_values": [round(s, 4) for s in singular.tolist()],
     }
-    checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits) -> nn.Module:

@@ -1,8 +1,5 @@
 """What z* knows: linear classifiers from the inferred latent to the direction and to the digit (Table 2)."""
 
-import dataclasses
-import json
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +9,10 @@ from torch import Tensor, nn
 
 from vjvcr_fast.config import Config
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST
-from vjvcr_fast.evaluation.evaluate import load_run
+from vjvcr_fast.evaluation.evaluate import Subject, measured_once
 from vjvcr_fast.models.energy import EnergyModel
-from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import build_digits, build_videos
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, check_digits, split_frames
+from vjvcr_fast.training.loop import DivergedError, split_frames
 
 DIGITS = 10
 
@@ -114,50 +109,24 @@ def chance(train: Tensor, validation: Tensor) -> float:
 
 
 def evaluate_latents(run: Path, config: Config | None = None) -> dict[str, Any]:
-    """Classifies the z* of the run in the folder `run`; returns what it writes to latents.json.
+    """Classifies the z* of the run in the folder `run`, once: `evaluate.measured_once`. Writes its latents.json.
 
-    config: as in `evaluate.load_run`. A latents.json made from the same checkpoint under the same settings is returned
-    as it is. Without a latent there is nothing to classify: accuracies are those of chance.
-
-    Raises: as `load_run`; ConfigError where the run was trained on other digits; DigitsError; DivergedError.
+    Without a latent there is nothing to classify: accuracies are those of chance. Raises: as that; DivergedError.
     """
-    config, model = load_run(run, config)
-    best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
-    made_from = {
-        "evaluate": dataclasses.asdict(config.evaluate),
-        "best": checkpoint.digest(run / "best.pt"),
-        "step": best["step"],
-        "trained_steps": last["step"],
-    }
-    file = run / "latents.json"
-    if file.exists():
-        before = json.loads(file.read_text())
-        if {k: before.get(k) for k in made_from} == made_from:
-            return before
+    return measured_once(run, config, "latents.json", _measure)
 
-    started = time.perf_counter()
-    training_digits, validation_digits = build_digits(config)
-    check_digits(run, best, training_digits)
-    device = next(model.parameters()).device
-    settings = config.evaluate
-    fitted = build_videos(config, training_digits, "probe", device)
-    held_out = build_videos(config, validation_digits, "validation", device)
-    train = extract_codes(model, fitted, settings.probe_videos, config)
-    validation = extract_codes(model, held_out, settings.validation_videos, config)
-    result = {
-        **made_from,
+
+def _measure(subject: Subject) -> dict[str, Any]:
+    config, model, _, fitted, held_out = subject
+    train = extract_codes(model, fitted, config.evaluate.probe_videos, config)
+    validation = extract_codes(model, held_out, config.evaluate.validation_videos, config)
+    return {
         "kind": config.latent.kind,
-        "seed": config.train.seed,
-        "digits": training_digits.source,
         **_classified(train, validation, config),
         "hidden": validation.hidden.mean().item(),
         "explained": 1 - (validation.hidden.mean() / validation.total).item(),
         **_described(validation, config),
-        "train_seconds": last["seconds"],
-        "evaluate_seconds": time.perf_counter() - started,
     }
-    checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
-    return result
 
 
 def _classified(train: Codes, validation: Codes, config: Config) -> dict[str, Any]:
