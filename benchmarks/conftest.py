@@ -18,7 +18,7 @@ import records
 import report as reports
 import torch
 
-from vjvcr_fast.training.checkpoint import write_atomic
+from vjvcr_fast.data.files import write_atomic
 
 collect_ignore = ["bench_losses.py" if torch.cuda.is_available() else "bench_losses_cuda.py"]
 

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics, write_atomic
+from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 
 STATE = {"model": {"weight": torch.arange(600.0)}, "step": 3, "best": float("inf"), "name": "x", "list": [1, None]}
 

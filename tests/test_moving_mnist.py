@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.data.digits import Digits
-from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos, _hash, _reflect, _uniform
+from vjvcr_fast.data.hashing import splitmix, uniform
+from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos, _reflect
 
 GRID = 1 / 256  # positions are multiples of it
 
@@ -164,7 +165,7 @@ def test_an_epoch_is_every_digit_once() -> None:
     assert data.batch(101, 101).digit.equal(labels[1])
 
 
-def test_orders_are_uniform() -> None:
+def test_orders_areuniform() -> None:
     """Every digit is equally often first: 6 digits, 600 epochs, counts of mean 100 and deviation 9.1."""
     first = moving(some_digits(6), canvas=28, frames=1).batch_at(torch.arange(600) * 6).digit
     assert (first.bincount(minlength=6) - 100).abs().max() < 5 * 9.1
@@ -194,14 +195,14 @@ def test_large_indices() -> None:
 def test_hash_is_splitmix64() -> None:
     """The first values of the published generator for seed 0."""
     published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
-    assert [value % 2**64 for value in _hash(0, torch.arange(1, 4)).tolist()] == published
+    assert [value % 2**64 for value in splitmix(0, torch.arange(1, 4)).tolist()] == published
 
 
 def test_uniforms() -> None:
     """Chi-square over 64 bins (63 degrees of freedom, deviation 11.2), mean, and correlations of neighbours."""
     n = 1 << 16
     for start in (0, 10**9):
-        u = _uniform(torch.tensor([1, 2, -7 << 40]), torch.arange(start, start + n))
+        u = uniform(torch.tensor([1, 2, -7 << 40]), torch.arange(start, start + n))
         assert u.dtype == torch.float64
         assert 0 <= u.min() <= u.max() < 1
         for column in u.unbind(dim=1):
@@ -211,7 +212,7 @@ def test_uniforms() -> None:
         assert correlation.abs().max() < 6 / math.sqrt(n)
 
 
-def test_speed_is_uniform() -> None:
+def test_speed_isuniform() -> None:
     speed = moving(points(), canvas=28, frames=1).batch(0, 20_000).speed.double()
     assert abs(speed.mean() - 4) < 5 * math.sqrt(4 / 3 / 20_000)
     assert abs(speed.var() - 4 / 3) < 0.05
@@ -220,7 +221,7 @@ def test_speed_is_uniform() -> None:
     assert (moving(speed=(3.0, 3.0)).batch(0, 9).speed == 3).all()
 
 
-def test_starts_and_directions_are_uniform() -> None:
+def test_starts_and_directions_areuniform() -> None:
     videos = moving(points(), canvas=32, frames=2, digit_size=4, speed=(1.0, 1.0)).batch(0, 8192)
     start = videos.positions[:, 0].double()
     assert (start.mean(dim=0) - 14).abs().max() < 5 * 28 / math.sqrt(12 * 8192)

@@ -12,7 +12,6 @@ import http.client
 import os
 import struct
 import urllib.request
-import uuid
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from vjvcr_fast.data.files import write_atomic
 
 ENVIRONMENT = "VJVCR_DATA"
 CACHE = "~/.cache/vjvcr_fast/mnist"
@@ -228,14 +229,7 @@ def _progress(url: str, length: str | None) -> Iterator[Callable[[int], object]]
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write in one step: whoever looks sees the whole file or none."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(content)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomic(path, content)
     except (OSError, ValueError) as error:
         raise _error(path, f"cannot be written ({error})") from error

@@ -8,7 +8,6 @@ are as in mathematics: 0 points right, positive angles turn upward on the screen
 changes by speed * (cos a, -sin a) a frame.
 """
 
-import hashlib
 import math
 from typing import NamedTuple
 
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.hashing import key, splitmix, uniform
 
 DIRECTIONS = 5  # psi = 2 k pi / 5, k = 0..4
 STARTS = ("switch", "center")
@@ -130,7 +130,7 @@ class MovingMNIST:
     def _videos(self, indices: Tensor, digits: Tensor) -> Videos:
         """indices: (N,) int64, global; digits: (N,) int64, which digit each shows; both on the device."""
         # float64: a difference of one ulp between two devices' cosines must not reach the float32 result.
-        u_speed, u_direction, u_x, u_y = _uniform(self._keys, indices).unbind(dim=1)
+        u_speed, u_direction, u_x, u_y = uniform(self._keys, indices).unbind(dim=1)
         low, high = self.speed
         speed = low + (high - low) * u_speed
         room = self.canvas - self.digit_size
@@ -156,45 +156,17 @@ class MovingMNIST:
         if order is None:
             numbers = torch.arange(len(self), device=self.device)
             # The hash is one-to-one, so nothing ties and every device sorts alike.
-            order = torch.argsort(_hash(self._key("order", epoch), numbers))
+            order = torch.argsort(splitmix(self._key("order", epoch), numbers))
             self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
         return order
 
     def _key(self, *purpose: str | int) -> int:
-        """A 64-bit signed key for one use of randomness."""
-        text = "/".join(map(str, (self.seed, *purpose, self.stream)))
-        digest = hashlib.sha256(text.encode()).digest()
-        return int.from_bytes(digest[:8], "little", signed=True)
+        return key(self.seed, *purpose, self.stream)
 
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
         raise ValueError(f"{name} must be {allowed}, got {value!r}")
-
-
-# -- Randomness by counting -----------------------------------------------------------------------------------------
-
-
-def _hash(key: int | Tensor, counter: Tensor) -> Tensor:
-    """Element `counter` of SplitMix64's sequence that starts at `key` (Steele, Lea, Flood 2014), as int64.
-
-    Wrapping int64 arithmetic stands in for uint64; the constants are the published ones, as signed numbers. For
-    one key, different counters never give the same value.
-    """
-    z = key + counter * -0x61C8864680B583EB
-    z = (z ^ _shift_right(z, 30)) * -0x40A7B892E31B1A47
-    z = (z ^ _shift_right(z, 27)) * -0x6B2FB644ECCEEE15
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own copies the sign of an int64 into the vacated bits."""
-    return (z >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _uniform(keys: Tensor, indices: Tensor) -> Tensor:
-    """(N, K) float64 in [0, 1), 53 random bits each, from keys (K,) and indices (N,)."""
-    return _shift_right(_hash(keys, indices[:, None]), 11).double() * 2.0**-53
 
 
 # -- Motion and rendering -------------------------------------------------------------------------------------------

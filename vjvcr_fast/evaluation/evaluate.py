@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, override, resolve_device
 from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.evaluation import probes
 from vjvcr_fast.evaluation.metrics import psnr
@@ -23,7 +24,7 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_digits, build_model, build_videos
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import autocast, check_digits, progress, split_frames
+from vjvcr_fast.training.loop import autocast, check_digits, split_frames
 
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
@@ -89,7 +90,7 @@ def measured_once(
         "train_seconds": last["seconds"],
         "evaluate_seconds": time.perf_counter() - started,
     }
-    checkpoint.write_atomic(file, json.dumps(result, indent=1) + "\n")
+    write_atomic(file, json.dumps(result, indent=1) + "\n")
     return result
 
 

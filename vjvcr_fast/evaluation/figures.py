@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.reference import cumulative_spectrum
-from vjvcr_fast.training.checkpoint import write_atomic
 
 
 def require_matplotlib() -> None:

@@ -11,12 +11,13 @@ import torch
 
 from vjvcr_fast import __version__
 from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, override, resolve_device
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, frozen_decoder, load_run
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_digits, build_videos
-from vjvcr_fast.training.checkpoint import load, read_metrics, write_atomic
+from vjvcr_fast.training.checkpoint import load, read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import claim, split_frames, train
 

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder, load_run, mean_psnr
 from vjvcr_fast.evaluation.latents import evaluate_latents
 from vjvcr_fast.evaluation.paper import about, finish_run, machine, named_seeds, spread
 from vjvcr_fast.training.build import build_digits, build_videos
-from vjvcr_fast.training.checkpoint import read_metrics, write_atomic
+from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import split_frames
 

@@ -2,27 +2,21 @@
 
 import hashlib
 import json
-import os
-import uuid
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from vjvcr_fast.data.files import replace
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint that is missing, damaged or of another run; the message names the file."""
 
 
-def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    content = data.encode() if isinstance(data, str) else data
-    _replace(path, lambda file: file.write(content))
-
-
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes `state` (tensors and plain values in dicts and lists), atomically."""
-    _replace(path, lambda file: torch.save(state, file))
+    replace(path, lambda file: torch.save(state, file))
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -69,20 +63,6 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
         if up_to is None or row["step"] <= up_to:
             rows.append(row)
     return rows
-
-
-def _replace(path: Path, write: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with part.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _line(error: Exception) -> str:

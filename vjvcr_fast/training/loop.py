@@ -20,6 +20,7 @@ from torch import Tensor
 from vjvcr_fast import __version__
 from vjvcr_fast.config import Config, ConfigError, differences, resolve_device
 from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
@@ -173,7 +174,7 @@ class _Log:
     def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, title: str) -> None:
         self.board = _summary_writer(run, step) if tensorboard else None
         rows = checkpoint.read_metrics(run / "metrics.jsonl", up_to=step)
-        checkpoint.write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.file = (run / "metrics.jsonl").open("a")
         self.bar = progress(total=steps, initial=step, desc=title, dynamic_ncols=True, mininterval=1.0)
         self.clock, self.step = time.perf_counter(), step
@@ -225,15 +226,6 @@ class _Log:
             self.board.close()
 
 
-def progress(**settings: Any) -> Any:
-    """A tqdm bar of steps. Raises ImportError, naming the extra, where tqdm is missing."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("tqdm is not installed: pip install 'vjvcr_fast[train]'") from None
-    return tqdm(unit="step", **settings)
-
-
 def _summary_writer(run: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -256,7 +248,7 @@ def claim(run: Path, config: Config) -> None:
         if different:
             changes = ", ".join(f"{k} {theirs} -> {ours}" for k, (theirs, ours) in different.items())
             raise ConfigError(f"{run} holds a run of another config ({changes}); choose another --out")
-    checkpoint.write_atomic(file, config.to_json())
+    write_atomic(file, config.to_json())
 
 
 def check_digits(run: Path, state: dict[str, Any], digits: Digits) -> None:
