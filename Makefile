@@ -28,7 +28,7 @@ $(VENV)/.train: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@$(PIP) --no-build-isolation --editable '.[train,dev]'
+	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,dev]'
 	@touch $@
 
 train: $(VENV)/.train  ## pre-train, probe, decode; ends with Table 1 (MovingMNIST) and figure 5

@@ -5,6 +5,7 @@ graph, so that the host's launches do not count. Before each region the L2 cache
 its size; the host queues the region meanwhile, so its start does not count either. Regions take turns, there and back.
 """
 
+import contextlib
 import functools
 import math
 import os
@@ -125,13 +126,24 @@ class BusyElsewhere:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float]:
-        """Busy seconds of all processors and of this process, and the time."""
+        """Busy seconds of all processors and of this process with its children, and the time."""
         try:
             fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
         except OSError:
             fields = [0] * 8
         idle = fields[3] + fields[4]
-        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter()
+        own = time.process_time() + _ticks_of_children() / os.sysconf("SC_CLK_TCK")
+        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), own, time.perf_counter()
+
+
+def _ticks_of_children() -> int:
+    """Processor time of the processes that this one has started and that run still."""
+    ticks = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it may have ended since
+            fields = stat.read_text().rpartition(")")[2].split()
+            ticks += int(fields[11]) + int(fields[12]) if int(fields[1]) == os.getpid() else 0
+    return ticks
 
 
 def copies(nbytes: int, cache_bytes: int) -> int:

@@ -143,7 +143,7 @@ def test_version() -> None:
         (["evaluate", "none"], ["none: not the folder of a run: it has no config.json"]),
         (["reproduce"], ["target"]),
         (["reproduce", "table3"], ["table3", "table1", "table2", "fig3"]),
-        (["reproduce", "table1", "--dataset", "clevrer"], ["clevrer", "moving-mnist"]),
+        (["reproduce", "table1", "--dataset", "cater"], ["data.dataset='cater': must be one of moving-mnist, clevrer"]),
         (["reproduce", "table1", "--seeds", "a"], ["--seeds='a': must be a whole number"]),
         (["reproduce", "table1", "--seeds", ""], ["--seeds='': must be a whole number"]),
         (["reproduce", "table1", "--seeds", "0,1.5"], ["--seeds='1.5': must be a whole number"]),
@@ -283,7 +283,7 @@ def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tiny_options: l
     assert len(result["speed_mse_by_epoch"]) == 2
     for name in ("speed_mse", "speed_mse_least_squares", "speed_mse_of_the_mean", "psnr", "rank_me"):
         assert re.search(rf"^{name} +{result[name]:.4f}$", shown, re.MULTILINE)
-    assert re.search(r"^digits +blobs: 40 digits$", shown, re.MULTILINE)
+    assert re.search(r"^data +blobs: 40 digits$", shown, re.MULTILINE)
     assert f"these and more are in {run}/evaluation.json" in shown
 
 

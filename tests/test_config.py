@@ -131,6 +131,10 @@ SAMPLES = {
     "latent.kind": "sparse",
     "latent.method": "ista",
     "latent.step_rule": "fixed",
+    "data.dataset": "clevrer",
+    "data.decoder": "decord",
+    "data.on_bad_video": "skip",
+    "model.kind": "simvp",
 }
 
 
@@ -179,7 +183,7 @@ def test_several_fields_that_only_fit_together() -> None:
 
 @pytest.mark.parametrize("name", ["train.nothing", "lr", "preset", "train", "train.lr.x", "", "Train.lr"])
 def test_unknown_field(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: no such field; fields are data.root, ") as error:
+    with pytest.raises(ConfigError, match=f"^{name}: no such field; fields are data.dataset, ") as error:
         override(preset("moving-mnist"), {name: "1"})
     assert "\n" not in str(error.value)
 

@@ -14,7 +14,7 @@ from vjvcr_fast.data.moving_mnist import Videos
 from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint, loop
-from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.latents import DEAD, GAIN, LEAST, MOST, NOISE, Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, split_frames, train
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("digits", "one_thread")
 
 
 def batch(config: Config, n: int = 16) -> Videos:
-    return build_videos(config, build_digits(config)[0], "train", CPU).batch(0, n)
+    return build_videos(config, build_data(config)[0], "train", CPU).batch(0, n)
 
 
 def latents_of(config: Config) -> tuple[Latents, EnergyModel]:
@@ -155,7 +155,7 @@ def test_every_latent_starts_from_the_same_encoder(tiny_stochastic: Config) -> N
 def test_validation_is_at_z_star(tiny_stochastic: Config, name: str) -> None:
     config = latent(tiny_stochastic, name)
     latents, model = latents_of(config)
-    videos = build_videos(config, build_digits(config)[1], "validation", CPU)
+    videos = build_videos(config, build_data(config)[1], "validation", CPU)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     measured = loop.validate(model, videos, config, latents)
     assert model.training

@@ -21,7 +21,7 @@ from vjvcr_fast.evaluation.latents import (
     extract_codes,
 )
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, split_frames, train
@@ -85,7 +85,7 @@ def test_chance() -> None:
 def test_codes(tiny_stochastic: Config, name: str) -> None:
     config = latent(tiny_stochastic, name)
     model = build_model(config, CPU)
-    videos = build_videos(config, build_digits(config)[1], "validation", CPU)
+    videos = build_videos(config, build_data(config)[1], "validation", CPU)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     codes = extract_codes(model, videos, 24, config)  # in batches of 16 and 8
     assert model.training
@@ -117,7 +117,7 @@ def test_evaluation(tmp_path: Path, tiny_stochastic: Config, name: str, monkeypa
     result = evaluate_latents(tmp_path)
     assert json.loads((tmp_path / "latents.json").read_text()) == result
     assert result["kind"] == config.latent.kind
-    assert result["digits"] == "blobs: 40 digits"
+    assert result["data"] == "blobs: 40 digits"
     for label in ("direction", "digit"):
         for key in ("chance", "accuracy", "accuracy_converged"):
             assert 0 <= result[f"{label}_{key}"] <= 1
@@ -250,7 +250,7 @@ def test_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.Mo
 
 
 def test_one_of_each_direction(tiny_stochastic: Config) -> None:
-    videos = build_videos(tiny_stochastic, build_digits(tiny_stochastic)[1], "validation", CPU)
+    videos = build_videos(tiny_stochastic, build_data(tiny_stochastic)[1], "validation", CPU)
     chosen = table2.one_of_each_direction(videos, 2)
     assert chosen.direction.tolist() == [0, 1, 2, 3, 4] * 2
     assert len({tuple(frames.flatten().tolist()) for frames in chosen.frames}) == 10

@@ -25,7 +25,7 @@ from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training import build, checkpoint, loop
-from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("digits", "one_thread")
 def metrics(run: Path) -> list[dict[str, Any]]:
     """What is the same between two runs of the same config."""
     rows = read_metrics(run / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k != "videos_per_second"} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("videos_per_second", "data_wait")} for row in rows]
 
 
 def logged(run: Path, name: str) -> dict[int, float]:
@@ -251,7 +251,7 @@ def test_best_gives_its_validation_loss_again(tmp_path: Path, tiny: Config) -> N
     losses = logged(tmp_path, "validation_loss")
     step = checkpoint.load(tmp_path / "best.pt")["step"]
     assert losses[step] == min(losses.values())
-    _, held_out = build_digits(config)
+    _, held_out = build_data(config)
     assert not model.training
     videos = build_videos(config, held_out, "validation", CPU)
     assert loop.validate(model, videos, config, Latents(config, model)) == losses[step]
@@ -260,7 +260,7 @@ def test_best_gives_its_validation_loss_again(tmp_path: Path, tiny: Config) -> N
 def test_validation_changes_nothing(tiny: Config) -> None:
     model = build_model(tiny, CPU)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    _, held_out = build_digits(tiny)
+    _, held_out = build_data(tiny)
     videos = build_videos(tiny, held_out, "validation", CPU)
     first, second = (loop.validate(model, videos, tiny, Latents(tiny, model)) for _ in range(2))
     assert first == second

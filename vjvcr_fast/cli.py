@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, reproduce, info. Every field of vjvcr_fast.config is an option."""
+"""The command line: train, evaluate, reproduce, cache, simulate, info. Every configuration field is an option."""
 
 import argparse
 import difflib
@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 
@@ -20,6 +20,7 @@ from vjvcr_fast.config import (
     PRESETS,
     Config,
     ConfigError,
+    Dataset,
     default_preset,
     fields,
     help_text,
@@ -29,12 +30,24 @@ from vjvcr_fast.config import (
     preset,
     resolve_device,
 )
+from vjvcr_fast.data import decode
+from vjvcr_fast.data.cache import CacheError
+from vjvcr_fast.data.clevrer import ClevrerError
+from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
+from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
-EXTRAS = {"train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"), "video": ("av", "decord")}
+EXTRAS = {
+    "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"),
+    "video": ("av", "decord", "pebble"),
+    "simulate": ("av", "mujoco"),
+    "torchcodec": ("torchcodec",),
+    "dali": ("nvidia.dali",),
+}
+ERRORS = (DigitsError, ClevrerError, VideoError, CacheError, CheckpointError, DivergedError, ImportError, OSError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,14 +72,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"vjvcr-fast: {error}", file=sys.stderr)
         return 2
-    except (DigitsError, CheckpointError, DivergedError, ImportError, OSError) as error:
+    except ERRORS as error:
         print(f"vjvcr-fast: {error}", file=sys.stderr)
         return 1
     except StopRequestedError as error:
         print(f"\nvjvcr-fast: {error}", file=sys.stderr)
         return INTERRUPTED
     except KeyboardInterrupt:
-        print("\nvjvcr-fast: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\nvjvcr-fast: stopped; the same command goes on from what is there", file=sys.stderr)
         return INTERRUPTED
     return 0
 
@@ -104,13 +117,29 @@ def _parser() -> _Parser:
     sub = add("reproduce", summary, _reproduce, "Resumes what it finds; table2 and fig3 share their runs.")
     sub.usage = f"{sub.prog} {{{','.join(TARGETS)}}} [OPTIONS]"
     sub.add_argument("target", choices=[*TARGETS], help="; ".join(f"{k}: {t.about}" for k, t in TARGETS.items()))
-    sub.add_argument("--dataset", choices=["moving-mnist"], default="moving-mnist", help="which half of the table")
     _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, or its -mini")
     several = "several give mean and standard deviation; fig3 shows the first"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=several)
     folders = "runs/table1-PRESET, runs/table2-PRESET"
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"results and runs (default: {folders})")
     _add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
+
+    about = "Every frame at training size, in a file that training maps into memory. Goes on where it was stopped."
+    sub = add("cache", "decode a data set's videos once", _cache, about)
+    _add_preset(sub, "; here clevrer or clevrer-mini")
+    sub.add_argument("--verify", action="store_true", help="check what is there, decode anew what is damaged")
+    _add_fields(sub, only=("data.",))
+
+    about = "3D scenes from a physics engine in a data set's own format. Goes on where it was stopped."
+    sub = add("simulate", "make videos to train on", _simulate, about)
+    sub.usage = f"{sub.prog} {{clevrer}} [OPTIONS]"
+    sub.add_argument("target", choices=["clevrer"], help="whose format: videos, annotations, folders")
+    third = "how many, a third of them for validation (default: 300)"
+    sub.add_argument("--videos", default="300", metavar="N", help=third)
+    sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to, for --data.root")
+    sub.add_argument("--seed", default="0", metavar="N", help="of all scenes (default: 0)")
+    sub.add_argument("--size", default="480,320", metavar="W,H", help="of the frames, even numbers (default: 480,320)")
+    sub.add_argument("--processes", default="0", metavar="N", help="at work beside each other (default: 0, one a core)")
 
     sub = add("info", "show versions, devices, backends, extras and digits, and what would be chosen", _info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
@@ -144,7 +173,11 @@ def _overrides(arguments: argparse.Namespace) -> dict[str, str]:
 
 
 def _config(arguments: argparse.Namespace, name: str = "moving-mnist") -> Config:
-    """The config asked for; without a preset or a file that of the preset `name` that this machine can do."""
+    """The config asked for; without a preset or a file that of the preset `name`, or of the data set that is asked for,
+    as far as this machine can do it."""
+    dataset = vars(arguments).get("data.dataset", name)
+    if name in get_args(Dataset) and dataset in get_args(Dataset):
+        name = dataset
     base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset(name))
     return override(base, _overrides(arguments))
 
@@ -176,6 +209,28 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
     print(f"these and more are in {arguments.run / file}")
+
+
+def _cache(arguments: argparse.Namespace) -> None:
+    config = _config(arguments, "clevrer")
+    for split, done in fill_cache(config, arguments.verify).items():
+        bad = f", {len(done.bad)} unreadable left out" if done.bad else ""
+        print(f"{cache_folder(config, split)}: {done.written} videos written, {done.kept} were there{bad}")
+        for reason in done.bad.values():
+            print(f"  {reason}", file=sys.stderr)
+
+
+def _simulate(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.data.simulate import simulate_clevrer
+
+    videos, seed, processes = (parse(f"--{k}", int, getattr(arguments, k)) for k in ("videos", "seed", "processes"))
+    width, height = parse("--size", tuple[int, int], arguments.size)
+    try:
+        simulate_clevrer(arguments.out, videos, seed=seed, processes=processes, size=(width, height))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    following = f"vjvcr-fast reproduce table1 --dataset clevrer --data.root {arguments.out}"
+    print(f"simulated: {arguments.out}; next: {following}")
 
 
 class _Target(NamedTuple):
@@ -222,8 +277,10 @@ def _info(arguments: argparse.Namespace) -> None:
     if native.MISSING is None:
         print(row("fista_mlp on", native.explain_plan()))
     print(row("presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"))
+    for backend, about in decode.explain().items():
+        print(row(f"video, {backend}", about))
     for extra, modules in EXTRAS.items():
-        missing = [m for m in modules if importlib.util.find_spec(m) is None]
+        missing = [m for m in modules if not _is_installed(m)]
         lacking = f"lacks {', '.join(missing)}: pip install 'vjvcr_fast[{extra}]'"
         print(row(f"extra {extra}", lacking if missing else "installed"))
     print(row("VJVCR_DATA", os.environ.get("VJVCR_DATA") or "not set"))
@@ -231,6 +288,13 @@ def _info(arguments: argparse.Namespace) -> None:
         print(row("digits", load_digits(arguments.root).source))
     except (DigitsError, ImportError) as error:
         print(row("digits", f"none: {error}"))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of a package around it
+        return False
 
 
 def _reject(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:

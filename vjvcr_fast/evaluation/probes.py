@@ -7,18 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.config import Config
-from vjvcr_fast.data.digits import Digits
-from vjvcr_fast.data.moving_mnist import MovingMNIST
-from vjvcr_fast.models.energy import EnergyModel
-from vjvcr_fast.training.build import build_videos
+from vjvcr_fast.models.energy import ROWS, EnergyModel
+from vjvcr_fast.training.build import Data, VideoSource, build_videos
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, split_frames
 
 
 class Features(NamedTuple):
     """values: (n, T_y d) float32, predicted representations of the target frames (at z*, where there is a latent),
-    flattened. speed: (n,), pixels/frame. encoded: (n T_y, d) float32, the encoder's own outputs for the same frames,
-    or empty."""
+    flattened. speed: (n,), in pixels/frame, of CLEVRER in scene units/s. encoded: (n T_y, d) float32, the encoder's own
+    outputs for the same frames, or empty."""
 
     values: Tensor
     speed: Tensor
@@ -27,7 +25,7 @@ class Features(NamedTuple):
 
 @torch.no_grad()
 def extract(
-    model: EnergyModel, videos: MovingMNIST, count: int, config: Config, start: int = 0, encoded: bool = False
+    model: EnergyModel, videos: VideoSource, count: int, config: Config, start: int = 0, encoded: bool = False
 ) -> Features:
     """Features of videos start .. start + count - 1, the model in evaluation mode and full precision,
     `evaluate.probe_batch` at a time. Raises DivergedError where they are not finite."""
@@ -51,14 +49,15 @@ def extract(
 def adam_probe(train: Features, validation: Features, config: Config, seed: int) -> list[float]:
     """The paper's probe: a linear map to the speed, mean squared error, Adam, on the features as they are.
 
-    Returns the validation MSE after every epoch, (pixels/frame)^2.
+    Returns the validation MSE after every epoch, in squares of the speed's unit.
     """
     settings, device = config.evaluate, train.values.device
+    lr = settings.probe_lr if ROWS[config.model.row].hidden else settings.probe_lr_generative
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = nn.Linear(train.values.shape[1], 1).to(device)
         orders = [torch.randperm(len(train.speed)) for _ in range(settings.probe_epochs)]
-    optimizer = torch.optim.Adam(probe.parameters(), settings.probe_lr, fused=True)
+    optimizer = torch.optim.Adam(probe.parameters(), lr, fused=True)
     curve = []
     for order in orders:
         for index in order.to(device).split(settings.probe_batch):
@@ -73,8 +72,8 @@ def adam_probe(train: Features, validation: Features, config: Config, seed: int)
 def least_squares_probe(train: Features, validation: Features) -> float:
     """The exact linear probe: least squares on standardised features, minimum norm where they are dependent.
 
-    Returns the validation MSE, (pixels/frame)^2. In float64; directions with less than 1e-10 of the largest variance
-    are noise and left out.
+    Returns the validation MSE, in squares of the speed's unit. In float64; directions with less than 1e-10 of the
+    largest variance are noise and left out.
     """
     x, x_validation = train.values.double(), validation.values.double()
     mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-12)
@@ -91,11 +90,11 @@ def mean_predictor(train: Features, validation: Features) -> float:
     return (validation.speed.double() - train.speed.double().mean()).square().mean().item()
 
 
-def training_probe(model: EnergyModel, config: Config, digits: Digits) -> dict[str, float]:
+def training_probe(model: EnergyModel, config: Config, data: Data) -> dict[str, float]:
     """The exact probe's speed MSE on a small sample, and the mean predictor's, for learning curves during training.
 
-    From training digits alone: fitted on one stretch of the "probe" stream and measured on the next."""
-    videos = build_videos(config, digits, "probe", next(model.parameters()).device)
+    From training data alone: fitted on one stretch of the "probe" stream and measured on the next."""
+    videos = build_videos(config, data, "probe", next(model.parameters()).device)
     count = min(config.evaluate.probe_videos, 4_096)
     fitted = extract(model, videos, count, config)
     measured = extract(model, videos, max(2, count // 4), config, start=count)

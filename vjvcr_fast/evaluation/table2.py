@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -15,7 +15,7 @@ from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder, load_run, mean_psnr
 from vjvcr_fast.evaluation.latents import evaluate_latents
 from vjvcr_fast.evaluation.paper import about, finish_run, machine, named_seeds, spread
-from vjvcr_fast.training.build import build_digits, build_videos
+from vjvcr_fast.training.build import build_data, build_videos
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import split_frames
@@ -68,11 +68,11 @@ def figure3(config: Config, out: Path, seeds: Sequence[int]) -> str:
         _finished(config, name, seeds[0], out)
         run = run_folder(out, name, seeds[0])
         run_config, model = load_run(run, latent(override(config, {"train.seed": seeds[0]}), name))
-        training_digits, validation_digits = build_digits(run_config)
-        videos = build_videos(run_config, validation_digits, "validation", next(model.parameters()).device)
-        decoder = frozen_decoder(run, run_config, model, training_digits)
+        training_data, validation_data = build_data(run_config)
+        videos = build_videos(run_config, validation_data, "validation", next(model.parameters()).device)
+        decoder = frozen_decoder(run, run_config, model, training_data)
         future = functools.partial(decode, Latents(run_config, model), decoder)
-        x, y = split_frames(one_of_each_direction(videos, CLIPS), run_config)
+        x, y = split_frames(one_of_each_direction(cast(MovingMNIST, videos), CLIPS), run_config)
         predictions[title(config, name)] = future(x, y)
         db[name] = mean_psnr(videos, run_config, future)
         black = mean_psnr(videos, run_config, lambda x, y: x.new_zeros(()))
@@ -115,7 +115,7 @@ def _finished(config: Config, name: str, seed: int, out: Path) -> dict[str, Any]
 
 
 def _summary(name: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    shared = ("digits", "direction_chance", "digit_chance")
+    shared = ("data", "direction_chance", "digit_chance")
     ours = {key: [e[key] for e in evaluations] for key in evaluations[0] if key not in (*shared, "evaluate")}
     paper = dict(zip(("direction_accuracy", "digit_accuracy"), PAPER_TABLE2.get(name, ()), strict=False))
     return {"paper": paper, "ours": ours, **{key: evaluations[0][key] for key in shared}}
@@ -144,7 +144,7 @@ def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: S
     how = "calibrated while training" if config.latent.calibrate else "fixed"
     notes = [
         f"{about(config)}; {named_seeds(seeds)}.",
-        f"Digits: {first['digits']}. Accuracies are of {config.evaluate.validation_videos:,} videos of validation "
+        f"Digits: {first['data']}. Accuracies are of {config.evaluate.validation_videos:,} videos of validation "
         f"digits. Linear classifiers on z* as it is: Adam {config.evaluate.probe_lr:g}, batches of "
         f"{config.evaluate.probe_batch}, {config.evaluate.probe_epochs} epochs of {config.evaluate.probe_videos:,} "
         "videos (the paper does not state how many); converged: the same map trained to its end.",

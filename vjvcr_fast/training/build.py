@@ -1,12 +1,45 @@
 """From a Config to its model and its videos."""
 
-import torch
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
 
-from vjvcr_fast.config import Config
-from vjvcr_fast.data.digits import Digits, load_digits, split_digits
+import torch
+from torch import Tensor, nn
+
+from vjvcr_fast.config import Config, ConfigError
+from vjvcr_fast.data import clevrer
+from vjvcr_fast.data.cache import Filled, FrameCache, fill
+from vjvcr_fast.data.clips import VideoClips
+from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits, split_digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
+from vjvcr_fast.data.workers import Pool
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
+from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
+from vjvcr_fast.models.swin import SwinPredictor
+
+Data = Digits | clevrer.Split  # one split of a data set: what videos are made from
+
+
+class Batch(Protocol):
+    """frames: (N, T, C, S, S), float32 in [0, 1] or uint8. speed: (N,) float32."""
+
+    @property
+    def frames(self) -> Tensor: ...
+    @property
+    def speed(self) -> Tensor: ...
+
+
+class VideoSource(Protocol):
+    """Videos by their numbers, every one a function of its number alone."""
+
+    @property
+    def device(self) -> torch.device: ...
+    def batch(self, start_index: int, n: int) -> Batch: ...
+    def batches(self, step: int, n: int) -> Iterator[Batch]: ...
 
 
 def build_model(config: Config, device: torch.device) -> EnergyModel:
@@ -14,26 +47,14 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
 
     The weights of encoder and predictor do not depend on the row: each part has its own seed.
     """
-    data, model, latent = config.data, config.model, config.latent
-    sizes = (1, model.channels, data.canvas, model.pool)
-
-    def seeded(part: int) -> None:
-        torch.manual_seed(config.train.seed * 1_000 + part)
-
+    model = config.model
     with torch.random.fork_rng(devices=[]):
-        seeded(0)
-        encoder = ConvEncoder(*sizes)
-        seeded(1)
-        predictor = MLPPredictor(
-            encoder.d,
-            data.frames_in,
-            data.frames_out,
-            model.hidden,
-            latent_dim=latent.dim if latent.kind == "sparse" else 0,
-            heads=latent.heads if latent.kind == "discrete" else 1,
-        )
-        seeded(2)
-        decoder = ConvDecoder(*sizes) if ROWS[model.row].pixel else None
+        _seed(config, 0)
+        encoder = build_encoder(config)
+        _seed(config, 1)
+        predictor = build_predictor(config)
+        _seed(config, 2)
+        decoder = build_decoder(config) if ROWS[model.row].pixel else None
     energy = EnergyModel(
         encoder,
         predictor,
@@ -48,16 +69,75 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
     return energy.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def build_digits(config: Config) -> tuple[Digits, Digits]:
-    """(train, validation) digits of `config.data`. Raises DigitsError or ImportError where there are none."""
-    return split_digits(load_digits(config.data.root, download=config.data.download))
+def build_encoder(config: Config) -> nn.Module:
+    model, data = config.model, config.data
+    if model.kind == "conv":
+        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool)
+    return SimVPEncoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
-def build_videos(config: Config, digits: Digits, stream: str, device: torch.device) -> MovingMNIST:
-    """The videos of `config.data` made from `digits`; streams ("train", "probe", "validation") share no video."""
+def build_decoder(config: Config) -> nn.Module:
+    """The mirror of the encoder, its weights from torch's generator as it is."""
+    model, data = config.model, config.data
+    if model.kind == "conv":
+        return ConvDecoder(data.channels, model.channels, data.canvas, model.pool)
+    return SimVPDecoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
+
+
+def build_predictor(config: Config) -> nn.Module:
+    data, model, latent = config.data, config.model, config.latent
+    latent_dim = latent.dim if latent.kind == "sparse" else 0
+    if model.kind == "conv":
+        heads = latent.heads if latent.kind == "discrete" else 1
+        return MLPPredictor(config.d, data.frames_in, data.frames_out, model.hidden, latent_dim=latent_dim, heads=heads)
+    return SwinPredictor(
+        config.map,
+        data.frames_in,
+        data.frames_out,
+        dim=model.hidden,
+        depth=model.depth,
+        heads=model.heads,
+        window=model.window,
+        latent_dim=latent_dim,
+        checkpoint=model.checkpoint,
+    )
+
+
+def build_data(config: Config) -> tuple[Data, Data]:
+    """(training, validation) data of `config.data`.
+
+    Raises DigitsError, ClevrerError, VideoError or ImportError where there are none or a file cannot be used.
+    """
     data = config.data
+    if data.dataset == "moving-mnist":
+        return split_digits(load_digits(data.root, download=data.download))
+    pool = Pool(data.workers, data.decode_timeout)
+    splits = [_clevrer_split(config, split, pool) for split in ("train", "validation")]
+    for split in splits:
+        for line in clevrer.listed(split.bad):
+            print(line, file=sys.stderr)
+    return splits[0], splits[1]
+
+
+def build_videos(config: Config, part: Data, stream: str, device: torch.device) -> VideoSource:
+    """The videos of `config.data` made from `part`; streams ("train", "probe", "validation") share no video, or, of
+    files, no draw."""
+    data = config.data
+    if isinstance(part, clevrer.Split):
+        return VideoClips(
+            part.sources,
+            frames=data.frames_in + data.frames_out,
+            size=(data.canvas, data.canvas),
+            seed=config.train.seed,
+            stream=stream,
+            backend=data.decoder,
+            device=device,
+            cache=open_cache(config, part.name),
+            pool=part.pool,
+            on_bad=data.on_bad_video,
+        )
     return MovingMNIST(
-        digits,
+        part,
         frames=data.frames_in + data.frames_out,
         canvas=data.canvas,
         digit_size=data.digit,
@@ -70,3 +150,75 @@ def build_videos(config: Config, digits: Digits, stream: str, device: torch.devi
         stream=stream,
         device=device,
     )
+
+
+def data_root(config: Config) -> Path:
+    """The folder of `data.root`, or of VJVCR_DATA. Raises ConfigError without either."""
+    root = config.data.root or os.environ.get(ENVIRONMENT, "")
+    if not root:
+        raise ConfigError(f"data.root is empty and {ENVIRONMENT} not set: which folder holds the videos?")
+    return Path(root).expanduser()
+
+
+def cache_folder(config: Config, split: str) -> Path | None:
+    """Where the decoded frames of a split are kept; None where `data.cache` is "off"."""
+    top = _cache_top(config)
+    return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}"
+
+
+def open_cache(config: Config, split: str) -> FrameCache | None:
+    """The decode-once cache of a split, where there is one. Raises CacheError where it does not fit the config."""
+    folder, size = cache_folder(config, split), (config.data.canvas, config.data.canvas)
+    return FrameCache(folder, size, config.data.decoder) if folder and (folder / "meta.json").exists() else None
+
+
+def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
+    """Decodes what the caches of both splits lack; {split: what was done}.
+
+    verify: check what is there, and decode anew what is damaged. Raises as `build_data`; CacheError; ConfigError where
+    the videos are not files or `data.cache` is "off".
+    """
+    if config.data.dataset == "moving-mnist" or config.data.cache == "off":
+        raise ConfigError(f"data.dataset={config.data.dataset}, data.cache={config.data.cache!r}: nothing to cache")
+    done, side = {}, config.data.canvas
+    for part in build_data(config):
+        assert isinstance(part, clevrer.Split)
+        folder = cache_folder(config, part.name)
+        assert folder is not None
+        done[part.name] = fill(
+            part.sources,
+            folder,
+            (side, side),
+            config.data.decoder,
+            part.pool,
+            on_bad=config.data.on_bad_video,
+            verify=verify,
+            desc=f"cache {part.name}",
+        )
+        part.pool.close()
+    return done
+
+
+def _cache_top(config: Config) -> Path | None:
+    chosen = config.data.cache
+    if chosen == "off":
+        return None
+    return Path(chosen).expanduser() if chosen else clevrer.find_root(data_root(config)) / "vjvcr-cache"
+
+
+def _clevrer_split(config: Config, split: str, pool: Pool) -> clevrer.Split:
+    data, top = config.data, _cache_top(config)
+    return clevrer.load_split(
+        data_root(config),
+        split,
+        data.frames_in,
+        data.frames_out,
+        backend=data.decoder,
+        pool=pool,
+        index=top and top / f"{split}-scan.pt",
+        on_bad=data.on_bad_video,
+    )
+
+
+def _seed(config: Config, part: int) -> None:
+    torch.manual_seed(config.train.seed * 1_000 + part)

@@ -19,19 +19,20 @@ from torch import Tensor
 
 from vjvcr_fast import __version__
 from vjvcr_fast.config import Config, ConfigError, differences, resolve_device
-from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.data.files import progress, write_atomic
-from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import build_digits, build_model, build_videos
+from vjvcr_fast.training.build import Batch, Data, VideoSource, build_data, build_model, build_videos
 from vjvcr_fast.training.latents import Latents
 
-# What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which digits
+# What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which data
 # there are is checked by what they are, not by where they lie.
-_FREE = ("data.root", "data.download", "train.steps", "train.tensorboard", "evaluate.")
+_FREE = (
+    *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout", "data.on_bad_video"),
+    *("model.checkpoint", "train.steps", "train.tensorboard", "evaluate."),
+)
 
-Probe = Callable[[EnergyModel, Config, Digits], dict[str, float]]
+Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
 
 
 class StopRequestedError(RuntimeError):
@@ -48,15 +49,15 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     probe: what to measure of the frozen model, by name; called every `config.train.probe_every` steps.
 
     Raises:
-        ConfigError: `run` holds a run of another config or of other digits.
-        CheckpointError: its last.pt is damaged. DigitsError: no digits. DivergedError, StopRequestedError: see there.
+        ConfigError: `run` holds a run of another config or of other data.
+        CheckpointError: its last.pt is damaged. As `build_data`: no data. DivergedError, StopRequestedError: see there.
     """
     settings = config.train
     device = resolve_device(settings.device)
     claim(run, config)
-    training_digits, validation_digits = build_digits(config)
-    videos = build_videos(config, training_digits, "train", device)
-    held_out = build_videos(config, validation_digits, "validation", device)
+    training_data, validation_data = build_data(config)
+    videos = build_videos(config, training_data, "train", device)
+    held_out = build_videos(config, validation_data, "validation", device)
 
     model = build_model(config, device)
     weight_decay = settings.weight_decay if model.terms.hidden else settings.weight_decay_generative
@@ -71,7 +72,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     if (run / "last.pt").exists():
         state = checkpoint.load(run / "last.pt", device)
         checkpoint.restore(run / "last.pt", state, model=model, optimizer=optimizer)
-        check_digits(run, state, training_digits)
+        check_data(run, state, training_data)
         step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
         latents.weight = state.get("latent_weight", latents.weight)
         started -= state["seconds"]
@@ -82,8 +83,8 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": _rng(),
-            "digits": training_digits.source,
-            "digits_hash": training_digits.fingerprint(),
+            "data": training_data.source,
+            "data_hash": training_data.fingerprint(),
             "seconds": time.perf_counter() - started,
             "version": __version__,
         }
@@ -92,9 +93,12 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
         checkpoint.save(run / name, state)
 
     log = _Log(run, step, settings.steps, settings.tensorboard, f"{config.model.row} ({device.type})")
+    batches = videos.batches(step, settings.batch)
     with log, _asked_to_stop() as stop:
         while step < settings.steps:
-            x, y = split_frames(videos.batch(step * settings.batch, settings.batch), config)
+            with log.waiting():
+                batch = next(batches)
+            x, y = split_frames(batch, config)
             with autocast(config, device):
                 z, measured = latents.infer(x, y)
                 terms = energy(x, y, z)
@@ -112,7 +116,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
                 sums, counted = torch.zeros_like(sums), 0
             if settings.probe_every and probe is not None and step % settings.probe_every == 0:
                 with log.paused():
-                    log.write(step, probe(model, config, training_digits))
+                    log.write(step, probe(model, config, training_data))
             if step % settings.validate_every == 0 or step == settings.steps:
                 with log.paused():
                     loss = validate(model, held_out, config, latents)
@@ -132,7 +136,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
 
 
 @torch.no_grad()
-def validate(model: EnergyModel, videos: MovingMNIST, config: Config, latents: Latents) -> float:
+def validate(model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> float:
     """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode.
 
     In stochastic videos x and y differ, in place and spread: one set of running statistics fits neither, and by it the
@@ -151,9 +155,10 @@ def validate(model: EnergyModel, videos: MovingMNIST, config: Config, latents: L
     return torch.stack(losses).mean().item()
 
 
-def split_frames(videos: Videos, config: Config) -> tuple[Tensor, Tensor]:
-    """x (N, T_x, 1, S, S) and y (N, T_y, 1, S, S)."""
-    return videos.frames[:, : config.data.frames_in], videos.frames[:, config.data.frames_in :]
+def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """x (N, T_x, C, S, S) and y (N, T_y, C, S, S), float32 in [0, 1]."""
+    frames = videos.frames if videos.frames.is_floating_point() else videos.frames.float().div_(255)
+    return frames[:, : config.data.frames_in], frames[:, config.data.frames_in :]
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -177,16 +182,16 @@ class _Log:
         write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.file = (run / "metrics.jsonl").open("a")
         self.bar = progress(total=steps, initial=step, desc=title, dynamic_ncols=True, mininterval=1.0)
-        self.clock, self.step = time.perf_counter(), step
+        self.clock, self.step, self.waited = time.perf_counter(), step, 0.0
 
     def training(self, step: int, means: dict[str, float], batch: int) -> None:
         now = time.perf_counter()
-        rate = (step - self.step) * batch / (now - self.clock)
-        self.clock, self.step = now, step
+        rate, share = (step - self.step) * batch / (now - self.clock), self.waited / (now - self.clock)
+        self.clock, self.step, self.waited = now, step, 0.0
         self.bar.update(step - self.bar.n)
         shown = {name: f"{value:.4f}" if value > 1e-3 else f"{value:.1e}" for name, value in means.items() if value}
         self.bar.set_postfix({**shown, "videos/s": f"{rate:.0f}"}, refresh=False)
-        self.write(step, {**means, "videos_per_second": rate})
+        self.write(step, {**means, "videos_per_second": rate, "data_wait": share})
 
     def write(self, step: int, values: dict[str, float]) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
@@ -196,6 +201,13 @@ class _Log:
                 self.board.add_scalar(name, value, step)
 
     @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """What happens in here is the wait for data, a share of the time between two log lines."""
+        start = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - start
+
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """What happens in here is not part of the training rate."""
         start = time.perf_counter()
@@ -203,18 +215,17 @@ class _Log:
         self.clock += time.perf_counter() - start
 
     @torch.no_grad()
-    def images(self, step: int, model: EnergyModel, videos: MovingMNIST, config: Config, latents: Latents) -> None:
+    def images(self, step: int, model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> None:
         """Input and target frames of eight held-out videos, and below each its prediction where there is a decoder."""
         if self.board is not None:
-            frames = videos.batch(0, 8).frames
-            lines = [frames]
+            x, y = split_frames(videos.batch(0, 8), config)
+            lines = [torch.cat([x, y], dim=1)]
             if model.decoder is not None:
                 model.eval()
-                x, y = frames.split([config.data.frames_in, config.data.frames_out], dim=1)
                 lines.append(torch.cat([torch.zeros_like(x), model.decoder(latents.predict(x, y)).clamp(0, 1)], dim=1))
                 model.train()
-            grid = torch.stack(lines, dim=1).squeeze(3)  # (video, line, T, S, S)
-            self.board.add_image("videos", grid.permute(0, 1, 3, 2, 4).flatten(0, 2).flatten(1), step, dataformats="HW")
+            grid = torch.stack(lines, dim=1).permute(3, 0, 1, 4, 2, 5)  # (C, video, line, S, T, S)
+            self.board.add_image("videos", grid.flatten(1, 3).flatten(2), step)
 
     def __enter__(self) -> "_Log":
         return self
@@ -251,11 +262,11 @@ def claim(run: Path, config: Config) -> None:
     write_atomic(file, config.to_json())
 
 
-def check_digits(run: Path, state: dict[str, Any], digits: Digits) -> None:
-    """Raises ConfigError where a run's checkpoint was made from other digits than are here now."""
-    if state["digits_hash"] != digits.fingerprint():
+def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
+    """Raises ConfigError where a run's checkpoint was made from other data than are here now."""
+    if state["data_hash"] != data.fingerprint():
         raise ConfigError(
-            f"{run} was trained on {state['digits']}; here are {digits.source}: set --data.root or VJVCR_DATA, "
+            f"{run} was trained on {state['data']}; here are {data.source}: set --data.root or VJVCR_DATA, "
             "or choose another --out"
         )
 

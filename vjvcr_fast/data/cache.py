@@ -1,0 +1,323 @@
+"""The decode-once cache: the frames of video files at training resolution, in one memory-mapped file.
+
+A video with a single keyframe costs decoding from frame 0 for every window; from here a window costs a copy. A folder:
+
+    meta.json    what all frames have in common: size, and the decoder that made them
+    frames.u8    the videos one after another, each (F, 3, H, W) uint8
+    index.jsonl  a line for each video whose frames are on the disk: name, bytes of its file, frames, place, CRC-32
+
+A line is written after its frames have reached the disk, so a killed `fill` leaves at most frames that no line speaks
+of; the next call overwrites them. Every video is checked against its sum when it is first read.
+"""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import shutil
+import time
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast.data import workers
+from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.files import progress, write_atomic
+
+SYNC_SECONDS = 2.0  # how often frames are forced to the disk, and their lines written
+ON_DEVICE = 0.4  # of the free memory of a GPU: up to there the cache moves into it
+
+
+class CacheError(RuntimeError):
+    """A cache that cannot be used or filled; the message names the folder, the reason and what to do."""
+
+
+class Video(Protocol):
+    """What the cache needs to know of a video: a `clips.Source` has it."""
+
+    @property
+    def path(self) -> Path: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def frames(self) -> int: ...
+
+
+class Line(NamedTuple):
+    """A line of index.jsonl; `first` counts frames from the start of frames.u8."""
+
+    video: str
+    bytes: int
+    frames: int
+    first: int
+    crc32: int
+
+
+class Filled(NamedTuple):
+    """What `fill` did: videos written now, those that were there, and {name: reason} of those that cannot be read."""
+
+    written: int
+    kept: int
+    bad: dict[str, str]
+
+
+class FrameCache:
+    """A cache to read from. folder: as `fill` left it, finished or not.
+
+    Raises CacheError where there is none, it is damaged, or its frames are not of (height, width) `size` or, unless
+    `backend` is "auto", not from a decoder that gives the same ones.
+    """
+
+    def __init__(self, folder: Path, size: tuple[int, int], backend: str = "auto") -> None:
+        self.folder, self.size = folder, size
+        meta = _read_meta(folder)
+        if meta is None:
+            raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one")
+        _check_meta(folder, meta, size, backend)
+        self.lines = _read_index(folder)
+
+    def serving(self, sources: Sequence[Video], device: torch.device) -> "Serving":
+        """A view of the cache by the numbers of `sources`, on `device` where there is room for it."""
+        return Serving(self, sources, device)
+
+
+class Serving:
+    """Windows of `sources`, by their numbers. complete: whether all of them are cached."""
+
+    def __init__(self, cache: FrameCache, sources: Sequence[Video], device: torch.device) -> None:
+        height, width = cache.size
+        self._cache, self.device = cache, device
+        self._lines = [_valid_line(cache.lines, source) for source in sources]
+        self.complete = all(line is not None for line in self._lines)
+        frames = max((line.first + line.frames for line in cache.lines.values()), default=0)
+        shape = (frames, 3, height, width)
+        file, length = str(cache.folder / "frames.u8"), math.prod(shape)
+        # Mapped privately, so that a cache on a read-only disk serves too; torch maps no file of length 0.
+        mapped = torch.from_file(file, False, length, dtype=torch.uint8) if length else torch.empty(0).byte()
+        self._data = mapped.view(shape)
+        self._unchecked = {number for number, line in enumerate(self._lines) if line is not None}
+        if device.type == "cuda" and mapped.numel() < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
+            for number in sorted(self._unchecked):
+                self._check(number)
+            self._data = self._data.to(device)
+
+    def has(self, source: int) -> bool:
+        return self._lines[source] is not None
+
+    def read(self, places: Sequence[tuple[int, int]], count: int) -> Tensor:
+        """(N, count, 3, H, W) uint8 on the device: frames first .. first + count - 1 of each (source, first)."""
+        rows = []
+        for source, first in places:
+            line = self._lines[source]
+            if line is None or not 0 <= first <= line.frames - count:
+                raise IndexError(f"source {source}, frames {first} to {first + count - 1}: not in the cache")
+            if source in self._unchecked:
+                self._check(source)
+            rows.append(line.first + first)
+        index = (torch.tensor(rows)[:, None] + torch.arange(count)).flatten().to(self._data.device, non_blocking=True)
+        if self._data.device == self.device or self.device.type == "cpu":
+            found = self._data.index_select(0, index)
+        else:
+            found = torch.empty(len(index), *self._data.shape[1:], dtype=torch.uint8, pin_memory=True)
+            torch.index_select(self._data, 0, index, out=found)
+        return found.unflatten(0, (len(rows), count)).to(self.device, non_blocking=True)
+
+    def _check(self, source: int) -> None:
+        line = self._lines[source]
+        assert line is not None
+        if _sum(self._data[line.first : line.first + line.frames]) != line.crc32:
+            raise CacheError(f"{self._cache.folder}: damaged at {line.video}: `vjvcr-fast cache --verify` repairs it")
+        self._unchecked.discard(source)
+
+
+def fill(
+    videos: Sequence[Video],
+    folder: Path,
+    size: tuple[int, int],
+    backend: str,
+    pool: workers.Pool,
+    *,
+    on_bad: str = "stop",
+    verify: bool = False,
+    desc: str = "cache",
+) -> Filled:
+    """Decodes into `folder` whatever of `videos` is not there yet, every frame resized to (height, width) `size`.
+
+    backend: "decord" or "torchcodec" (one name for both: their frames are equal), or "dali". on_bad: "stop" raises the
+    VideoError of a video that cannot be read, after everything before it is safe; "skip" goes on and returns it.
+    verify: check all sums and decode anew what is damaged.
+
+    Raises CacheError: no room on the disk, another process at work in the folder, frames of another size or decoder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        meta = _read_meta(folder)
+        if meta is None:
+            write_atomic(folder / "meta.json", json.dumps({"size": list(size), "decoder": _family(backend)}) + "\n")
+            (folder / "frames.u8").touch()
+        else:
+            _check_meta(folder, meta, size, backend)
+        lines = _read_index(folder)
+        valid = {video.name: line for video in videos if (line := _valid_line(lines, video)) is not None}
+        kept = {name for name, line in valid.items() if not (verify and _damaged(folder, size, line))}
+        missing = [video for video in videos if video.name not in kept]
+        _check_room(folder, size, missing, lines)
+        writer, bad = _Writer(folder, size, lines), dict[str, str]()
+        bar = progress(total=len(videos), initial=len(kept), desc=desc, unit="video", disable=not missing)
+        with bar, contextlib.closing(writer):
+            for video, task in _ahead(missing, backend, size, pool):
+                try:
+                    writer.add(video, workers.received(task.result()))
+                except VideoError as error:
+                    if on_bad == "stop":
+                        raise
+                    bad[video.name] = str(error)
+                bar.update()
+        return Filled(len(missing) - len(bad), len(kept), bad)
+
+
+def _ahead(
+    videos: Sequence[Video], backend: str, size: tuple[int, int], pool: workers.Pool
+) -> Iterator[tuple[Video, workers.Task]]:
+    """Videos with their decoding, a few in work beyond the one that is waited for."""
+    waiting: list[tuple[Video, workers.Task]] = []
+    for video in videos:
+        waiting.append((video, pool.submit(video.path, workers.decode, backend, 0, video.frames, size)))
+        if len(waiting) > 2 * pool.workers:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+class _Writer:
+    """Appends videos; their lines follow when their frames are on the disk."""
+
+    def __init__(self, folder: Path, size: tuple[int, int], lines: dict[str, Line]) -> None:
+        self._bytes = 3 * size[0] * size[1]  # of a frame
+        self._next = max((line.first + line.frames for line in lines.values()), default=0)
+        self._frames, self._index = (folder / "frames.u8").open("r+b"), (folder / "index.jsonl").open("a")
+        _end_line(self._index, folder)
+        self._places = lines
+        self._waiting: list[Line] = []
+        self._synced = time.monotonic()
+
+    def add(self, video: Video, frames: Tensor) -> None:
+        if len(frames) != video.frames:
+            raise VideoError(f"{video.path}: {len(frames)} frames decoded, {video.frames} expected")
+        old = self._places.get(video.name)
+        first = old.first if old is not None and old.frames == video.frames else self._next
+        self._next = max(self._next, first + video.frames)
+        self._frames.seek(first * self._bytes)
+        self._frames.write(frames.contiguous().numpy().data)
+        self._waiting.append(Line(video.name, video.path.stat().st_size, video.frames, first, _sum(frames)))
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._sync()
+
+    def close(self) -> None:
+        try:
+            self._sync()
+        finally:
+            self._frames.close()
+            self._index.close()
+
+    def _sync(self) -> None:
+        _to_disk(self._frames)
+        self._index.writelines(json.dumps(line._asdict()) + "\n" for line in self._waiting)
+        _to_disk(self._index)
+        self._waiting, self._synced = [], time.monotonic()
+
+
+def _to_disk(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _end_line(index: Any, folder: Path) -> None:
+    """A line that a crash cut off must not swallow the next."""
+    content = (folder / "index.jsonl").read_bytes()
+    if content and not content.endswith(b"\n"):
+        index.write("\n")
+
+
+def _read_meta(folder: Path) -> dict[str, Any] | None:
+    file = folder / "meta.json"
+    try:
+        meta = json.loads(file.read_text())
+        return {"size": tuple(meta["size"]), "decoder": str(meta["decoder"])}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CacheError(f"{file}: cannot be read ({type(error).__name__}: {error}); remove {folder}") from None
+
+
+def _check_meta(folder: Path, meta: dict[str, Any], size: tuple[int, int], backend: str) -> None:
+    if meta["size"] != tuple(size):
+        shown = ["x".join(map(str, s)) for s in (meta["size"], size)]
+        raise CacheError(f"{folder}: holds frames of {shown[0]}, asked for are {shown[1]}; choose another folder")
+    if backend != "auto" and meta["decoder"] != _family(backend):
+        raise CacheError(
+            f"{folder}: was filled by {meta['decoder']}, whose frames differ from those of {backend}; choose another "
+            "folder, or --data.decoder auto"
+        )
+
+
+def _family(backend: str) -> str:
+    """decord and torchcodec give the same frames to the bit."""
+    return "dali" if backend == "dali" else "ffmpeg"
+
+
+def _read_index(folder: Path) -> dict[str, Line]:
+    """The last line of every video; lines that are not whole are as good as none."""
+    lines: dict[str, Line] = {}
+    file = folder / "index.jsonl"
+    for text in file.read_text().splitlines() if file.exists() else []:
+        try:
+            line = Line(**json.loads(text))
+        except (ValueError, TypeError):
+            continue
+        lines[line.video] = line
+    size = _read_meta(folder)
+    if size is not None and lines:
+        height, width = size["size"]
+        there = (folder / "frames.u8").stat().st_size // (3 * height * width)
+        lines = {name: line for name, line in lines.items() if line.first + line.frames <= there}
+    return lines
+
+
+def _valid_line(lines: dict[str, Line], video: Video) -> Line | None:
+    """The line of a video, unless its file is another one now."""
+    line = lines.get(video.name)
+    same = line is not None and line.frames == video.frames and line.bytes == video.path.stat().st_size
+    return line if same else None
+
+
+def _damaged(folder: Path, size: tuple[int, int], line: Line) -> bool:
+    length = 3 * size[0] * size[1]
+    with (folder / "frames.u8").open("rb") as file:
+        file.seek(line.first * length)
+        return zlib.crc32(file.read(line.frames * length)) != line.crc32
+
+
+def _check_room(folder: Path, size: tuple[int, int], missing: Sequence[Video], lines: dict[str, Line]) -> None:
+    new = sum(v.frames for v in missing if v.name not in lines)
+    needed, free = new * 3 * size[0] * size[1], shutil.disk_usage(folder).free
+    if needed > free:
+        raise CacheError(f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk")
+
+
+def _sum(frames: Tensor) -> int:
+    return zlib.crc32(frames.contiguous().numpy().data)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with (folder / "lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CacheError(f"{folder}: another process is filling it") from None
+        yield

@@ -1,0 +1,193 @@
+"""CLEVRER: colliding objects in 128-frame videos, in the data set's own folders and annotation schema.
+
+    ROOT/video_train/video_00000-01000/video_00000.mp4
+    ROOT/annotation_train/annotation_00000-01000/annotation_00000.json
+
+Splits are by index, as published: 0 to 9,999 train, 10,000 to 14,999 validation, and 15,000 to 19,999 test, which has
+no annotations. Any part of a download will do. Velocities are the annotations' own: the norm of `velocity`, in scene
+units per second of the simulator, whose clock runs at 0.7 of the video's 25 frames per second (in the real files a
+location moves by 0.7 / 25 of the velocity in a frame).
+"""
+
+import hashlib
+import json
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast.data.clips import Source
+from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.scan import probe, scan
+from vjvcr_fast.data.workers import Pool
+
+SPLITS = {"train": range(10_000), "validation": range(10_000, 15_000), "test": range(15_000, 20_000)}
+SIZE = (320, 480)  # height and width of the published videos
+FOLDERS = ("", "clevrer", "CLEVRER")  # inside a root
+
+
+class ClevrerError(RuntimeError):
+    """CLEVRER was asked for and is not there, or not usable; the message names the folder and what to do."""
+
+
+class Split:
+    """The videos of one split, with their windows.
+
+    name: "train", "validation" or "test". sources: the videos that have a window. possible, dropped: windows, and how
+    many of them `windows` left out. bad: {name: reason} of videos left out (on_bad="skip"). source: a line about all of
+    it, for results to print. pool: the processes that read the files.
+    """
+
+    def __init__(self, root: Path, name: str, pool: Pool) -> None:
+        self.root, self.name, self.pool = root, name, pool
+        self.sources: list[Source] = []
+        self.bad: dict[str, str] = {}
+        self.possible = self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def source(self) -> str:
+        left_out = f", {len(self.bad)} unreadable left out" if self.bad else ""
+        simulated = "simulated scenes in CLEVRER's format" if (self.root / "simulated.json").exists() else "CLEVRER"
+        return f"{simulated}: {len(self):,} videos{left_out}"
+
+    def fingerprint(self) -> str:
+        """A short hash of the videos' names and windows."""
+        content = hashlib.sha256()
+        for source in self.sources:
+            content.update(source.name.encode())
+            content.update(source.starts.numpy().tobytes())
+            content.update(source.targets.numpy().tobytes())
+        return content.hexdigest()[:16]
+
+
+def load_split(
+    root: Path,
+    split: str,
+    frames_in: int,
+    frames_out: int,
+    *,
+    backend: str = "auto",
+    pool: Pool | None = None,
+    index: Path | None = None,
+    on_bad: str = "stop",
+) -> Split:
+    """Scans one split of the data set in `root`, or in clevrer/ or CLEVRER/ inside it.
+
+    pool: the processes that look at the files. index: where findings are kept for the next time. on_bad: "stop" raises
+    a VideoError for the first file that cannot be used, "skip" leaves such files out.
+
+    Raises ClevrerError where there is no such folder, video or window; VideoError.
+    """
+    folder = find_root(root)
+    items = {}
+    for video in _videos(folder / f"video_{split}"):
+        number = video.stem.removeprefix("video_")
+        if number.isdecimal() and int(number) in SPLITS[split]:
+            block = video.parent.name.replace("video", "annotation")
+            annotation = folder / f"annotation_{split}" / block / f"annotation_{number}.json"
+            items[video.relative_to(folder).as_posix()] = (video, annotation)
+    if not items:
+        raise ClevrerError(f"{folder}/video_{split}: no videos such as video_00000-01000/video_00000.mp4")
+    whole = Split(folder, split, pool or Pool(0))
+    examined = scan(items, partial(examine, backend=backend), whole.pool, index, on_bad=on_bad, desc=split)
+    whole.bad = examined.bad
+    for name, found in examined.found.items():
+        starts = windows(found["visible"], frames_in, frames_out)
+        targets = found["fastest"][starts + frames_in + frames_out - 1]
+        possible = max(found["frames"] - frames_in - frames_out + 1, 0)
+        whole.possible += possible
+        whole.dropped += possible - len(starts)
+        if len(starts):
+            whole.sources.append(Source(items[name][0], name, found["frames"], starts, targets))
+    if not whole.sources:
+        length = frames_in + frames_out
+        raise ClevrerError(f"{folder}/video_{split}: {len(items)} videos, but no window of {length} frames")
+    return whole
+
+
+def _videos(folder: Path) -> list[Path]:
+    """FOLDER/*/video_*.mp4, sorted. Raises ClevrerError for a folder that cannot be read, which a glob passes over."""
+    try:
+        blocks = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+        files = [entry.path for block in blocks for entry in os.scandir(block)]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ClevrerError(f"{error.filename or folder}: {error.strerror}") from None
+    return [path for path in map(Path, sorted(files)) if path.name.startswith("video_") and path.suffix == ".mp4"]
+
+
+def find_root(root: Path) -> Path:
+    """The folder with video_train in it. Raises ClevrerError naming what is missing."""
+    if not root.is_dir():
+        raise ClevrerError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    for name in FOLDERS:
+        if any((root / name / f"video_{split}").is_dir() for split in SPLITS):
+            return root / name
+    raise ClevrerError(
+        f"{root}: no CLEVRER here: no video_train or video_validation, not in clevrer/ or CLEVRER/ either; "
+        "`vjvcr-fast simulate clevrer` makes scenes in its format"
+    )
+
+
+def examine(video: Path, annotation: Path, backend: str) -> dict[str, Any]:
+    """frames, height, width of a video; visible: (F, objects) bool; fastest: (F,) float32, the speed of the fastest
+    visible object, 0 where none is. Raises VideoError naming the file: unreadable, or annotated for fewer frames."""
+    found: dict[str, Any] = probe(video, backend)
+    visible, speeds = read_annotation(annotation)
+    if len(visible) < found["frames"]:
+        raise VideoError(f"{annotation}: annotates {len(visible)} frames, {video.name} has {found['frames']}")
+    visible, speeds = visible[: found["frames"]], speeds[: found["frames"]]
+    fastest = torch.where(visible, speeds, 0).amax(dim=1) if visible.shape[1] else torch.zeros(len(visible))
+    return found | {"visible": visible, "fastest": fastest}
+
+
+def read_annotation(path: Path) -> tuple[Tensor, Tensor]:
+    """(visible, speed) of every object in every frame, (F, objects) bool and float32: `inside_camera_view` and the norm
+    of `velocity`. Raises VideoError naming the file and what is wrong with it."""
+    try:
+        trajectory = json.loads(path.read_bytes())["motion_trajectory"]
+        ids = sorted({item["object_id"] for frame in trajectory for item in frame["objects"]})
+        column = {number: i for i, number in enumerate(ids)}
+        visible = torch.zeros(len(trajectory), len(ids), dtype=torch.bool)
+        velocity = torch.zeros(len(trajectory), len(ids), 3)
+        for place, frame in enumerate(trajectory):
+            if frame["frame_id"] != place:
+                raise ValueError(f"frame_id {frame['frame_id']} where {place} is expected")
+            for item in frame["objects"]:
+                seen, moves = item["inside_camera_view"], item["velocity"]
+                visible[place, column[item["object_id"]]] = bool(seen)
+                velocity[place, column[item["object_id"]]] = torch.tensor(moves, dtype=torch.float32)
+    except FileNotFoundError:
+        raise VideoError(f"{path}: there is no such annotation") from None
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise VideoError(f"{path}: not a CLEVRER annotation ({type(error).__name__}: {error})") from None
+    if not velocity.isfinite().all():
+        raise VideoError(f"{path}: a velocity is not finite")
+    return visible, velocity.norm(dim=2)
+
+
+def windows(visible: Tensor, frames_in: int, frames_out: int) -> Tensor:
+    """First frames of the windows of a video, (S,) int64, from visible (F, objects) bool.
+
+    Left out is a window in which an object is visible in some frame of y and in none of x, and one without a visible
+    object in its last frame, whose speed could not be asked for [ours].
+    """
+    length = frames_in + frames_out
+    if len(visible) < length:
+        return torch.empty(0, dtype=torch.int64)
+    spans = visible.unfold(0, length, 1)  # (F - length + 1, objects, length)
+    in_x, in_y = spans[..., :frames_in].any(dim=2), spans[..., frames_in:].any(dim=2)
+    allowed = ~(in_y & ~in_x).any(dim=1) & spans[..., -1].any(dim=1)
+    return allowed.nonzero()[:, 0]
+
+
+def listed(bad: dict[str, str]) -> list[str]:
+    """Lines about the videos that were left out, for a person to read."""
+    return [f"{len(bad)} left out, unreadable:", *(f"  {reason}" for reason in bad.values())] if bad else []

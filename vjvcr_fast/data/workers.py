@@ -1,0 +1,109 @@
+"""Decoding in processes of their own, each with a time limit: one that hangs or crashes does not end training."""
+
+import os
+import signal
+import weakref
+from collections.abc import Callable
+from concurrent.futures import Future, TimeoutError
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast.data.decode import VideoError, open_video
+
+
+class Task:
+    """A result to come, about one file."""
+
+    def __init__(self, path: Path, future: "Future[Any]", timeout: float) -> None:
+        self.path, self._future, self._timeout = path, future, timeout
+
+    def result(self) -> Any:
+        """Waits. Raises VideoError, naming the file, where it cannot be read, takes too long or crashes the decoder."""
+        try:
+            return self._future.result()
+        except TimeoutError:
+            raise VideoError(f"{self.path}: reading it took longer than {self._timeout:g} s") from None
+        except (VideoError, ImportError, ValueError):
+            raise
+        except Exception as error:
+            if type(error).__name__ == "ProcessExpired":
+                raise VideoError(f"{self.path}: the process that read it ended ({error})") from None
+            raise VideoError(f"{self.path}: {type(error).__name__}: {error}") from None
+
+
+class Pool:
+    """Worker processes, started with the first task and again where one was lost; a context manager.
+
+    workers: how many; -1: one a core; 0: none, tasks run at once in the caller, without a time limit. timeout: seconds
+    that one task may take before its process is ended.
+
+    Raises ValueError for other values; ImportError, naming the extra, where pebble is missing.
+    """
+
+    def __init__(self, workers: int = -1, timeout: float = 60.0) -> None:
+        if workers < -1:
+            raise ValueError(f"workers={workers}: must be -1 (one a core), 0 (none) or more")
+        if not timeout > 0:
+            raise ValueError(f"timeout={timeout}: must be above 0 seconds")
+        self.workers = len(os.sched_getaffinity(0)) if workers == -1 else workers
+        self.timeout = timeout
+        self._pool: Any = None
+
+    def submit(self, path: Path, function: Callable[..., Any], *arguments: Any) -> Task:
+        """Runs function(path, *arguments), a function of a module, in a worker."""
+        if self.workers == 0:
+            future: Future[Any] = Future()
+            try:
+                future.set_result(function(path, *arguments))
+            except Exception as error:
+                future.set_exception(error)
+        else:
+            future = self._started().schedule(function, args=(path, *arguments), timeout=self.timeout)
+        return Task(path, future, self.timeout)
+
+    def close(self) -> None:
+        """Ends the workers at once; a later task starts new ones."""
+        if self._pool is not None:
+            self._end()
+            self._pool = None
+
+    def __enter__(self) -> "Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _started(self) -> Any:
+        if self._pool is None:
+            try:
+                from pebble import ProcessPool
+            except ImportError:
+                raise ImportError("pebble is not installed: pip install 'vjvcr_fast[video]'") from None
+            # Not forked: a copy of a process with threads, or with CUDA, may hang.
+            self._pool = ProcessPool(self.workers, initializer=_quiet, context=get_context("spawn"))
+            self._end = weakref.finalize(self, _stop, self._pool)
+        return self._pool
+
+
+def decode(path: Path, backend: str, first: int, count: int, size: int | tuple[int, int]) -> Any:
+    """Frames first .. first + count - 1 as a numpy array (count, 3, H, W) uint8: what travels between processes."""
+    return open_video(path, backend).frames(range(first, first + count), size).contiguous().numpy()
+
+
+def received(array: Any) -> Tensor:
+    """What `decode` returned, as a tensor."""
+    return torch.from_numpy(array)
+
+
+def _stop(pool: Any) -> None:
+    pool.stop()
+    pool.join()
+
+
+def _quiet() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
+    torch.set_num_threads(1)

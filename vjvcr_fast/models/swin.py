@@ -1,0 +1,183 @@
+"""The predictor for video files: a Swin Transformer over the map of the input frames (section 4.4; Liu et al. 2021).
+
+As in SimVP's translator the maps of all input frames lie side by side in the channels of a cell, so that a token is a
+cell through time; windows of cells attend to themselves, alternately shifted, and every target frame comes out at once.
+Depth, width and window are [NS] in the paper and ours.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vjvcr_fast.models.simvp import run
+
+
+class SwinPredictor(nn.Module):
+    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), d = C H W of a map as `SimVPEncoder` lays it out.
+
+    Args:
+        map: (C, H, W). dim: width of a token. depth: blocks; every second one shifts its windows by half of one.
+        heads: of the attention, a divisor of dim. window: side of a window, a divisor of H and W or no less than both:
+            then there is one window and no shift. latent_dim: m > 0 gives it a latent z (N, m), which enters linearly,
+            by columns of unit norm, into every token. checkpoint: recompute activations in backward.
+
+    Weights of linear layers and the bias table start from a normal distribution of 0.02, cut at twice that, as Swin's.
+
+    Raises: ValueError for sizes that do not fit, a z of another shape, a z missing or not wanted.
+    """
+
+    def __init__(
+        self,
+        map: tuple[int, int, int],
+        frames_in: int,
+        frames_out: int,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 8,
+        window: int = 4,
+        latent_dim: int = 0,
+        mlp_ratio: int = 4,
+        checkpoint: bool = False,
+    ) -> None:
+        super().__init__()
+        channels, *grid = map
+        side = check_sizes((grid[0], grid[1]), dim, heads, window)
+        self.map, self.frames_out, self.latent_dim, self.checkpoint = map, frames_out, latent_dim, checkpoint
+        self.embed = nn.Linear(frames_in * channels, dim)
+        shifts = [side[0] // 2 if i % 2 and side[0] < max(grid) else 0 for i in range(depth)]
+        self.blocks = nn.ModuleList(_Block((grid[0], grid[1]), dim, heads, side, s, mlp_ratio) for s in shifts)
+        self.norm = nn.LayerNorm(dim)
+        self.last = nn.Linear(dim, frames_out * channels)
+        self.apply(_initialise)
+        if latent_dim > 0:
+            self.latent_in = nn.Linear(latent_dim, dim, bias=False)
+            self.normalize_latent()
+
+    def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+        self._check(z, len(h_x))
+        channels, height, width = self.map
+        n, t = h_x.shape[:2]
+        cells = h_x.reshape(n, t, height, width, channels).permute(0, 2, 3, 1, 4).flatten(3)  # (N, H, W, T_x C)
+        tokens = self.embed(cells)
+        if z is not None:
+            tokens = tokens + self.latent_in(z)[:, None, None]
+        for block in self.blocks:
+            tokens = run(block, tokens, self.checkpoint and self.training)
+        out = self.last(self.norm(tokens)).unflatten(3, (self.frames_out, channels))
+        return out.permute(0, 3, 1, 2, 4).reshape(n, self.frames_out, -1)
+
+    @torch.no_grad()
+    def normalize_latent(self) -> None:
+        """Projects the columns of `latent_in` back to unit norm, in place; nothing to do without a latent."""
+        if self.latent_dim > 0:
+            self.latent_in.weight.copy_(F.normalize(self.latent_in.weight, dim=0))
+
+    def _check(self, z: Tensor | None, n: int) -> None:
+        width = self.latent_dim
+        if (z is not None) != (width > 0):
+            raise ValueError(f"this predictor {f'needs z ({n}, {width})' if width else 'has no latent, so takes no z'}")
+        if z is not None and z.shape != (n, width):
+            raise ValueError(f"z has shape {tuple(z.shape)}: {(n, width)} is needed")
+
+
+class _Block(nn.Module):
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), of tokens (N, H, W, dim)."""
+
+    def __init__(
+        self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int, mlp_ratio: int
+    ) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attention = WindowAttention(grid, dim, heads, window, shift)
+        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class WindowAttention(nn.Module):
+    """Attention of tokens (N, H, W, dim) within windows, softmax(q k^T / sqrt(dim / heads) + B) v per head.
+
+    B[i, j] = table[offset of cell j from cell i], one table a head. With shift s windows begin at cell s, wrapped
+    around the grid; of what that brings together, cells from different sides do not attend to each other.
+    """
+
+    offset: Tensor
+    apart: Tensor | None
+
+    def __init__(self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int) -> None:
+        super().__init__()
+        self.heads, self.window, self.shift = heads, window, shift
+        self.counts = (grid[0] // window[0], grid[1] // window[1])
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
+        self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, offsets), std=0.02, a=-0.04, b=0.04))
+        self.register_buffer("offset", _offsets(window), persistent=False)
+        self.register_buffer("apart", _apart(grid, window, shift) if shift else None, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, height, width, dim = x.shape
+        if self.shift:
+            x = x.roll((-self.shift, -self.shift), (1, 2))
+        # Windows and heads together are SDPA's heads, so that one bias serves all samples.
+        qkv = self._windows(self.qkv(x)).unflatten(-1, (3, self.heads, dim // self.heads)).permute(3, 0, 1, 4, 2, 5)
+        q, k, v = qkv.flatten(2, 3)  # each (N, windows heads, cells, dim / heads)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias().to(q.dtype))
+        out = out.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)  # (N, windows, cells, dim)
+        rows, columns = self.counts
+        out = out.reshape(n, rows, columns, *self.window, dim).transpose(2, 3).reshape(n, height, width, dim)
+        if self.shift:
+            out = out.roll((self.shift, self.shift), (1, 2))
+        return self.out(out)
+
+    def _windows(self, x: Tensor) -> Tensor:
+        """(N, H, W, C) -> (N, windows, cells, C), both by rows."""
+        (rows, columns), (a, b) = self.counts, self.window
+        return x.unflatten(1, (rows, a)).unflatten(3, (columns, b)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+    def _bias(self) -> Tensor:
+        """(1, windows heads, cells, cells)."""
+        bias = self.table[:, self.offset][None]  # (1, heads, cells, cells)
+        if self.apart is None:
+            return bias.expand(self.counts[0] * self.counts[1], -1, -1, -1).flatten(0, 1)[None]
+        return bias.masked_fill(self.apart[:, None], float("-inf")).flatten(0, 1)[None]
+
+
+def _offsets(window: tuple[int, int]) -> Tensor:
+    """(cells, cells) int64: the number of the offset from one cell of a window to another."""
+    a, b = window
+    place = torch.stack(torch.meshgrid(torch.arange(a), torch.arange(b), indexing="ij")).flatten(1)
+    rows, columns = place[:, :, None] - place[:, None, :]
+    return (rows + a - 1) * (2 * b - 1) + columns + b - 1
+
+
+def _apart(grid: tuple[int, int], window: tuple[int, int], shift: int) -> Tensor:
+    """(windows, cells, cells) bool: pairs that the wrapped grid brings into one window from different sides."""
+    (height, width), (a, b) = grid, window
+    # In the shifted grid the last `shift` rows and columns have come around from the other side.
+    rows, columns = torch.arange(height) >= height - shift, torch.arange(width) >= width - shift
+    side = 2 * rows[:, None].long() + columns[None, :].long()
+    cells = side.unflatten(0, (-1, a)).unflatten(2, (-1, b)).transpose(1, 2).flatten(2).flatten(0, 1)
+    return cells[:, :, None] != cells[:, None, :]
+
+
+def _initialise(module: Any) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def check_sizes(grid: tuple[int, int], dim: int, heads: int, window: int) -> tuple[int, int]:
+    """(height, width) of a window. Raises ValueError, naming the value and what is allowed, for what does not fit."""
+    if heads < 1 or dim % heads:
+        raise ValueError(f"heads={heads}: must divide dim={dim}")
+    if window < 1:
+        raise ValueError(f"window={window}: must be at least 1")
+    side = (min(window, grid[0]), min(window, grid[1]))
+    if grid[0] % side[0] or grid[1] % side[1]:
+        raise ValueError(f"window={window}: must divide the {grid[0]}x{grid[1]} map, or be no smaller")
+    return side
