@@ -102,7 +102,8 @@ class WindowAttention(nn.Module):
     """Attention of tokens (N, H, W, dim) within windows, softmax(q k^T / sqrt(dim / heads) + B) v per head.
 
     B[i, j] = table[offset of cell j from cell i], one table a head. With shift s windows begin at cell s, wrapped
-    around the grid; of what that brings together, cells from different sides do not attend to each other.
+    around the grid; of what that brings together, cells from different sides do not attend to each other. Under
+    torch.func transforms freeze the weights: torch's CPU kernel has no gradient for B there and says so.
     """
 
     offset: Tensor
