@@ -1,6 +1,8 @@
 """CLEVRER: the schema, the windows and their speeds, splits by index, and every fault by name."""
 
 import json
+import math
+import os
 import shutil
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import torch
 
 from vjvcr_fast.data import clevrer
 from vjvcr_fast.data.clevrer import ClevrerError, examine, load_split, read_annotation, windows
-from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.decode import VideoError, open_video, resize
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
@@ -269,3 +271,67 @@ def test_findings_are_kept_and_changed_files_looked_at_again(root: Path, tmp_pat
 def test_simulated_scenes_are_called_so(root: Path) -> None:
     (root / "simulated.json").write_text("{}")
     assert load(root).source == "simulated scenes in CLEVRER's format: 6 videos"
+
+
+# -- The published files --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    given = os.environ.get("VJVCR_DATA")
+    try:
+        return clevrer.find_root(Path(given or "VJVCR_DATA is not set"))
+    except ClevrerError as error:
+        pytest.skip(f"no real CLEVRER files to read: {error}")
+
+
+NUMBERS = {"train": (0, 1000), "validation": (10_000,)}
+EVERY = [(split, number) for split, numbers in NUMBERS.items() for number in numbers]
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+@pytest.mark.parametrize(("split", "number"), EVERY)
+def test_real_frames_are_exact(real: Path, split: str, number: int, backend: str) -> None:
+    """The same frames as FFmpeg itself converts, whichever way they are asked for."""
+    av = pytest.importorskip("av")
+    pytest.importorskip(backend)
+    path, _ = clevrer_files.paths(real, split, number)
+    with av.open(str(path)) as container:
+        frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]
+    expected = torch.stack(frames).permute(0, 3, 1, 2)
+    video = open_video(path, backend)
+    assert (video.frame_count, video.fps, video.height, video.width) == (128, 25.0, 320, 480)
+    assert video.frames(range(128)).equal(expected)
+    asked = [127, 3, 3, 64, 0]
+    assert video.frames(asked).equal(expected[asked])
+    small = video.frames(range(100, 126), (64, 64))
+    assert small.equal(resize(expected[100:126], (64, 64)))
+
+
+@pytest.mark.parametrize(("split", "number"), EVERY)
+def test_real_windows_and_speeds_are_exact(real: Path, split: str, number: int) -> None:
+    """Worked out once more from the JSON, object by object and frame by frame."""
+    _, notes = clevrer_files.paths(real, split, number)
+    frames = json.loads(notes.read_text())["motion_trajectory"]
+    source = next(s for s in load_split(real, split, 6, 20).sources if f"{number:05d}.mp4" in s.name)
+    visible = [{o["object_id"] for o in frame["objects"] if o["inside_camera_view"]} for frame in frames]
+    expected = {}
+    for start in range(128 - 26 + 1):
+        in_x, in_y = (set.union(*visible[a:b]) for a, b in ((start, start + 6), (start + 6, start + 26)))
+        last = frames[start + 25]["objects"]
+        speeds = [math.hypot(*o["velocity"]) for o in last if o["inside_camera_view"]]
+        if in_y <= in_x and speeds:
+            expected[start] = max(speeds)
+    assert source.starts.tolist() == [*expected]
+    torch.testing.assert_close(source.targets, torch.tensor([*expected.values()]))
+    assert 0 < len(expected) < 103
+
+
+def test_a_real_location_moves_by_seven_tenths_of_the_velocity(real: Path) -> None:
+    """What the module says of the unit: 0.028 s of the objects' time a frame, which at 25 frames a second is 0.7."""
+    _, notes = clevrer_files.paths(real, "train", 0)
+    frames = json.loads(notes.read_text())["motion_trajectory"]
+    place, velocity = (torch.tensor([f["objects"][0][key] for f in frames]) for key in ("location", "velocity"))
+    step, mean = (place[2:] - place[:-2]).norm(dim=1) / 2, velocity[1:-1].norm(dim=1)
+    ratio = 25 * step / mean
+    assert (ratio.median() - 0.7).abs() < 0.002

@@ -392,3 +392,31 @@ def test_memory_stays_flat_over_many_clips(sources: list[Source], tmp_path: Path
 def resident() -> int:
     gc.collect()
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.cuda
+def test_batches_arrive_on_the_gpu(sources: list[Source], tmp_path: Path, monkeypatch) -> None:
+    """Decoded on the CPU, from a cache that has moved to the GPU whole, from one too large for that: the same frames."""
+    right = videos(sources).batch(0, 12)
+    fill(sources, tmp_path, SIZE, "decord", Pool(0))
+    resident = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
+    assert resident._cached._data.is_cuda
+    monkeypatch.setattr(cache_module, "ON_DEVICE", 0.0)
+    mapped = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
+    assert not mapped._cached._data.is_cuda
+    for loaded in (videos(sources, device="cuda", backend="decord"), resident, mapped):
+        batch = loaded.batch(0, 12)
+        assert batch.frames.is_cuda
+        assert batch.frames.cpu().equal(right.frames)
+        assert batch.target.cpu().equal(right.target)
+        assert next(loaded.batches(1, 12)).frames.cpu().equal(videos(sources).batch(12, 12).frames)
+
+
+@pytest.mark.cuda
+def test_a_dali_cache_is_bit_identical_to_dali_batches(sources: list[Source], tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    streaming = videos(sources, device="cuda", backend="dali")
+    fill(sources, tmp_path, SIZE, "dali", Pool(0), device="cuda")
+    cached = videos(sources, device="cuda", backend="dali", cache=FrameCache(tmp_path, SIZE, "dali"))
+    assert cached._cached.complete
+    assert cached.batch(0, 12).frames.equal(streaming.batch(0, 12).frames)

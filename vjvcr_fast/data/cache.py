@@ -18,7 +18,9 @@ import os
 import shutil
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -142,15 +144,16 @@ def fill(
     backend: str,
     pool: workers.Pool,
     *,
+    device: str | torch.device = "cpu",
     on_bad: str = "stop",
     verify: bool = False,
     desc: str = "cache",
 ) -> Filled:
     """Decodes into `folder` whatever of `videos` is not there yet, every frame resized to (height, width) `size`.
 
-    backend: "decord" or "torchcodec" (one name for both: their frames are equal), or "dali". on_bad: "stop" raises the
-    VideoError of a video that cannot be read, after everything before it is safe; "skip" goes on and returns it.
-    verify: check all sums and decode anew what is damaged.
+    backend: "auto", "decord" or "torchcodec", whose frames are equal, or "dali", which decodes on `device`. on_bad:
+    "stop" raises the VideoError of a video that cannot be read, after everything before it is safe; "skip" goes on and
+    returns it. verify: check all sums and decode anew what is damaged.
 
     Raises CacheError: no room on the disk, another process at work in the folder, frames of another size or decoder.
     """
@@ -170,9 +173,9 @@ def fill(
         writer, bad = _Writer(folder, size, lines), dict[str, str]()
         bar = progress(total=len(videos), initial=len(kept), desc=desc, unit="video", disable=not missing)
         with bar, contextlib.closing(writer):
-            for video, task in _ahead(missing, backend, size, pool):
+            for video, found in _decoded(missing, backend, size, pool, torch.device(device)):
                 try:
-                    writer.add(video, workers.received(task.result()))
+                    writer.add(video, found())
                 except VideoError as error:
                     if on_bad == "stop":
                         raise
@@ -181,16 +184,44 @@ def fill(
         return Filled(len(missing) - len(bad), len(kept), bad)
 
 
-def _ahead(
-    videos: Sequence[Video], backend: str, size: tuple[int, int], pool: workers.Pool
-) -> Iterator[tuple[Video, workers.Task]]:
-    """Videos with their decoding, a few in work beyond the one that is waited for."""
-    waiting: list[tuple[Video, workers.Task]] = []
+def _decoded(
+    videos: Sequence[Video], backend: str, size: tuple[int, int], pool: workers.Pool, device: torch.device
+) -> Iterator[tuple[Video, Callable[[], Tensor]]]:
+    """Videos with what gives their frames, or raises VideoError; a few are in work beyond the one waited for."""
+    if backend == "dali" and device.type == "cuda":
+        yield from _decoded_on_gpu(videos, size, device)
+        return
+    waiting: list[tuple[Video, Callable[[], Tensor]]] = []
     for video in videos:
-        waiting.append((video, pool.submit(video.path, workers.decode, backend, 0, video.frames, size)))
+        task = pool.submit(video.path, workers.decode, backend, 0, video.frames, size)
+        waiting.append((video, partial(_received, task)))
         if len(waiting) > 2 * pool.workers:
             yield waiting.pop(0)
     yield from waiting
+
+
+def _received(task: workers.Task) -> Tensor:
+    return workers.received(task.result())
+
+
+def _decoded_on_gpu(
+    videos: Sequence[Video], size: tuple[int, int], device: torch.device
+) -> Iterator[tuple[Video, Callable[[], Tensor]]]:
+    """By the same pipeline that decodes for training, so that the cache holds the same frames."""
+    from vjvcr_fast.data.dali import DaliClips
+
+    for length, group in groupby(sorted(videos, key=lambda video: video.frames), key=lambda video: video.frames):
+        left = list(group)
+        while left:
+            clips = iter(DaliClips(([(video.path, 0)] for video in left), length, size, device))
+            failed = False
+            while left and not failed:
+                try:
+                    frames = next(clips)[0].cpu()
+                    yield left.pop(0), partial(workers.given, frames)
+                except VideoError as error:  # ends the pipeline, which starts anew behind the video
+                    failed = True
+                    yield left.pop(0), partial(workers.refused, error)
 
 
 class _Writer:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vjvcr_fast.data import workers
 from vjvcr_fast.data.cache import FrameCache
-from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.decode import VideoError, resolve
 from vjvcr_fast.data.hashing import key, splitmix, uniform
 
 
@@ -136,7 +136,8 @@ class VideoClips:
         if frames < 1 or long:
             raise ValueError(f"frames={frames}: {long[0].name} ends before its last window" if long else "at least 1")
         self.sources, self.frames, self.size = list(sources), frames, size
-        self.backend, self.device, self.on_bad = backend, torch.device(device), on_bad
+        self.device, self.on_bad = torch.device(device), on_bad
+        self.backend = resolve(backend, self.device)
         self.sampler = WindowSampler(sources, seed, stream)
         self.pool = pool or workers.Pool(0)
         self.bad: dict[str, str] = {}
@@ -302,12 +303,12 @@ class _Ahead:
     def _work(self, items: Iterator[Any]) -> None:
         try:
             for item in items:
-                self._put(partial(_same, item))
+                self._put(partial(workers.given, item))
                 if self._closed.is_set():
                     return
-            self._put(partial(_raise, StopIteration()))
+            self._put(partial(workers.refused, StopIteration()))
         except BaseException as error:
-            self._put(partial(_raise, error))
+            self._put(partial(workers.refused, error))
 
     def _put(self, item: Callable[[], Any]) -> None:
         while not self._closed.is_set():
@@ -315,11 +316,3 @@ class _Ahead:
                 return self._queue.put(item, timeout=0.1)
             except queue.Full:
                 pass
-
-
-def _same(item: Any) -> Any:
-    return item
-
-
-def _raise(error: BaseException) -> None:
-    raise error

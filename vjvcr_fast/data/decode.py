@@ -144,6 +144,11 @@ def _device(device: str | torch.device) -> torch.device:
     return place
 
 
+def resolve(backend: str, device: torch.device) -> str:
+    """What decodes batches on `device`: "auto" is "dali" on a CUDA device where that is installed."""
+    return "dali" if backend == "auto" and device.type == "cuda" and _version(*DISTRIBUTIONS["dali"]) else backend
+
+
 def explain() -> dict[str, str]:
     """One line a backend: its version and what "auto" chooses it for, or what to install. Imports none of them."""
     versions = {name: _version(*distributions) for name, distributions in DISTRIBUTIONS.items()}

@@ -26,8 +26,11 @@ class Scanned(NamedTuple):
 
 
 def probe(path: Path, backend: str) -> dict[str, int]:
-    """frames, height and width of a video whose first frame can be decoded. Raises VideoError."""
-    video = open_video(path, backend)
+    """frames, height and width of a video whose first frame can be decoded. Raises VideoError.
+
+    backend: of a CPU; "dali", which a CPU cannot use for most videos, leaves the choice to `open_video`.
+    """
+    video = open_video(path, "auto" if backend == "dali" else backend)
     video.frames([0])
     return {"frames": video.frame_count, "height": video.height, "width": video.width}
 

@@ -194,7 +194,7 @@ def _facts(path: Path, container: Any, stream: Any) -> Facts:
 
 def _refreshed_later(packet: bytes, header: bytes) -> bool:
     """Whether an H.264 keyframe is one only after some more frames: its recovery point (SEI 6) counts more than 0."""
-    if header[:1] == b"\x01":  # units follow their lengths, as in mp4
+    if header[:1] == b"\x01" and len(header) > 4:  # units follow their lengths, as in mp4
         width, at, units = (header[4] & 3) + 1, 0, []
         while at < len(packet):
             start = at + width

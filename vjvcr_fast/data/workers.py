@@ -99,6 +99,16 @@ def received(array: Any) -> Tensor:
     return torch.from_numpy(array)
 
 
+def given(item: Any) -> Any:
+    """A result that is there already, for those who call for one."""
+    return item
+
+
+def refused(error: BaseException) -> Any:
+    """An error in the place of a result."""
+    raise error
+
+
 def _stop(pool: Any) -> None:
     pool.stop()
     pool.join()

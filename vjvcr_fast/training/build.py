@@ -9,10 +9,11 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from vjvcr_fast.config import Config, ConfigError
+from vjvcr_fast.config import Config, ConfigError, resolve_device
 from vjvcr_fast.data import clevrer
 from vjvcr_fast.data.cache import Filled, FrameCache, fill
 from vjvcr_fast.data.clips import VideoClips
+from vjvcr_fast.data.decode import resolve
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits, split_digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.data.workers import Pool
@@ -180,7 +181,7 @@ def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
     """
     if config.data.dataset == "moving-mnist" or config.data.cache == "off":
         raise ConfigError(f"data.dataset={config.data.dataset}, data.cache={config.data.cache!r}: nothing to cache")
-    done, side = {}, config.data.canvas
+    done, side, device = {}, config.data.canvas, resolve_device(config.train.device)
     for part in build_data(config):
         assert isinstance(part, clevrer.Split)
         folder = cache_folder(config, part.name)
@@ -189,8 +190,9 @@ def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
             part.sources,
             folder,
             (side, side),
-            config.data.decoder,
+            resolve(config.data.decoder, device),
             part.pool,
+            device=device,
             on_bad=config.data.on_bad_video,
             verify=verify,
             desc=f"cache {part.name}",

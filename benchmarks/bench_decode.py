@@ -1,0 +1,235 @@
+"""Decoding and loading video: each backend against its library called directly, streaming against the cache.
+
+    pytest benchmarks/bench_decode.py                        checks and times
+    pytest benchmarks/bench_decode.py --benchmark-disable    checks alone
+
+Videos are generated: 480x320, 128 frames, H.264 with one keyframe and CLEVRER's bit rate, so that a random window of 26
+frames costs decoding from frame 0. One thread a decoder, frames of the same windows, which are compared first. `clips`:
+batches of 16 windows at 64x64, decoded by as many processes as there are cores, and from the decode-once cache.
+`training`: steps of the preset clevrer-mini and the share of their time that the loop waits for data.
+"""
+
+import json
+import random
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from records import Row
+from timing import BusyElsewhere, Host, Region, spread, take_turns
+
+from vjvcr_fast.config import override, preset
+from vjvcr_fast.data import decode
+from vjvcr_fast.data.cache import FrameCache, fill
+from vjvcr_fast.data.clips import Source, VideoClips
+from vjvcr_fast.data.decode import open_video
+from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.training.loop import train
+
+WIDTH, HEIGHT, FRAMES, WINDOW, VIDEOS, BATCH, SIZE = 480, 320, 128, 26, 8, 16, (64, 64)
+SECONDS, ROUNDS = 8.0, (5, 40)
+DIRECT, CACHE, WAIT = 0.9, 100.0, 0.01  # targets: of the library's own rate, of streaming's, of the time of a step
+
+pytest.importorskip("av", reason="the extra video is not installed")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("videos")
+    paths = [folder / f"video_{i:05d}.mp4" for i in range(VIDEOS)]
+    for number, path in enumerate(paths):
+        generate(path, number)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def sources(videos: list[Path]) -> list[Source]:
+    starts = torch.arange(FRAMES - WINDOW + 1)
+    return [Source(path, path.name, FRAMES, starts, torch.zeros(len(starts))) for path in videos]
+
+
+def generate(path: Path, seed: int) -> None:
+    """Discs that move over a soft background, with the grain that makes CLEVRER's files 1.1 to 1.6 MB."""
+    import av
+
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(1, 3, 5, 7, generator=generator) * 120 + 60
+    background = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[0]
+    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
+    start = torch.rand(5, 2, generator=generator) * torch.tensor([HEIGHT, WIDTH])
+    step, colours = torch.randn(5, 2, generator=generator) * 2, torch.rand(5, 3, generator=generator) * 255
+    with av.open(str(path), "w") as container:
+        options = {"b": "2300000", "g": "9999", "preset": "veryfast"}
+        stream = container.add_stream("libx264", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+        for t in range(FRAMES):
+            picture = background + 6 * torch.randn(HEIGHT, WIDTH, generator=generator)
+            for place, colour in zip(start + t * step, colours, strict=True):
+                disc = (rows - place[0]) ** 2 + (columns - place[1]) ** 2 < 30**2
+                picture = torch.where(disc, colour[:, None, None], picture)
+            array = picture.clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def windows(paths: list[Path], count: int) -> list[tuple[Path, range]]:
+    chosen = random.Random(0)
+    starts = [chosen.randrange(FRAMES - WINDOW + 1) for _ in range(count)]
+    return [(chosen.choice(paths), range(start, start + WINDOW)) for start in starts]
+
+
+def direct_decord(path: Path, frames: range) -> torch.Tensor:
+    import decord
+
+    reader = decord.VideoReader(str(path), num_threads=1)
+    return torch.from_numpy(reader.get_batch(frames).asnumpy()).permute(0, 3, 1, 2)
+
+
+def direct_torchcodec(path: Path, frames: range) -> torch.Tensor:
+    from torchcodec.decoders import VideoDecoder
+
+    return VideoDecoder(str(path), num_ffmpeg_threads=1).get_frames_in_range(frames.start, frames.stop).data
+
+
+DIRECT_CALLS = {"decord": direct_decord, "torchcodec": direct_torchcodec}
+
+
+@pytest.mark.parametrize("backend", DIRECT_CALLS)
+def test_backend(backend: str, videos: list[Path], benchmark, report) -> None:
+    pytest.importorskip(backend)
+    asked = windows(videos, 4)
+
+    def ours() -> list[torch.Tensor]:
+        return [open_video(path, backend).frames(frames) for path, frames in asked]
+
+    def directly() -> list[torch.Tensor]:
+        return [DIRECT_CALLS[backend](path, frames) for path, frames in asked]
+
+    for one, other in zip(ours(), directly(), strict=True):
+        assert one.equal(other)
+    if benchmark.disabled:
+        return
+    busy = BusyElsewhere()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    times = take_turns(Host(), {"ours": Region(ours), "directly": Region(directly)}, SECONDS, *ROUNDS)
+    torch.set_num_threads(threads)
+    rows = []
+    for name, of_one in times.items():
+        rate = len(asked) * WINDOW / (1e-3 * spread(of_one).median)
+        row: Row = {"what": f"{backend}, {name}", "_frames_per_second": rate, "_busy_elsewhere": busy.share()}
+        row["x directly"] = spread(times["directly"]).median / spread(of_one).median
+        rows.append(row)
+    report([judged(rows[0], "x directly", DIRECT), rows[1]])
+
+
+def test_clips(sources: list[Source], tmp_path: Path, benchmark, report) -> None:
+    """Batches from the cache against batches decoded by all cores."""
+    with Pool() as pool:
+        options = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench"}
+        streaming = VideoClips(sources, **options, pool=pool)
+        done = fill(sources, tmp_path, SIZE, "auto", pool)
+        assert done.written == VIDEOS
+        cached = VideoClips(sources, **options, cache=FrameCache(tmp_path, SIZE))
+        assert streaming.batch(0, BATCH).frames.equal(cached.batch(0, BATCH).frames)
+        if benchmark.disabled:
+            return
+        busy = BusyElsewhere()
+        regions = {name: Region(next_batch(clips)) for name, clips in {"stream": streaming, "cache": cached}.items()}
+        times = take_turns(Host(), regions, 4 * SECONDS, 5, 10)
+        rows = []
+        for name, of_one in times.items():
+            median = spread(of_one).median
+            row: Row = {"what": f"clips, {name}", "_batches_per_second": 1e3 / median, "_busy_elsewhere": busy.share()}
+            row["x stream"] = spread(times["stream"]).median / median
+            rows.append(row)
+    report([rows[0], judged(rows[1], "x stream", CACHE)])
+
+
+def next_batch(clips: VideoClips) -> Callable[[], object]:
+    starts = iter(range(0, 10**9, BATCH))
+    return lambda: clips.batch(next(starts), BATCH)
+
+
+@pytest.mark.parametrize("frames_from", ["stream", "cache"])
+def test_training(frames_from: str, sources: list[Source], tmp_path: Path, monkeypatch, benchmark, report) -> None:
+    """The share of its time that the training loop waits for data."""
+    steps = 40
+    changes = {"data.cache": str(tmp_path), "train.steps": steps, "train.validate_every": steps}
+    changes |= {"train.log_every": steps // 2, "train.tensorboard": False, "train.validation_videos": 32}
+    config = override(preset("clevrer-mini"), changes)
+    side, frames = config.data.canvas, config.data.frames_in + config.data.frames_out
+    with Pool() as pool:
+        if frames_from == "cache":
+            fill(sources, tmp_path / "cache", (side, side), "auto", pool)
+        monkeypatch.setattr("vjvcr_fast.training.loop.build_data", lambda config: (Part(), Part()))
+        monkeypatch.setattr(
+            "vjvcr_fast.training.loop.build_videos",
+            lambda config, part, stream, device: VideoClips(
+                sources,
+                frames=frames,
+                size=(side, side),
+                seed=0,
+                stream=stream,
+                device=device,
+                cache=FrameCache(tmp_path / "cache", (side, side)) if frames_from == "cache" else None,
+                pool=pool,
+            ),
+        )
+        busy = BusyElsewhere()
+        train(config, tmp_path / "run")
+    if benchmark.disabled:
+        return
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    share = [line["data_wait"] for line in lines if "data_wait" in line][-1]  # the first has the start in it
+    row: Row = {"what": f"training, {frames_from}", "waits": share, "_busy_elsewhere": busy.share()}
+    report([judged(row, "waits", WAIT, most=True) if frames_from == "cache" else row])
+
+
+class Part:
+    """What the loop asks of a data set."""
+
+    source = "generated videos"
+
+    def fingerprint(self) -> str:
+        return "generated"
+
+
+@pytest.mark.cuda
+def test_dali(sources: list[Source], benchmark, report) -> None:
+    """On a GPU: frames/s of DALI's decoding there against that of all CPU cores."""
+    pytest.importorskip("nvidia.dali")
+    options = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench", "device": "cuda"}
+    with Pool() as pool:
+        loaders = {
+            "CPU decoders": VideoClips(sources, **options, pool=pool).batches(0, BATCH),
+            "DALI": VideoClips(sources, **options, backend="dali").batches(0, BATCH),
+        }
+        for loader in loaders.values():
+            next(loader)
+        if benchmark.disabled:
+            return
+
+        def batch(loader) -> None:
+            next(loader)
+            torch.cuda.synchronize()
+
+        times = take_turns(Host(), {n: Region(partial(batch, loader)) for n, loader in loaders.items()}, SECONDS, 5, 40)
+        rows = []
+        for name, of_one in times.items():
+            median = spread(of_one).median
+            row: Row = {"what": f"GPU, {name}", "_frames_per_second": BATCH * WINDOW / (1e-3 * median)}
+            row["x CPU"] = spread(times["CPU decoders"]).median / median
+            rows.append(row)
+    report([rows[0], judged(rows[1], "x CPU", 0.7)])
+
+
+def judged(row: Row, metric: str, target: float, most: bool = False) -> Row:
+    met = row[metric] <= target if most else row[metric] >= target
+    return row | {"target": f"{'<=' if most else '>='} {target:g}", "met": "yes" if met else "no"}
+
+
+def test_every_backend_is_compared() -> None:
+    assert {*DIRECT_CALLS, "dali"} == set(decode.BACKENDS)
