@@ -13,6 +13,7 @@ import torch
 from vjvcr_fast.data import clevrer
 from vjvcr_fast.data.clevrer import ClevrerError, examine, load_split, read_annotation, windows
 from vjvcr_fast.data.decode import VideoError, open_video, resize
+from vjvcr_fast.data.scan import Split
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
@@ -29,7 +30,7 @@ def root(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "data"))
 
 
-def load(root: Path, split: str = "train", **options) -> clevrer.Split:
+def load(root: Path, split: str = "train", **options) -> Split:
     return load_split(root, split, 4, 6, **options)
 
 
@@ -233,7 +234,7 @@ def test_all_faults_are_left_out_counted_and_listed(root: Path) -> None:
     assert len(split) == 3
     assert sorted(int(name[-9:-4]) for name in split.bad) == [1, 3, 5]
     assert split.source == "CLEVRER: 3 videos, 3 unreadable left out"
-    lines = clevrer.listed(split.bad)
+    lines = split.remarks()
     assert lines[0] == "3 left out, unreadable:"
     assert len(lines) == 4
 

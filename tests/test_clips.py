@@ -396,7 +396,7 @@ def resident() -> int:
 
 @pytest.mark.cuda
 def test_batches_arrive_on_the_gpu(sources: list[Source], tmp_path: Path, monkeypatch) -> None:
-    """Decoded on the CPU, from a cache that has moved to the GPU whole, from one too large for that: the same frames."""
+    """Decoded on the CPU, from a cache that has moved to the GPU, from one too large for that: the same frames."""
     right = videos(sources).batch(0, 12)
     fill(sources, tmp_path, SIZE, "decord", Pool(0))
     resident = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))

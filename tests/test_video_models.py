@@ -125,7 +125,7 @@ def test_the_last_convolutions_have_no_norm_behind_them() -> None:
 
 def naive_attention(layer: WindowAttention, x: Tensor, shift: int) -> Tensor:
     """The definition, cell by cell: who attends to whom is worked out from coordinates."""
-    n, height, width, dim = x.shape
+    _, height, width, dim = x.shape
     a, b = layer.window
     size = dim // layer.heads
     q, k, v = (part.unflatten(-1, (layer.heads, size)) for part in layer.qkv(x).chunk(3, dim=-1))

@@ -266,7 +266,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _info(arguments: argparse.Namespace) -> None:
-    row = "{:12} {}".format
+    row = "{:17} {}".format
     print(row("vjvcr_fast", __version__))
     print(row("torch", f"{torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} threads"))
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]

@@ -48,6 +48,8 @@ class Video(Protocol):
     def name(self) -> str: ...
     @property
     def frames(self) -> int: ...
+    @property
+    def stride(self) -> int: ...
 
 
 class Line(NamedTuple):
@@ -56,6 +58,7 @@ class Line(NamedTuple):
     video: str
     bytes: int
     frames: int
+    stride: int
     first: int
     crc32: int
 
@@ -193,7 +196,7 @@ def _decoded(
         return
     waiting: list[tuple[Video, Callable[[], Tensor]]] = []
     for video in videos:
-        task = pool.submit(video.path, workers.decode, backend, 0, video.frames, size)
+        task = pool.submit(video.path, workers.decode, backend, 0, video.frames, video.stride, size)
         waiting.append((video, partial(_received, task)))
         if len(waiting) > 2 * pool.workers:
             yield waiting.pop(0)
@@ -213,7 +216,8 @@ def _decoded_on_gpu(
     for length, group in groupby(sorted(videos, key=lambda video: video.frames), key=lambda video: video.frames):
         left = list(group)
         while left:
-            clips = iter(DaliClips(([(video.path, 0)] for video in left), length, size, device))
+            requests = [[(video.path, 0)] for video in left]
+            clips = iter(DaliClips(requests, length, size, device, stride=left[0].stride))
             failed = False
             while left and not failed:
                 try:
@@ -244,7 +248,9 @@ class _Writer:
         self._next = max(self._next, first + video.frames)
         self._frames.seek(first * self._bytes)
         self._frames.write(frames.contiguous().numpy().data)
-        self._waiting.append(Line(video.name, video.path.stat().st_size, video.frames, first, _sum(frames)))
+        self._waiting.append(
+            Line(video.name, video.path.stat().st_size, video.frames, video.stride, first, _sum(frames))
+        )
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
@@ -322,8 +328,9 @@ def _read_index(folder: Path) -> dict[str, Line]:
 def _valid_line(lines: dict[str, Line], video: Video) -> Line | None:
     """The line of a video, unless its file is another one now."""
     line = lines.get(video.name)
-    same = line is not None and line.frames == video.frames and line.bytes == video.path.stat().st_size
-    return line if same else None
+    if line is None or (line.frames, line.stride) != (video.frames, video.stride):
+        return None
+    return line if line.bytes == video.path.stat().st_size else None
 
 
 def _damaged(folder: Path, size: tuple[int, int], line: Line) -> bool:

@@ -9,7 +9,6 @@ units per second of the simulator, whose clock runs at 0.7 of the video's 25 fra
 location moves by 0.7 / 25 of the velocity in a frame).
 """
 
-import hashlib
 import json
 import os
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from vjvcr_fast.data.clips import Source
 from vjvcr_fast.data.decode import VideoError
-from vjvcr_fast.data.scan import probe, scan
+from vjvcr_fast.data.scan import DataError, Split, probe, scan
 from vjvcr_fast.data.workers import Pool
 
 SPLITS = {"train": range(10_000), "validation": range(10_000, 15_000), "test": range(15_000, 20_000)}
@@ -29,41 +28,8 @@ SIZE = (320, 480)  # height and width of the published videos
 FOLDERS = ("", "clevrer", "CLEVRER")  # inside a root
 
 
-class ClevrerError(RuntimeError):
+class ClevrerError(DataError):
     """CLEVRER was asked for and is not there, or not usable; the message names the folder and what to do."""
-
-
-class Split:
-    """The videos of one split, with their windows.
-
-    name: "train", "validation" or "test". sources: the videos that have a window. possible, dropped: windows, and how
-    many of them `windows` left out. bad: {name: reason} of videos left out (on_bad="skip"). source: a line about all of
-    it, for results to print. pool: the processes that read the files.
-    """
-
-    def __init__(self, root: Path, name: str, pool: Pool) -> None:
-        self.root, self.name, self.pool = root, name, pool
-        self.sources: list[Source] = []
-        self.bad: dict[str, str] = {}
-        self.possible = self.dropped = 0
-
-    def __len__(self) -> int:
-        return len(self.sources)
-
-    @property
-    def source(self) -> str:
-        left_out = f", {len(self.bad)} unreadable left out" if self.bad else ""
-        simulated = "simulated scenes in CLEVRER's format" if (self.root / "simulated.json").exists() else "CLEVRER"
-        return f"{simulated}: {len(self):,} videos{left_out}"
-
-    def fingerprint(self) -> str:
-        """A short hash of the videos' names and windows."""
-        content = hashlib.sha256()
-        for source in self.sources:
-            content.update(source.name.encode())
-            content.update(source.starts.numpy().tobytes())
-            content.update(source.targets.numpy().tobytes())
-        return content.hexdigest()[:16]
 
 
 def load_split(
@@ -94,7 +60,7 @@ def load_split(
             items[video.relative_to(folder).as_posix()] = (video, annotation)
     if not items:
         raise ClevrerError(f"{folder}/video_{split}: no videos such as video_00000-01000/video_00000.mp4")
-    whole = Split(folder, split, pool or Pool(0))
+    whole = Split("CLEVRER", folder, split, pool or Pool(0))
     examined = scan(items, partial(examine, backend=backend), whole.pool, index, on_bad=on_bad, desc=split)
     whole.bad = examined.bad
     for name, found in examined.found.items():
@@ -186,8 +152,3 @@ def windows(visible: Tensor, frames_in: int, frames_out: int) -> Tensor:
     in_x, in_y = spans[..., :frames_in].any(dim=2), spans[..., frames_in:].any(dim=2)
     allowed = ~(in_y & ~in_x).any(dim=1) & spans[..., -1].any(dim=1)
     return allowed.nonzero()[:, 0]
-
-
-def listed(bad: dict[str, str]) -> list[str]:
-    """Lines about the videos that were left out, for a person to read."""
-    return [f"{len(bad)} left out, unreadable:", *(f"  {reason}" for reason in bad.values())] if bad else []

@@ -23,14 +23,15 @@ from vjvcr_fast.data.hashing import key, splitmix, uniform
 
 
 class Source(NamedTuple):
-    """A video file. name: its place inside the data set; frames: how many it has; starts: (S,) int64, the first frames
-    that windows may have; targets: (S, ...), what is asked about the window that starts there."""
+    """A video file. name: its place inside the data set; frames: how many it has, of every stride-th; starts: (S,) int64,
+    the first frames that windows may have, counted alike; targets: (S, ...), what is asked about the window there."""
 
     path: Path
     name: str
     frames: int
     starts: Tensor
     targets: Tensor
+    stride: int = 1
 
 
 class Window(NamedTuple):
@@ -133,6 +134,8 @@ class VideoClips:
         if on_bad not in ("stop", "skip"):
             raise ValueError(f"on_bad={on_bad!r}: choose stop or skip")
         long = [s for s in sources if len(s.starts) and int(s.starts.max()) + frames > s.frames]
+        if len({source.stride for source in sources}) > 1:
+            raise ValueError("sources: their strides differ")
         if frames < 1 or long:
             raise ValueError(f"frames={frames}: {long[0].name} ends before its last window" if long else "at least 1")
         self.sources, self.frames, self.size = list(sources), frames, size
@@ -201,7 +204,7 @@ class VideoClips:
     def _decode(self, window: Window) -> workers.Task:
         source = self.sources[window.source]
         first = int(source.starts[window.choice])
-        return self.pool.submit(source.path, workers.decode, self.backend, first, self.frames, self.size)
+        return self.pool.submit(source.path, workers.decode, self.backend, first, self.frames, source.stride, self.size)
 
     def _decoded_by_dali(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
         from vjvcr_fast.data.dali import DaliClips
@@ -212,9 +215,12 @@ class VideoClips:
             for request in requests:
                 asked.append(request)
                 sources = [(self.sources[w.source], w.choice) for w in request]
-                yield [(source.path, int(source.starts[choice])) for source, choice in sources]
+                yield [(source.path, int(source.starts[choice]) * source.stride) for source, choice in sources]
 
-        for frames in DaliClips(places(), self.frames, self.size, self.device, prefetch=max(prefetch, 1)):
+        stride = self.sources[0].stride
+        for frames in DaliClips(
+            places(), self.frames, self.size, self.device, prefetch=max(prefetch, 1), stride=stride
+        ):
             yield Clips(frames, self._targets(asked.pop(0)))
 
     def _on_device(self) -> bool:

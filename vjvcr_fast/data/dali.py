@@ -48,7 +48,8 @@ class DaliVideo(Video):
 class DaliClips:
     """An iterator of (N, T, 3, H, W) uint8 batches on the device, decoded and resized there, some of them ahead.
 
-    requests: one batch each: N (file, first frame) pairs; N may vary, up to 4,096. frames: T. size: (height, width).
+    requests: one batch each: N (file, first frame) pairs; N may vary, up to 4,096. frames: T, every `stride`-th from the
+    first. size: (height, width).
     device: "cuda" decodes and resizes on the GPU and hands its tensors over in stream order, without waiting; "cpu"
     does the same for VP8, VP9 and Motion-JPEG. threads: DALI's, and as many that read files. prefetch: batches ahead.
 
@@ -66,8 +67,10 @@ class DaliClips:
         device: str | torch.device,
         threads: int = 2,
         prefetch: int = 2,
+        stride: int = 1,
     ) -> None:
-        for name, value in (("frames", frames), ("height", size[0]), ("width", size[1]), ("threads", threads)):
+        sides = {"height": size[0], "width": size[1]}
+        for name, value in {"frames": frames, "threads": threads, "stride": stride, **sides}.items():
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if prefetch < 1:
@@ -77,7 +80,7 @@ class DaliClips:
             raise ValueError(f"device must be 'cpu' or a CUDA device, got {device!r}")
         load("nvidia.dali", "dali")
         self.requests, self.frames, self.size = requests, frames, size
-        self.threads, self.prefetch = threads, prefetch
+        self.threads, self.prefetch, self.stride = threads, prefetch, stride
 
     def __iter__(self) -> Iterator[Tensor]:
         asked: deque[Request] = deque()
@@ -110,15 +113,18 @@ class DaliClips:
                     raise ValueError(f"first frames must be at least 0, got {negative[1]} of {negative[0]}")
                 encoded = list(readers.map(_encoded, [path for path, _ in request]))
                 asked.append(request)
-                yield encoded, [_numpy(range(first, first + self.frames)) for _, first in request]
+                yield encoded, [self._indices(first) for _, first in request]
         except Exception as error:
             stopped.append(error)
+
+    def _indices(self, first: int) -> Any:
+        return _numpy(range(first, first + self.frames * self.stride, self.stride))
 
     def _blame(self, request: Request, error: RuntimeError) -> VideoError:
         """The error of a batch, about those of its files that fail alone too, or about all of them."""
         reasons: dict[Path, str] = {}
         for path, first in request:
-            inputs = {"encoded": [_encoded(path)], "frames": [_numpy(range(first, first + self.frames))]}
+            inputs = {"encoded": [_encoded(path)], "frames": [self._indices(first)]}
             try:
                 _run(_pipeline(None, self.device, 1), self.device, **inputs)
             except RuntimeError as alone:

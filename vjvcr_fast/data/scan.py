@@ -5,6 +5,7 @@ that only new and changed ones are looked at again.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,9 +14,56 @@ from typing import Any, NamedTuple
 import torch
 
 from vjvcr_fast.data import files, workers
+from vjvcr_fast.data.clips import Source
 from vjvcr_fast.data.decode import VideoError, open_video
 
 ON_BAD = ("stop", "skip")
+SIMULATED = "simulated.json"  # in a folder of scenes that `vjvcr-fast simulate` made
+
+
+class DataError(RuntimeError):
+    """A data set was asked for and is not there, or not usable; the message names the folder and what to do."""
+
+
+class Split:
+    """The videos of one split of a data set, with their windows.
+
+    title: of the data set. name: "train", "validation", ... sources: the videos that have a window. possible, dropped:
+    windows, and how many of them the data set's rules left out. bad: {name: reason} of videos left out
+    (on_bad="skip"). notes: what else a person should know. pool: the processes that read the files.
+    """
+
+    def __init__(self, title: str, root: Path, name: str, pool: workers.Pool) -> None:
+        self.title, self.root, self.name, self.pool = title, root, name, pool
+        self.sources: list[Source] = []
+        self.bad: dict[str, str] = {}
+        self.possible = self.dropped = 0
+        self.notes: list[str] = []
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    @property
+    def source(self) -> str:
+        """A line about all of it, for results to print."""
+        left_out = f", {len(self.bad)} unreadable left out" if self.bad else ""
+        simulated = (self.root / SIMULATED).exists()
+        title = f"simulated scenes in {self.title}'s format" if simulated else self.title
+        return f"{title}: {len(self):,} videos{left_out}"
+
+    def fingerprint(self) -> str:
+        """A short hash of the videos' names, windows and targets."""
+        content = hashlib.sha256()
+        for source in self.sources:
+            content.update(source.name.encode())
+            content.update(source.starts.numpy().tobytes())
+            content.update(source.targets.numpy().tobytes())
+        return content.hexdigest()[:16]
+
+    def remarks(self) -> list[str]:
+        """Lines for a person to read: the notes, and every video that was left out."""
+        left_out = [f"{len(self.bad)} left out, unreadable:", *(f"  {reason}" for reason in self.bad.values())]
+        return [*self.notes, *(left_out if self.bad else [])]
 
 
 class Scanned(NamedTuple):

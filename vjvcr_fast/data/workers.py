@@ -89,9 +89,11 @@ class Pool:
         return self._pool
 
 
-def decode(path: Path, backend: str, first: int, count: int, size: int | tuple[int, int]) -> Any:
-    """Frames first .. first + count - 1 as a numpy array (count, 3, H, W) uint8: what travels between processes."""
-    return open_video(path, backend).frames(range(first, first + count), size).contiguous().numpy()
+def decode(path: Path, backend: str, first: int, count: int, stride: int, size: tuple[int, int]) -> Any:
+    """Frames first .. first + count - 1 of every stride-th, as a numpy array (count, 3, H, W) uint8: what travels
+    between processes."""
+    indices = range(first * stride, (first + count) * stride, stride)
+    return open_video(path, backend).frames(indices, size).contiguous().numpy()
 
 
 def received(array: Any) -> Tensor:

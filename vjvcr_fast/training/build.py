@@ -16,13 +16,14 @@ from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.decode import resolve
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits, split_digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
+from vjvcr_fast.data.scan import Split
 from vjvcr_fast.data.workers import Pool
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
 
-Data = Digits | clevrer.Split  # one split of a data set: what videos are made from
+Data = Digits | Split  # one split of a data set: what videos are made from
 
 
 class Batch(Protocol):
@@ -115,7 +116,7 @@ def build_data(config: Config) -> tuple[Data, Data]:
     pool = Pool(data.workers, data.decode_timeout)
     splits = [_clevrer_split(config, split, pool) for split in ("train", "validation")]
     for split in splits:
-        for line in clevrer.listed(split.bad):
+        for line in split.remarks():
             print(line, file=sys.stderr)
     return splits[0], splits[1]
 
@@ -124,7 +125,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
     """The videos of `config.data` made from `part`; streams ("train", "probe", "validation") share no video, or, of
     files, no draw."""
     data = config.data
-    if isinstance(part, clevrer.Split):
+    if isinstance(part, Split):
         return VideoClips(
             part.sources,
             frames=data.frames_in + data.frames_out,
@@ -183,7 +184,7 @@ def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
         raise ConfigError(f"data.dataset={config.data.dataset}, data.cache={config.data.cache!r}: nothing to cache")
     done, side, device = {}, config.data.canvas, resolve_device(config.train.device)
     for part in build_data(config):
-        assert isinstance(part, clevrer.Split)
+        assert isinstance(part, Split)
         folder = cache_folder(config, part.name)
         assert folder is not None
         done[part.name] = fill(
@@ -208,7 +209,7 @@ def _cache_top(config: Config) -> Path | None:
     return Path(chosen).expanduser() if chosen else clevrer.find_root(data_root(config)) / "vjvcr-cache"
 
 
-def _clevrer_split(config: Config, split: str, pool: Pool) -> clevrer.Split:
+def _clevrer_split(config: Config, split: str, pool: Pool) -> Split:
     data, top = config.data, _cache_top(config)
     return clevrer.load_split(
         data_root(config),
