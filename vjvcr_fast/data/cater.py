@@ -145,6 +145,8 @@ def read_scene(path: Path, frames: int) -> Tensor:
         shapes = {item["instance"]: str(item["shape"]).lower() for item in scene["objects"]}
         for instance, movements in scene["movements"].items():
             for action, _, start, end in movements:
+                if action == "_no_op":
+                    continue
                 name = f"{shapes[instance]} {str(action).lstrip('_')}"
                 if name not in number:
                     raise ValueError(f"{instance} does {action}: none of CATER's {len(CLASSES)} classes")

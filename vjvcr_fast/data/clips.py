@@ -23,8 +23,8 @@ from vjvcr_fast.data.hashing import key, splitmix, uniform
 
 
 class Source(NamedTuple):
-    """A video file. name: its place inside the data set; frames: how many it has, of every stride-th; starts: (S,) int64,
-    the first frames that windows may have, counted alike; targets: (S, ...), what is asked about the window there."""
+    """A video file. name: its place inside the data set; frames: how many it has, counting every stride-th alone;
+    starts: (S,) int64, first frames that windows may have, counted alike; targets: (S, ...), what is asked of each."""
 
     path: Path
     name: str

@@ -48,8 +48,8 @@ class DaliVideo(Video):
 class DaliClips:
     """An iterator of (N, T, 3, H, W) uint8 batches on the device, decoded and resized there, some of them ahead.
 
-    requests: one batch each: N (file, first frame) pairs; N may vary, up to 4,096. frames: T, every `stride`-th from the
-    first. size: (height, width).
+    requests: one batch each: N (file, first frame) pairs; N may vary, up to 4,096. frames: T, every `stride`-th from
+    the first. size: (height, width).
     device: "cuda" decodes and resizes on the GPU and hands its tensors over in stream order, without waiting; "cpu"
     does the same for VP8, VP9 and Motion-JPEG. threads: DALI's, and as many that read files. prefetch: batches ahead.
 
