@@ -232,6 +232,20 @@ def test_a_decoder_that_hangs_or_crashes_is_ended_and_named() -> None:
         assert fine.result() == "done"
 
 
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    """As people write them, and notebooks: the workers do not run it once more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from vjvcr_fast.data.workers import Pool\n"
+        "print('started')\n"
+        "print(Pool(1).submit(Path('here'), Path.with_suffix, '.mp4').result())\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["started", "here.mp4"], done.stderr
+    assert done.stderr == ""
+
+
 # -- The cache ------------------------------------------------------------------------------------------------------
 
 

@@ -2,11 +2,15 @@
 
 import os
 import signal
+import sys
+import threading
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future, TimeoutError
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Future, TimeoutError
+from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,21 +18,25 @@ from torch import Tensor
 
 from vjvcr_fast.data.decode import VideoError, open_video
 
+_STARTING = threading.Lock()  # processes start one after the other
+
 
 class Task:
     """A result to come, about one file."""
 
-    def __init__(self, path: Path, future: "Future[Any]", timeout: float) -> None:
-        self.path, self._future, self._timeout = path, future, timeout
+    def __init__(self, path: Path, future: "Future[Any]", pool: "Pool") -> None:
+        self.path, self._future, self._pool = path, future, pool  # a pool that nobody holds ends
 
     def result(self) -> Any:
         """Waits. Raises VideoError, naming the file, where it cannot be read, takes too long or crashes the decoder."""
         try:
             return self._future.result()
         except TimeoutError:
-            raise VideoError(f"{self.path}: reading it took longer than {self._timeout:g} s") from None
+            raise VideoError(f"{self.path}: reading it took longer than {self._pool.timeout:g} s") from None
         except (VideoError, ImportError, ValueError):
             raise
+        except (BrokenExecutor, CancelledError) as error:  # no fault of the file's
+            raise RuntimeError(f"the processes that read videos have ended ({error})") from None
         except Exception as error:
             if type(error).__name__ == "ProcessExpired":
                 raise VideoError(f"{self.path}: the process that read it ended ({error})") from None
@@ -63,7 +71,7 @@ class Pool:
                 future.set_exception(error)
         else:
             future = self._started().schedule(function, args=(path, *arguments), timeout=self.timeout)
-        return Task(path, future, self.timeout)
+        return Task(path, future, self)
 
     def close(self) -> None:
         """Ends the workers at once; a later task starts new ones."""
@@ -83,10 +91,34 @@ class Pool:
                 from pebble import ProcessPool
             except ImportError:
                 raise ImportError("pebble is not installed: pip install 'vjvcr_fast[video]'") from None
-            # Not forked: a copy of a process with threads, or with CUDA, may hang.
-            self._pool = ProcessPool(self.workers, initializer=_quiet, context=get_context("spawn"))
+            self._pool = ProcessPool(self.workers, initializer=_quiet, context=_Context())
             self._end = weakref.finalize(self, _stop, self._pool)
         return self._pool
+
+
+class _Process(SpawnProcess):
+    """Spawned, since a copy of a process with threads, or with CUDA, may hang; without the caller's main module, which
+    a spawned process otherwise imports: scripts need no `if __name__ == "__main__"` on account of it."""
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        with _no_main():
+            return SpawnProcess._Popen(process_obj)
+
+
+class _Context(SpawnContext):
+    Process = _Process
+
+
+@contextmanager
+def _no_main() -> Iterator[None]:
+    with _STARTING:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
 
 
 def decode(path: Path, backend: str, first: int, count: int, stride: int, size: tuple[int, int]) -> Any:
