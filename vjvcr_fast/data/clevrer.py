@@ -37,6 +37,7 @@ def load_split(
     split: str,
     frames_in: int,
     frames_out: int,
+    stride: int = 1,
     *,
     backend: str = "auto",
     pool: Pool | None = None,
@@ -45,6 +46,7 @@ def load_split(
 ) -> Split:
     """Scans one split of the data set in `root`, or in clevrer/ or CLEVRER/ inside it.
 
+    stride: of the frames that count; windows have frames_in + frames_out of those.
     pool: the processes that look at the files. index: where findings are kept for the next time. on_bad: "stop" raises
     a VideoError for the first file that cannot be used, "skip" leaves such files out.
 
@@ -64,13 +66,14 @@ def load_split(
     examined = scan(items, partial(examine, backend=backend), whole.pool, index, on_bad=on_bad, desc=split)
     whole.bad = examined.bad
     for name, found in examined.found.items():
-        starts = windows(found["visible"], frames_in, frames_out)
-        targets = found["fastest"][starts + frames_in + frames_out - 1]
-        possible = max(found["frames"] - frames_in - frames_out + 1, 0)
+        visible, fastest = found["visible"][::stride], found["fastest"][::stride]
+        starts = windows(visible, frames_in, frames_out)
+        targets = fastest[starts + frames_in + frames_out - 1]
+        possible = max(len(visible) - frames_in - frames_out + 1, 0)
         whole.possible += possible
         whole.dropped += possible - len(starts)
         if len(starts):
-            whole.sources.append(Source(items[name][0], name, found["frames"], starts, targets))
+            whole.sources.append(Source(items[name][0], name, len(visible), starts, targets, stride))
     if not whole.sources:
         length = frames_in + frames_out
         raise ClevrerError(f"{folder}/video_{split}: {len(items)} videos, but no window of {length} frames")

@@ -1,8 +1,9 @@
 """The predictor for video files: a Swin Transformer over the map of the input frames (section 4.4; Liu et al. 2021).
 
 As in SimVP's translator the maps of all input frames lie side by side in the channels of a cell, so that a token is a
-cell through time; windows of cells attend to themselves, alternately shifted, and every target frame comes out at once.
-Depth, width and window are [NS] in the paper and ours.
+cell through time; windows of cells attend to themselves, alternately shifted, and every target frame comes out at once,
+as what it differs by from the last input frame. Depth, width, window and that difference are [NS] in the paper and
+ours: without it a predictor learns for long to let anything through.
 """
 
 from typing import Any
@@ -16,6 +17,8 @@ from vjvcr_fast.models.simvp import run
 
 class SwinPredictor(nn.Module):
     """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), d = C H W of a map as `SimVPEncoder` lays it out.
+
+    Predicted h_y[t] = h_x[last] + Swin(h_x, z)[t].
 
     Args:
         map: (C, H, W). dim: width of a token. depth: blocks; every second one shifts its windows by half of one.
@@ -66,7 +69,7 @@ class SwinPredictor(nn.Module):
         for block in self.blocks:
             tokens = run(block, tokens, self.checkpoint and self.training)
         out = self.last(self.norm(tokens)).unflatten(3, (self.frames_out, channels))
-        return out.permute(0, 3, 1, 2, 4).reshape(n, self.frames_out, -1)
+        return h_x[:, -1:] + out.permute(0, 3, 1, 2, 4).reshape(n, self.frames_out, -1)
 
     @torch.no_grad()
     def normalize_latent(self) -> None:

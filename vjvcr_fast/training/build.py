@@ -4,13 +4,13 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vjvcr_fast.config import Config, ConfigError, resolve_device
-from vjvcr_fast.data import clevrer
+from vjvcr_fast.data import cater, clevrer
 from vjvcr_fast.data.cache import Filled, FrameCache, fill
 from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.decode import resolve
@@ -22,6 +22,9 @@ from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
+
+FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater}
+CACHE = "vjvcr-cache"  # in the folder of the data
 
 Data = Digits | Split  # one split of a data set: what videos are made from
 
@@ -87,8 +90,7 @@ def build_decoder(config: Config) -> nn.Module:
 
 
 def build_predictor(config: Config) -> nn.Module:
-    data, model, latent = config.data, config.model, config.latent
-    latent_dim = latent.dim if latent.kind == "sparse" else 0
+    data, model, latent, latent_dim = config.data, config.model, config.latent, config.latent_dim
     if model.kind == "conv":
         heads = latent.heads if latent.kind == "discrete" else 1
         return MLPPredictor(config.d, data.frames_in, data.frames_out, model.hidden, latent_dim=latent_dim, heads=heads)
@@ -108,13 +110,13 @@ def build_predictor(config: Config) -> nn.Module:
 def build_data(config: Config) -> tuple[Data, Data]:
     """(training, validation) data of `config.data`.
 
-    Raises DigitsError, ClevrerError, VideoError or ImportError where there are none or a file cannot be used.
+    Raises DigitsError, DataError, VideoError or ImportError where there are none or a file cannot be used.
     """
     data = config.data
     if data.dataset == "moving-mnist":
         return split_digits(load_digits(data.root, download=data.download))
     pool = Pool(data.workers, data.decode_timeout)
-    splits = [_clevrer_split(config, split, pool) for split in ("train", "validation")]
+    splits = [_split(config, split, pool) for split in ("train", "validation")]
     for split in splits:
         for line in split.remarks():
             print(line, file=sys.stderr)
@@ -165,7 +167,8 @@ def data_root(config: Config) -> Path:
 def cache_folder(config: Config, split: str) -> Path | None:
     """Where the decoded frames of a split are kept; None where `data.cache` is "off"."""
     top = _cache_top(config)
-    return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}"
+    stride = f"-every{config.data.stride}" if config.data.stride > 1 else ""
+    return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}{stride}"
 
 
 def open_cache(config: Config, split: str) -> FrameCache | None:
@@ -206,16 +209,17 @@ def _cache_top(config: Config) -> Path | None:
     chosen = config.data.cache
     if chosen == "off":
         return None
-    return Path(chosen).expanduser() if chosen else clevrer.find_root(data_root(config)) / "vjvcr-cache"
+    return Path(chosen).expanduser() if chosen else FILES[config.data.dataset].find_root(data_root(config)) / CACHE
 
 
-def _clevrer_split(config: Config, split: str, pool: Pool) -> Split:
+def _split(config: Config, split: str, pool: Pool) -> Split:
     data, top = config.data, _cache_top(config)
-    return clevrer.load_split(
+    return FILES[data.dataset].load_split(
         data_root(config),
         split,
         data.frames_in,
         data.frames_out,
+        data.stride,
         backend=data.decoder,
         pool=pool,
         index=top and top / f"{split}-scan.pt",

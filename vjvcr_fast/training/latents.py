@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.config import Config
-from vjvcr_fast.latents import DiscreteLatent, SparseLatent
+from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent
 from vjvcr_fast.models.convnet import MLPPredictor
 from vjvcr_fast.models.energy import EnergyModel
 
@@ -59,20 +59,35 @@ class Latents:
         self.predictor = cast(MLPPredictor, model.predictor)
         self.weight = config.latent.weight
         heads = [f"head_{i}" for i in range(config.latent.heads)]
-        self.names = {"none": [], "discrete": ["latent_energy", *heads], "sparse": ["latent_energy", "zeros"]}[
-            config.latent.kind
-        ]
+        names = {"discrete": ["latent_energy", *heads], "sparse": ["latent_energy", "zeros"]}
+        self.names = names.get(config.latent.kind, [])
+        self.dim, self.compile = config.latent_dim, config.train.compile
 
     @torch.no_grad()
-    def infer(self, x: Tensor, y: Tensor) -> Inferred:
-        """z* of videos x (N, T_x, C, S, S), y (N, T_y, C, S, S); the model is afterwards as it was.
+    def infer(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Inferred:
+        """z* of videos x (N, T_x, C, S, S), y (N, T_y, C, S, S); the model is afterwards as it was. given: z itself,
+        where it is known, as actions are in pre-training; it is returned as (N, m), and nothing is inferred.
 
         Never waits for the device: where energies are not finite z* is 0, and the loss says so.
         """
         settings, model = self.settings, self.model
         if settings.kind == "none":
             return Inferred(None, x.new_empty(0))
-        latent: DiscreteLatent | SparseLatent = DiscreteLatent(settings.heads, check=False)
+        if given is not None:
+            return Inferred(given.flatten(1), x.new_empty(0))
+        latent: DiscreteLatent | SparseLatent | ContinuousLatent = DiscreteLatent(settings.heads, check=False)
+        if settings.kind == "actions":
+            latent = ContinuousLatent(
+                (self.dim,),
+                settings.iterations,
+                settings.step_size,
+                momentum=settings.momentum,
+                clamp=(0.0, 1.0),
+                step_rule=settings.step_rule,
+                tolerance=settings.tolerance,
+                compile=self.compile == "on" or (self.compile == "auto" and x.is_cuda),
+                check=False,
+            )
         if settings.kind == "sparse":
             latent = SparseLatent(
                 settings.dim,
@@ -88,7 +103,8 @@ class Latents:
         h_y = self._encode(y) if model.terms.hidden else None
         found = latent.infer_from(model, self._encode(x), h_y, y)
         shares = found.z.mean(dim=0) if settings.kind == "discrete" else found.zeros.mean()[None]
-        return Inferred(found.z, torch.cat([found.energy.mean()[None], shares]))
+        measured = torch.cat([found.energy.mean()[None], shares])
+        return Inferred(found.z, measured if self.names else x.new_empty(0))
 
     def parameters(self) -> list[Any]:
         """Of the model, for an optimizer: with a sparse latent the predictor's apart, for their own weight decay."""
@@ -98,13 +114,14 @@ class Latents:
         others = [p for p in self.model.parameters() if all(p is not q for q in predictor)]
         return [{"params": others}, {"params": predictor, "weight_decay": self.settings.decay}]
 
-    def predict(self, x: Tensor, y: Tensor) -> Tensor:
-        """Predicted representations of the target frames at z*, (N, T_y, d)."""
-        return self.model.predict(x, self.infer(x, y).z)
+    def predict(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
+        """Predicted representations of the target frames at z*, or at the one given, (N, T_y, d)."""
+        return self.model.predict(x, self.infer(x, y, given).z)
 
     def project(self) -> None:
-        """After every update of the weights: the columns that z enters by are unit vectors again."""
-        self.predictor.normalize_latent()
+        """After every update of the weights: the columns that an inferred z enters by are unit vectors again."""
+        if self.settings.kind == "sparse":
+            self.predictor.normalize_latent()
 
     def adapt(self, step: int, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """At a log line: calibrates or revives. means: of `names`, since the last line. Returns what to log besides."""

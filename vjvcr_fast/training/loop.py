@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vjvcr_fast import __version__
 from vjvcr_fast.config import Config, ConfigError, differences, resolve_device
+from vjvcr_fast.data.clips import Clips
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
@@ -100,7 +101,7 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
                 batch = next(batches)
             x, y = split_frames(batch, config)
             with autocast(config, device):
-                z, measured = latents.infer(x, y)
+                z, measured = latents.infer(x, y, actions(batch, config))
                 terms = energy(x, y, z)
             terms.loss.backward()
             optimizer.step()
@@ -147,9 +148,10 @@ def validate(model: EnergyModel, videos: VideoSource, config: Config, latents: L
     model.train(config.data.stochastic)
     for start in range(0, config.train.validation_videos - batch + 1, batch):
         with autocast(config, videos.device):
-            x, y = split_frames(videos.batch(start, batch), config)
+            clips = videos.batch(start, batch)
+            x, y = split_frames(clips, config)
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-            z = latents.infer(x, y).z
+            z = latents.infer(x, y, actions(clips, config)).z
             losses.append(torch.func.functional_call(model, buffers, (x, y, z)).loss)
     model.train()
     return torch.stack(losses).mean().item()
@@ -159,6 +161,13 @@ def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
     """x (N, T_x, C, S, S) and y (N, T_y, C, S, S), float32 in [0, 1]."""
     frames = videos.frames if videos.frames.is_floating_point() else videos.frames.float().div_(255)
     return frames[:, : config.data.frames_in], frames[:, config.data.frames_in :]
+
+
+def actions(videos: Batch, config: Config) -> Tensor | None:
+    """The actions in the target frames, (N, 14, T_y) float32, where they are the latent of pre-training; else None."""
+    if config.latent.kind != "actions":
+        return None
+    return cast(Clips, videos).target[:, :, config.data.frames_in :]
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
@@ -218,11 +227,13 @@ class _Log:
     def images(self, step: int, model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> None:
         """Input and target frames of eight held-out videos, and below each its prediction where there is a decoder."""
         if self.board is not None:
-            x, y = split_frames(videos.batch(0, 8), config)
+            clips = videos.batch(0, 8)
+            x, y = split_frames(clips, config)
             lines = [torch.cat([x, y], dim=1)]
             if model.decoder is not None:
                 model.eval()
-                lines.append(torch.cat([torch.zeros_like(x), model.decoder(latents.predict(x, y)).clamp(0, 1)], dim=1))
+                decoded = model.decoder(latents.predict(x, y, actions(clips, config)))
+                lines.append(torch.cat([torch.zeros_like(x), decoded.clamp(0, 1)], dim=1))
                 model.train()
             grid = torch.stack(lines, dim=1).permute(3, 0, 1, 4, 2, 5)  # (C, video, line, S, T, S)
             self.board.add_image("videos", grid.flatten(1, 3).flatten(2), step)
