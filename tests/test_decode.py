@@ -399,3 +399,19 @@ def test_explain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "_version", lambda *names: None)
     assert all(line.startswith("not installed: pip install") for line in explain().values())
     assert tuple(explain()) == BACKENDS
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 48, 64, 96, 144, 160])
+def test_widths_that_decord_cannot_read_go_to_torchcodec(tmp_path: Path, width: int) -> None:
+    """decord2 3.4 fails at some small widths, when a frame is read: found out when the file is opened."""
+    pytest.importorskip("decord")
+    pytest.importorskip("torchcodec")
+    path = make_video(tmp_path, Kind("libx264", "mp4", 32, width), frames=5)
+    right = open_video(path, "torchcodec").frames(range(5))
+    assert open_video(path).frames(range(5)).equal(right)
+    try:
+        found = open_video(path, "decord")
+    except VideoError as error:
+        assert f"decord cannot read frames {width} wide" in str(error)
+    else:
+        assert found.frames(range(5)).equal(right)

@@ -32,9 +32,9 @@ from vjvcr_fast.config import (
 )
 from vjvcr_fast.data import decode
 from vjvcr_fast.data.cache import CacheError
-from vjvcr_fast.data.clevrer import ClevrerError
 from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
+from vjvcr_fast.data.scan import DataError
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
@@ -47,7 +47,7 @@ EXTRAS = {
     "torchcodec": ("torchcodec",),
     "dali": ("nvidia.dali",),
 }
-ERRORS = (DigitsError, ClevrerError, VideoError, CacheError, CheckpointError, DivergedError, ImportError, OSError)
+ERRORS = (DigitsError, DataError, VideoError, CacheError, CheckpointError, DivergedError, ImportError, OSError)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,7 +117,7 @@ def _parser() -> _Parser:
     sub = add("reproduce", summary, _reproduce, "Resumes what it finds; table2 and fig3 share their runs.")
     sub.usage = f"{sub.prog} {{{','.join(TARGETS)}}} [OPTIONS]"
     sub.add_argument("target", choices=[*TARGETS], help="; ".join(f"{k}: {t.about}" for k, t in TARGETS.items()))
-    _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, or its -mini")
+    _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
     several = "several give mean and standard deviation; fig3 shows the first"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=several)
     folders = "runs/table1-PRESET, runs/table2-PRESET"
@@ -132,8 +132,8 @@ def _parser() -> _Parser:
 
     about = "3D scenes from a physics engine in a data set's own format. Goes on where it was stopped."
     sub = add("simulate", "make videos to train on", _simulate, about)
-    sub.usage = f"{sub.prog} {{clevrer}} [OPTIONS]"
-    sub.add_argument("target", choices=["clevrer"], help="whose format: videos, annotations, folders")
+    sub.usage = f"{sub.prog} {{clevrer,cater}} [OPTIONS]"
+    sub.add_argument("target", choices=["clevrer", "cater"], help="whose format: videos, annotations, folders")
     third = "how many, a third of them for validation (default: 300)"
     sub.add_argument("--videos", default="300", metavar="N", help=third)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to, for --data.root")
@@ -196,6 +196,7 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation.actions import evaluate_actions
     from vjvcr_fast.evaluation.evaluate import evaluate_run
     from vjvcr_fast.evaluation.latents import evaluate_latents
 
@@ -203,7 +204,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"{arguments.run}: not the folder of a run: it has no config.json")
     config = override(Config.load(arguments.run / "config.json"), _overrides(arguments))
     kind = config.latent.kind
-    evaluate, file = (evaluate_run, "evaluation.json") if kind == "none" else (evaluate_latents, "latents.json")
+    kinds: dict[str, tuple[Any, str]] = {
+        "none": (evaluate_run, "evaluation.json"),
+        "actions": (evaluate_actions, "actions.json"),
+    }
+    evaluate, file = kinds.get(kind, (evaluate_latents, "latents.json"))
     result = evaluate(arguments.run, config)
     for key, value in result.items():
         if not isinstance(value, list | dict):
@@ -247,6 +252,8 @@ class _Target(NamedTuple):
 TARGETS = {
     "table1": _Target("models", "moving-mnist", "table1", "paper", "table1", "TABLE1_FILES"),
     "table2": _Target("latents", "moving-mnist-stochastic", "table2", "table2", "table2", "TABLE2_FILES"),
+    "fig2": _Target("actions from latents", "cater", "cater", "actions", "figure2", "FIGURE2_FILES"),
+    "fig4": _Target("spectra", "cater", "cater", "actions", "figure4", "FIGURE4_FILES"),
     "fig3": _Target("futures with latents", "moving-mnist-stochastic", "table2", "table2", "figure3", "FIGURE3_FILES"),
 }
 

@@ -26,6 +26,7 @@ __all__ = ["BACKENDS", "Video", "VideoError", "explain", "open_video", "resize"]
 BACKENDS = ("decord", "torchcodec", "dali")
 AUTO = {"cpu": ("decord", "torchcodec"), "cuda": ("dali", "decord", "torchcodec")}
 DECORD_CODECS = ("h264", "mjpeg", "mpeg4", "vp8", "vp9")
+NARROW = 256  # decord2 3.4 fails at some widths: of 16 to 796, multiples of 4, at 16, 24, 32, 48, 96 and 144
 DISTRIBUTIONS = {
     "decord": ("decord2", "decord"),
     "torchcodec": ("torchcodec",),
@@ -52,6 +53,12 @@ class DecordVideo(Video):
         except (AssertionError, RuntimeError) as error:
             raise UnservedError(f"{path}: decord cannot open it ({reason(error)})") from error
         _check_count(self, len(self._reader))
+        if facts.width < NARROW:
+            try:
+                self._read([0])
+            except Exception as error:  # decord's own; of any other kind is the reader's to tell
+                if "from_size == to_size" in str(error):
+                    raise UnservedError(f"{path}: decord cannot read frames {facts.width} wide") from error
 
     def _read(self, indices: list[int]) -> Tensor:
         with self._decord.bridge.use_torch():  # shares the memory

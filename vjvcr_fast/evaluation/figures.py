@@ -1,6 +1,7 @@
 """Figures, drawn with matplotlib's object interface: no global state, no display."""
 
 import io
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,24 @@ def spectrum(path: Path, singular_values: Mapping[str, Sequence[float]]) -> None
     left.set(yscale="log", xlabel="index", title="singular values of encoder outputs")
     right.set(xlabel="index", title="cumulative sum / total")
     right.legend(fontsize=7)
+    _save(figure, path)
+
+
+def bars(path: Path, values: Mapping[str, tuple[Sequence[float], float]], label: str) -> None:
+    """Like the paper's figure 2: for each title our mean, with the standard deviation of several seeds, beside the
+    paper's number. values: {title: (ours, one a seed; the paper's)}."""
+    figure = _figure((1.7 * len(values) + 1.2, 3.0))
+    axis = figure.subplots()
+    for i, (ours, theirs) in enumerate(values.values()):
+        mean, std = statistics.mean(ours), statistics.stdev(ours) if len(ours) > 1 else None
+        drawn = axis.bar(i - 0.2, mean, 0.38, yerr=std, color="C0", capsize=3, label=None if i else "ours")
+        axis.bar_label(drawn, fmt="%.1f", fontsize=7)
+        drawn = axis.bar(i + 0.2, theirs, 0.38, color="0.7", label=None if i else "paper's, on CATER")
+        axis.bar_label(drawn, fmt="%.1f", fontsize=7)
+    axis.set_xticks(range(len(values)), [*values], fontsize=8)
+    axis.set(ylabel=label)
+    axis.margins(y=0.15)
+    axis.legend(fontsize=7)
     _save(figure, path)
 
 

@@ -75,7 +75,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
     for seed in seeds:
         for row in ROWS:
             asked = override(config, {"model.row": row, "train.seed": seed})
-            results[row].append(finish_run(asked, _run(out, row, seed)))
+            results[row].append(finish_run(asked, run_folder(out, row, seed)))
     summary = {
         "preset": config.preset,
         "config": config.to_dict(),
@@ -86,7 +86,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
     text = _markdown(config, results, seeds)
     write_atomic(out / "table1.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(out / "table1.md", text)
-    runs = {row: _run(out, row, seeds[0]) for row in ROWS}
+    runs = {row: run_folder(out, row, seeds[0]) for row in ROWS}
     figure5(runs, out / "figure5.png")
     figures.curves(out / "curves.png", {row: read_metrics(run / "metrics.jsonl") for row, run in runs.items()})
     figures.spectrum(out / "spectrum.png", {row: results[row][0]["singular_values"] for row in ROWS})
@@ -114,7 +114,7 @@ def machine(config: Config) -> dict[str, str]:
     return {"device": device.type, "name": name, **versions}
 
 
-def _run(out: Path, row: str, seed: int) -> Path:
+def run_folder(out: Path, row: str, seed: int) -> Path:
     return out / f"{row}-seed{seed}"
 
 
