@@ -4,8 +4,10 @@ import json
 import shutil
 from pathlib import Path
 
+import cater_files
 import pytest
 import torch
+from cater_files import ACTIVE, FRAMES, SCENE
 
 from vjvcr_fast.data import cater
 from vjvcr_fast.data.cater import CLASSES, CaterError, load_split, read_list, read_scene, sampled
@@ -16,66 +18,10 @@ from vjvcr_fast.data.workers import Pool
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
 
-FRAMES = 31
-
-# As CATER writes it, with what this project does not read left in.
-SCENE = {
-    "image_filename": "CLEVR_new_000007.avi",
-    "split": "new",
-    "objects": [
-        {"shape": "spl", "size": "small", "material": "metal", "color": "gold", "instance": "Spl_0"},
-        {"shape": "cone", "size": "large", "material": "rubber", "color": "red", "instance": "Cone_0"},
-        {"shape": "cube", "size": "medium", "material": "metal", "color": "blue", "instance": "Cube_0"},
-        {"shape": "sphere", "size": "small", "material": "metal", "color": "cyan", "instance": "Sphere_0"},
-    ],
-    "movements": {
-        "Spl_0": [["_slide", None, 2, 7], ["_rotate", None, 20, 29]],
-        "Cone_0": [["_pick_place", None, 0, 5], ["_contain", "Spl_0", 9, 16]],
-        "Cube_0": [],
-        "Sphere_0": [["_slide", None, 15, 16]],
-    },
-}
-ACTIVE = {
-    "spl slide": range(2, 7),
-    "spl rotate": range(20, 29),
-    "cone pick_place": range(0, 5),
-    "cone contain": range(9, 16),
-    "sphere slide": range(15, 16),
-}
-
-
-def write_video(path: Path, frames: int = FRAMES) -> None:
-    """Motion-JPEG in AVI, 64x48, 24 fps: frame t is grey of level 8 t."""
-    import av
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mjpeg", rate=24)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuvj420p"
-        for t in range(frames):
-            picture = torch.full((48, 64, 3), 8 * t % 256, dtype=torch.uint8).numpy()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode(None))
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four training videos and two for validation; the scene of 2 differs from the others."""
-    root = tmp_path_factory.mktemp("cater")
-    (root / "scenes").mkdir()
-    for number in range(6):
-        write_video(root / "videos" / f"CLEVR_new_{number:06d}.avi")
-        scene = json.loads(json.dumps(SCENE))
-        if number == 2:
-            scene["movements"] = {"Cube_0": [["_rotate", None, 3, 30]]}
-        (root / "scenes" / f"CLEVR_new_{number:06d}.json").write_text(json.dumps(scene))
-    lists = root / cater.LIST_FOLDER
-    lists.mkdir(parents=True)
-    usual = ",".join(str(CLASSES.index(name)) for name in ACTIVE)
-    line = "CLEVR_new_{:06d}.avi {}\n".format
-    (lists / "train.txt").write_text("".join(line(i, "10" if i == 2 else usual) for i in range(4)))
-    (lists / "val.txt").write_text("".join(line(i, usual) for i in (4, 5)))
-    return root
+    return cater_files.make(tmp_path_factory.mktemp("cater"))
 
 
 @pytest.fixture
