@@ -143,7 +143,10 @@ def test_version() -> None:
         (["evaluate", "none"], ["none: not the folder of a run: it has no config.json"]),
         (["reproduce"], ["target"]),
         (["reproduce", "table3"], ["table3", "table1", "table2", "fig3"]),
-        (["reproduce", "table1", "--dataset", "cater"], ["data.dataset='cater': must be one of moving-mnist, clevrer"]),
+        (
+            ["reproduce", "table1", "--dataset", "ucf"],
+            ["data.dataset='ucf': must be one of moving-mnist, clevrer, cater"],
+        ),
         (["reproduce", "table1", "--seeds", "a"], ["--seeds='a': must be a whole number"]),
         (["reproduce", "table1", "--seeds", ""], ["--seeds='': must be a whole number"]),
         (["reproduce", "table1", "--seeds", "0,1.5"], ["--seeds='1.5': must be a whole number"]),

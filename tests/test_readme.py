@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import clevrer_files
 import pytest
 import tolerances
 import torch
@@ -35,7 +36,7 @@ def test_latents() -> None:
 
 
 def test_drop_in_and_equivalent_agree() -> None:
-    drop_in, equivalent, _ = blocks()
+    drop_in, equivalent, *_ = blocks()
     names: dict[str, Any] = {}
     torch.manual_seed(0)
     exec(drop_in, names)
@@ -44,6 +45,18 @@ def test_drop_in_and_equivalent_agree() -> None:
     (expected,) = torch.autograd.grad(names["loss"], names["h_x"])
     assert abs(ours - names["loss"]) <= tolerances.FLOAT32 * names["loss"]
     assert (gradient - expected).norm() <= tolerances.FLOAT32 * expected.norm()
+
+
+def test_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("av", "decord"):
+        pytest.importorskip(package)
+    clevrer_files.write(tmp_path / "data", "train", 0, frames=60)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks()[3:5]:
+        exec(block, names)
+    assert names["frames"].shape == (26, 3, 64, 64)
+    assert names["batch"].frames.shape == (4, 26, 3, 64, 64)
 
 
 def test_numbers_are_those_of_the_committed_files() -> None:

@@ -133,12 +133,12 @@ def _parser() -> _Parser:
     about = "3D scenes from a physics engine in a data set's own format. Goes on where it was stopped."
     sub = add("simulate", "make videos to train on", _simulate, about)
     sub.usage = f"{sub.prog} {{clevrer,cater}} [OPTIONS]"
-    sub.add_argument("target", choices=["clevrer", "cater"], help="whose format: videos, annotations, folders")
-    third = "how many, a third of them for validation (default: 300)"
+    sub.add_argument("target", choices=[*SIMULATED], help="whose format: videos, annotations, folders")
+    third = "how many, about a third of them for validation (default: 300)"
     sub.add_argument("--videos", default="300", metavar="N", help=third)
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to, for --data.root")
     sub.add_argument("--seed", default="0", metavar="N", help="of all scenes (default: 0)")
-    sub.add_argument("--size", default="480,320", metavar="W,H", help="of the frames, even numbers (default: 480,320)")
+    sub.add_argument("--size", metavar="W,H", help="of the frames, even numbers (default: the data set's)")
     sub.add_argument("--processes", default="0", metavar="N", help="at work beside each other (default: 0, one a core)")
 
     sub = add("info", "show versions, devices, backends, extras and digits, and what would be chosen", _info)
@@ -191,7 +191,11 @@ def _train(arguments: argparse.Namespace) -> None:
     kind = arguments.latent or config.latent.kind
     parts = [config.preset, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
     out = arguments.out or Path("runs") / "-".join(parts)
-    train(config, out, probe=training_probe)
+    cache = cache_folder(config, "train") if config.data.dataset != "moving-mnist" else None
+    if cache and not (cache / "meta.json").exists():
+        hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes it once"
+        print(f"no cache of decoded frames: each window is decoded from its file; {hint}", file=sys.stderr)
+    train(config, out, probe=training_probe if config.data.dataset != "cater" else None)
     print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
 
 
@@ -226,16 +230,24 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    from vjvcr_fast.data.simulate import simulate_clevrer
-
+    module, size, following = SIMULATED[arguments.target]
+    simulate = getattr(importlib.import_module(f"vjvcr_fast.data.{module}"), f"simulate_{arguments.target}")
     videos, seed, processes = (parse(f"--{k}", int, getattr(arguments, k)) for k in ("videos", "seed", "processes"))
-    width, height = parse("--size", tuple[int, int], arguments.size)
+    width, height = parse("--size", tuple[int, int], arguments.size or size)
     try:
-        simulate_clevrer(arguments.out, videos, seed=seed, processes=processes, size=(width, height))
+        simulate(arguments.out, videos, seed=seed, processes=processes, size=(width, height))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    following = f"vjvcr-fast reproduce table1 --dataset clevrer --data.root {arguments.out}"
-    print(f"simulated: {arguments.out}; next: {following}")
+    except RuntimeError as error:  # nothing can draw here
+        raise OSError(str(error)) from None
+    print(f"simulated: {arguments.out}; next: vjvcr-fast reproduce {following} --data.root {arguments.out}")
+
+
+# Whose format: the module, the size of frames, and what to do with the videos.
+SIMULATED = {
+    "clevrer": ("simulate", "480,320", "table1 --dataset clevrer"),
+    "cater": ("simulate_cater", "320,240", "fig2"),
+}
 
 
 class _Target(NamedTuple):
