@@ -28,6 +28,7 @@ TINY = {
     "data.canvas": 16,
     "data.frames_in": 2,
     "data.frames_out": 3,
+    "data.stride": 1,
     "data.workers": 0,
     "model.channels": "4,4",
     "model.features": 4,
@@ -195,10 +196,14 @@ def test_speeds_are_those_of_the_annotations(config: Config) -> None:
 
 
 def test_cache_train_and_evaluate(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["cache", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--workers=0"]) == 0
+    assert (
+        main(["cache", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--stride=1", "--workers=0"])
+        == 0
+    )
     shown = capsys.readouterr().out
     assert f"{root}/vjvcr-cache/train-16x16: 6 videos written, 0 were there" in shown
-    assert main(["cache", "--verify", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16"]) == 0
+    again = ["cache", "--verify", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--stride=1"]
+    assert main(again) == 0
     assert "0 videos written, 6 were there" in capsys.readouterr().out
     run = tmp_path / "run"
     assert main(["train", *options(root), "--out", str(run)]) == 0
@@ -257,7 +262,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 def test_ctrl_c_in_the_middle_of_caching_leaves_what_is_done(root: Path) -> None:
     """Ctrl-C reaches the workers too; what was decoded before it is there, and the next call does the rest."""
-    arguments = ["cache", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--workers=1"]
+    arguments = ["cache", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--stride=1", "--workers=1"]
     command = [sys.executable, "-c", INTERRUPTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
