@@ -403,9 +403,31 @@ def test_memory_stays_flat_over_many_clips(sources: list[Source], tmp_path: Path
         assert used[-1] - used[10] < 6e6, used
 
 
-def resident() -> int:
+@pytest.mark.slow
+def test_memory_of_the_processes_stays_flat(sources: list[Source], pool: Pool) -> None:
+    """Two thousand clips through two processes: theirs and this one's."""
+    loader = ClipLoader(videos(sources, pool=pool), 50)
+    used = []
+    for _ in range(2_500 // 50):
+        next(loader)
+        used.append([resident(), *map(resident, children())])
+    loader.close()
+    for before, after in zip(used[10], used[-1], strict=True):
+        assert after - before < 6e6, used
+
+
+def children() -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        fields = stat.read_text().rpartition(")")[2].split()
+        if int(fields[1]) == os.getpid():
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def resident(process: int | str = "self") -> int:
     gc.collect()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.cuda
