@@ -122,6 +122,15 @@ def test_neither_cache_nor_decoder_nor_checkpointing_changes_a_run(config: Confi
     assert all(losses(run) == losses(tmp_path / "decoded") for run in runs)
 
 
+def test_chunks_change_a_run_by_rounding_alone(config: Config, tmp_path: Path) -> None:
+    train(config, tmp_path / "whole")
+    train(override(config, {"train.chunk": 3}), tmp_path / "chunks")
+    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+    with pytest.raises(ConfigError, match=r"train\.chunk=2: .* encoder\.spatial\.0\.1 \(BatchNorm2d\)"):
+        sizes = {"model.kind": "conv", "model.channels": "4,4,8", "train.chunk": 2}
+        train(override(config, sizes), tmp_path / "conv")
+
+
 def test_other_videos_are_refused(config: Config, root: Path, tmp_path: Path) -> None:
     train(override(config, {"train.steps": 3}), tmp_path / "run")
     for path in clevrer_files.paths(root, "train", 5):

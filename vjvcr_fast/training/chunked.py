@@ -49,7 +49,8 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
     terms, device = model.terms, x.device
     both = terms.hidden or terms.vcr
     parts = [slice(at, at + chunk) for at in range(0, len(x), chunk)]
-    states, dh = [], [[None, None] for _ in parts]
+    states: list[tuple[Tensor, Any]] = []
+    dh: list[list[Tensor | None]] = [[None, None] for _ in parts]
     variance = covariance = loss = x.new_zeros(())
     if terms.vcr:
         kept: list[tuple[Tensor, Tensor]] = []
@@ -86,10 +87,8 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
 
 def _backward(tensors: Sequence[Tensor | None], gradients: Sequence[Tensor | None], device: torch.device) -> None:
     """Of a scalar, and of representations where they have a gradient from VCR."""
-    known = [
-        (t, g) for t, g in zip(tensors, gradients, strict=True) if t is not None and (t.ndim == 0 or g is not None)
-    ]
-    wanted = [(t, g) for t, g in known if t.requires_grad]
+    both = [(t, g) for t, g in zip(tensors, gradients, strict=True) if t is not None and t.requires_grad]
+    wanted = [(t, g) for t, g in both if t.ndim == 0 or g is not None]
     if wanted:
         with torch.autocast(device.type, enabled=False):
             torch.autograd.backward([t for t, _ in wanted], [g for _, g in wanted])

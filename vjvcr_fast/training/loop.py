@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -24,13 +25,14 @@ from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Batch, Data, VideoSource, build_data, build_model, build_videos
+from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
 from vjvcr_fast.training.latents import Latents
 
 # What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which data
 # there are is checked by what they are, not by where they lie.
 _FREE = (
     *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout", "data.on_bad_video"),
-    *("model.checkpoint", "train.steps", "train.tensorboard", "evaluate."),
+    *("model.checkpoint", "train.chunk", "train.steps", "train.tensorboard", "evaluate."),
 )
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
@@ -65,6 +67,12 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
     latents = Latents(config, model)
     optimizer = torch.optim.Adam(latents.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
     energy = compiled(model, settings.compile, device)
+    chunked = partial(backward_chunked, chunk=settings.chunk)
+    if settings.chunk:
+        try:
+            check_no_mixing(model)
+        except ValueError as error:
+            raise ConfigError(f"train.chunk={settings.chunk}: {error}") from None
     torch.manual_seed(settings.seed)
 
     step, best, started = 0, float("inf"), time.perf_counter()
@@ -102,8 +110,9 @@ def train(config: Config, run: Path, probe: Probe | None = None) -> None:
             x, y = split_frames(batch, config)
             with autocast(config, device):
                 z, measured = latents.infer(x, y, actions(batch, config))
-                terms = energy(x, y, z)
-            terms.loss.backward()
+                terms = chunked(model, x, y, z) if settings.chunk else energy(x, y, z)
+            if not settings.chunk:
+                terms.loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             latents.project()
