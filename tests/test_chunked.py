@@ -1,8 +1,13 @@
 """The chunked batch against one pass over the whole batch."""
 
+import weakref
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from vjvcr_fast.config import override, preset
 from vjvcr_fast.losses import vcr_loss
@@ -10,6 +15,7 @@ from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, Energy, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
+from vjvcr_fast.training import chunked
 from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
 
@@ -183,6 +189,54 @@ def test_activations_are_those_of_one_chunk() -> None:
     small, large, whole = saved_at_most(of, 8, 4), saved_at_most(of, 32, 4), saved_at_most(of, 32, 32)
     assert large < 1.15 * small
     assert whole > 6 * large
+
+
+class Peak(TorchDispatchMode):
+    """Bytes of all tensors that are alive at the same time, at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.most = 0
+        self.known: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+    def drop(self, count: int) -> None:
+        self.alive -= count
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
+            if storage is not None and storage not in self.known:
+                self.known[storage] = storage.nbytes()
+                self.alive += storage.nbytes()
+                self.most = max(self.most, self.alive)
+                weakref.finalize(storage, self.drop, storage.nbytes())
+        return out
+
+
+def peak_of_cater(monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpoint: bool) -> float:
+    """GiB that a step of the preset needs, inputs and gradients included: counted on tensors without content."""
+    config = override(preset("cater"), {"model.row": row, "model.checkpoint": checkpoint})
+    n, t, side = config.train.batch, config.data.frames_in, config.data.canvas
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
+    monkeypatch.setattr(nn.Module, "to", lambda self, *_, **__: self)  # as does swapping weights
+    monkeypatch.setattr(chunked, "_random_state", lambda device: (None, None))
+    monkeypatch.setattr(chunked, "_set_random_state", lambda state, device: None)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        of = build_model(config, torch.device("cpu"))
+        with Peak() as peak, torch.autocast("cpu", dtype=torch.bfloat16):
+            x, y, z = torch.rand(n, t, 3, side, side), torch.rand(n, t, 3, side, side), torch.rand(n, 14 * t)
+            backward_chunked(of, x, y, z, chunk=chunk)
+    return peak.most / 2**30
+
+
+@pytest.mark.slow
+def test_a_batch_of_cater_fits_a_gpu_of_80_gb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """160 x 100 frames of 128x128 in bfloat16: not as they are, with recomputation alone, and with chunks easily."""
+    assert peak_of_cater(monkeypatch, "vj-vcr", 160, False) > 80
+    assert peak_of_cater(monkeypatch, "vj-vcr", 160, True) < 50
+    assert peak_of_cater(monkeypatch, "vj-vcr", 16, True) < 10
+    assert peak_of_cater(monkeypatch, "generative", 16, True) < 12
 
 
 def test_layers_that_mix_samples_are_refused_by_name() -> None:
