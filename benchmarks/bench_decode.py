@@ -12,7 +12,6 @@ batches of 16 windows at 64x64, decoded by as many processes as there are cores,
 import json
 import random
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ from records import Row
 from timing import BusyElsewhere, Host, Region, spread, take_turns
 
 from vjvcr_fast.config import override, preset
-from vjvcr_fast.data import decode
 from vjvcr_fast.data.cache import FrameCache, fill
 from vjvcr_fast.data.clips import Source, VideoClips
-from vjvcr_fast.data.decode import open_video
+from vjvcr_fast.data.decode import BACKENDS, open_video
 from vjvcr_fast.data.workers import Pool
 from vjvcr_fast.training.loop import train
 
@@ -94,6 +92,7 @@ def direct_torchcodec(path: Path, frames: range) -> torch.Tensor:
 
 
 DIRECT_CALLS = {"decord": direct_decord, "torchcodec": direct_torchcodec}
+assert {*DIRECT_CALLS, "dali"} == {*BACKENDS}, "a backend that nothing measures"
 
 
 @pytest.mark.parametrize("backend", DIRECT_CALLS)
@@ -197,39 +196,6 @@ class Part:
         return "generated"
 
 
-@pytest.mark.cuda
-def test_dali(sources: list[Source], benchmark, report) -> None:
-    """On a GPU: frames/s of DALI's decoding there against that of all CPU cores."""
-    pytest.importorskip("nvidia.dali")
-    options = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench", "device": "cuda"}
-    with Pool() as pool:
-        loaders = {
-            "CPU decoders": VideoClips(sources, **options, pool=pool).batches(0, BATCH),
-            "DALI": VideoClips(sources, **options, backend="dali").batches(0, BATCH),
-        }
-        for loader in loaders.values():
-            next(loader)
-        if benchmark.disabled:
-            return
-
-        def batch(loader) -> None:
-            next(loader)
-            torch.cuda.synchronize()
-
-        times = take_turns(Host(), {n: Region(partial(batch, loader)) for n, loader in loaders.items()}, SECONDS, 5, 40)
-        rows = []
-        for name, of_one in times.items():
-            median = spread(of_one).median
-            row: Row = {"what": f"GPU, {name}", "_frames_per_second": BATCH * WINDOW / (1e-3 * median)}
-            row["x CPU"] = spread(times["CPU decoders"]).median / median
-            rows.append(row)
-    report([rows[0], judged(rows[1], "x CPU", 0.7)])
-
-
 def judged(row: Row, metric: str, target: float, most: bool = False) -> Row:
     met = row[metric] <= target if most else row[metric] >= target
     return row | {"target": f"{'<=' if most else '>='} {target:g}", "met": "yes" if met else "no"}
-
-
-def test_every_backend_is_compared() -> None:
-    assert {*DIRECT_CALLS, "dali"} == set(decode.BACKENDS)

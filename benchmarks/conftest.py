@@ -20,7 +20,7 @@ import torch
 
 from vjvcr_fast.data.files import write_atomic
 
-collect_ignore = ["bench_losses.py" if torch.cuda.is_available() else "bench_losses_cuda.py"]
+collect_ignore = ["bench_losses.py"] if torch.cuda.is_available() else ["bench_losses_cuda.py", "bench_decode_cuda.py"]
 
 BUSY = 0.1  # a run during which other processes used more than this share of the machine is shown, not kept
 ROWS = pytest.StashKey[dict[str, list[list[records.Row]]]]()

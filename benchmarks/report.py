@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LOSSES = RESULTS / "losses-cpu.json"
+DECODE = RESULTS / "decode-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
 
@@ -59,6 +60,25 @@ def losses_gpu(path: Path) -> str:
     return f"{_markdown(titles, lines)}\n\n{_conditions(results)} File: {where}."
 
 
+def decode() -> str:
+    """What the decoders, the cache and the training loop reach, in ratios."""
+    results = json.loads(DECODE.read_text())
+    row = {row["what"]: row for row in results["rows"]}
+    lines = []
+    for name in ("decord", "torchcodec"):
+        ratio = f"{row[f'{name}, ours']['x directly']:.2f}x"
+        lines.append(("frames of random windows", f"{name}, against the library called directly", ratio))
+    cached = f"{row['clips, cache']['x stream']:,.0f}x"
+    lines.append(("batches of windows", "from the cache, against decoding on all cores", cached))
+    for source, how in (("cache", "from the cache"), ("stream", "that is decoded meanwhile")):
+        share = f"{row[f'training, {source}']['waits']:.1%}"
+        lines.append(("share of a training step", f"waiting for data {how}", share))
+    machine = f"{results['processor']}, {results['threads']} threads"
+    where = f"[{DECODE.name}]({DECODE.relative_to(ROOT).as_posix()})"
+    about = f"480x320 H.264 with one keyframe, as CLEVRER's; `pytest benchmarks/bench_decode.py` on {machine}: {where}."
+    return f"{_markdown(['what', 'how', 'measured'], lines)}\n\n{about}"
+
+
 def table(path: Path) -> str:
     """A table of the paper, without its title."""
     return path.read_text().split("\n", 2)[2].strip()
@@ -67,6 +87,8 @@ def table(path: Path) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "table1": lambda: table(DOCS / "table1-moving-mnist-mini.md"),
+    "table1-clevrer": lambda: table(DOCS / "table1-clevrer-mini.md"),
+    "decode": lambda: decode(),
     "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
 }
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
