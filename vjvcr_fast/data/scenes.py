@@ -316,12 +316,13 @@ def scene_xml(things: Sequence[Thing], size: tuple[int, int]) -> str:
 
 
 class Film:
-    """Draws a world as its camera sees it, without a screen; a context manager, since it holds a GL context.
+    """Draws a world, or whatever has a `model` and `data`, as its camera sees it, without a screen; a context manager,
+    since it holds a GL context.
 
     MUJOCO_GL must be set before mujoco is first imported: "egl" (a GPU) or "osmesa" (any machine).
     """
 
-    def __init__(self, world: World, size: tuple[int, int], *, shadows: bool = True) -> None:
+    def __init__(self, world: Any, size: tuple[int, int], *, shadows: bool = True) -> None:
         mujoco = import_mujoco()
         self._world = world
         self._renderer = mujoco.Renderer(world.model, height=size[1], width=size[0], max_geom=100)

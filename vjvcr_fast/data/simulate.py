@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from random import Random
@@ -31,6 +31,7 @@ Item = TypeVar("Item")
 GENERATOR = 1  # changes whenever the same seed would give other videos
 NOTE = "Simulated scenes made by vjvcr_fast in CLEVRER's format. They are not CLEVRER, and not part of it."
 ABOUT = "simulated.json"
+FILES = ("video_*", "annotation_*")
 FPS = 25
 VALIDATION_START = 10_000
 MAX_VIDEOS = 15_000  # CLEVRER's train and validation videos; beyond, train would run into validation's numbers
@@ -60,7 +61,7 @@ def simulate_clevrer(
     a screen; OSError where the disk is too small.
     """
     _check(videos, processes, size, frames)
-    _import_av()
+    import_av()
     if importlib.util.find_spec("mujoco") is None:
         raise ImportError("mujoco is not installed: pip install 'vjvcr_fast[simulate]'")
     out = Path(out)
@@ -144,14 +145,15 @@ def _make_video(out: Path, seed: int, size: tuple[int, int], frames: int, shadow
 # -- The folder -----------------------------------------------------------------------------------------------------
 
 
-def claim(out: Path, settings: dict[str, Any]) -> None:
-    """Marks a folder as simulated with these settings, or raises ValueError where it holds anything else."""
+def claim(out: Path, settings: dict[str, Any], *, note: str = NOTE, files: Sequence[str] = FILES) -> None:
+    """Marks a folder as simulated with these settings, or raises ValueError where it holds anything else: other
+    settings, or `files` (patterns) of another origin."""
     about = out / ABOUT
     if not about.exists():
-        foreign = [path for kind in ("video", "annotation") for path in out.glob(f"{kind}_*")]
+        foreign = [path for pattern in files for path in out.glob(pattern)]
         if foreign:
             raise ValueError(f"{out} holds {foreign[0].name} but no {ABOUT}: not simulated here, choose another folder")
-        write_atomic(about, json.dumps({"note": NOTE, **settings}, indent=1) + "\n")
+        write_atomic(about, json.dumps({"note": note, **settings}, indent=1) + "\n")
         return
     try:
         found = json.loads(about.read_text())
@@ -177,7 +179,7 @@ def require_space(out: Path, needed: float) -> None:
 
 def write_mp4(path: Path, pictures: Iterable[Any], size: tuple[int, int], *, fps: int = FPS) -> None:
     """Pictures (H, W, 3) uint8 as an H.264 video with one keyframe; the file appears when it is whole."""
-    av = _import_av()
+    av = import_av()
 
     def write(file: BinaryIO) -> None:
         with av.open(file, "w", format="mp4") as container:
@@ -194,7 +196,7 @@ def write_mp4(path: Path, pictures: Iterable[Any], size: tuple[int, int], *, fps
     replace(path, write)
 
 
-def _import_av() -> Any:
+def import_av() -> Any:
     try:
         import av
     except ImportError:

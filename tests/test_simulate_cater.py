@@ -1,0 +1,244 @@
+"""Simulated videos in CATER's format: what moves, what is written, and that a stopped run is completed."""
+
+import itertools
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from vjvcr_fast.data import simulate
+from vjvcr_fast.data.cater import CLASSES, load_split, read_list
+from vjvcr_fast.data.decode import open_video
+from vjvcr_fast.data.scenes_cater import ACTIONS, HEIGHT, poses
+from vjvcr_fast.data.simulate_cater import draw_scene, scene_path, simulate_cater, video_path, write_avi
+
+pytest.importorskip("av", reason="the extra simulate is not installed")
+SMALL = {"size": (64, 48), "frames": 24}
+
+
+@pytest.fixture(scope="module")
+def drawable() -> None:
+    pytest.importorskip("mujoco", reason="the extra simulate is not installed")
+    try:
+        simulate.gl_backend()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def made(drawable: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("cater")
+    simulate_cater(out, 4, seed=3, processes=1, **SMALL)
+    return out
+
+
+def content(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+# -- Scenes, without a picture --------------------------------------------------------------------------------------
+
+SCENES = [draw_scene(0, number, 301) for number in range(40)]
+
+
+def test_scenes_are_functions_of_seed_and_number() -> None:
+    assert draw_scene(0, 7, 301) == SCENES[7]
+    assert draw_scene(1, 7, 301) != SCENES[7]
+
+
+def test_every_scene_has_the_snitch_and_a_cone() -> None:
+    for bodies, _ in SCENES:
+        shapes = [body.shape for body in bodies]
+        assert shapes.count("spl") == 1
+        assert "cone" in shapes
+        assert len({body.instance for body in bodies}) == len(bodies)
+
+
+def test_at_most_two_act_at_a_time_and_each_does_what_it_can() -> None:
+    for bodies, movements in SCENES:
+        shapes = {body.instance: body.shape for body in bodies}
+        spans = [(m.start, m.end) for of_one in movements.values() for m in of_one]
+        assert all(0 <= start < end <= 301 for start, end in spans)
+        assert max(sum(start <= t < end for start, end in spans) for t in range(301)) == 2
+        for name, of_one in movements.items():
+            assert all(m.action in ACTIONS[shapes[name]] for m in of_one)
+            assert all(a.end <= b.start for a, b in itertools.pairwise(of_one))
+
+
+def test_what_acts_moves_and_nothing_else_does() -> None:
+    for bodies, movements in SCENES[:12]:
+        frames = poses(bodies, movements, 301)
+        moving: dict[str, list[range]] = {body.instance: [] for body in bodies}
+        for name, of_one in movements.items():
+            for m in of_one:
+                moving[name].append(range(m.start, m.end))
+                if m.carried:
+                    moving[m.carried].append(range(m.start, m.end))
+                path = [frames[min(t, 300)][name] for t in range(m.start, m.end + 1)]
+                assert path[0] != path[len(path) // 2]
+                top = max(pose.place[2] for pose in path) - path[0].place[2]
+                assert (top > 0.9 * HEIGHT) == (m.action in ("_pick_place", "_contain"))
+                if m.action == "_slide":
+                    assert top < 1e-9
+                if m.end <= 300:
+                    assert path[-1].place[:2] == pytest.approx(m.goal)
+        for t in range(300):
+            for name, spans in moving.items():
+                if not any(t in span for span in spans):
+                    assert frames[t][name] == frames[t + 1][name], (name, t)
+
+
+def test_objects_at_rest_do_not_overlap_and_contained_ones_are_inside() -> None:
+    contained = 0
+    for bodies, movements in SCENES:
+        of = {body.instance: body for body in bodies}
+        frames = poses(bodies, movements, 301)
+        ends = sorted({m.end for of_one in movements.values() for m in of_one if m.end <= 300})
+        for t in ends:
+            at_rest = [n for n in of if not any(m.start <= t < m.end for m in movements[n])]
+            carried = {m.carried for of_one in movements.values() for m in of_one if m.start <= t < m.end}
+            for one, other in itertools.combinations([n for n in at_rest if n not in carried], 2):
+                gap = math.dist(frames[t][one].place[:2], frames[t][other].place[:2])
+                if gap < of[one].radius + of[other].radius:
+                    cone, inner = sorted((one, other), key=lambda n: of[n].shape != "cone")
+                    contained += 1
+                    assert gap < 1e-9, (one, other, t)
+                    assert of[cone].shape == "cone"
+                    # As wide as the object, the cone is at least as high as it.
+                    assert of[cone].half - of[inner].half >= of[inner].radius
+    assert contained > 20
+
+
+def test_every_class_is_neither_rare_nor_common() -> None:
+    counts = dict.fromkeys(CLASSES, 0)
+    for number in range(200):
+        bodies, movements = draw_scene(0, number, 301)
+        shapes = {body.instance: body.shape for body in bodies}
+        found = {f"{shapes[n]} {m.action.lstrip('_')}" for n, of_one in movements.items() for m in of_one}
+        for name in found:
+            counts[name] += 1
+    assert all(30 < count < 170 for count in counts.values()), counts
+
+
+# -- Files ----------------------------------------------------------------------------------------------------------
+
+
+def test_files_are_cater_s(made: Path) -> None:
+    assert "not CATER" in json.loads((made / "simulated.json").read_text())["note"]
+    for number in range(4):
+        scene = json.loads(scene_path(made, number).read_text())
+        assert scene["image_filename"] == video_path(made, number).name == f"CLEVR_new_{number:06d}.avi"
+        for item in scene["objects"]:
+            assert len(item["locations"]) == 24
+            assert {"instance", "shape", "size", "color", "material", "3d_coords", "rotation"} <= item.keys()
+        assert scene["movements"].keys() == {item["instance"] for item in scene["objects"]}
+
+
+def test_lists_and_scenes_agree_and_each_video_is_in_one_list(made: Path) -> None:
+    for split, numbers in (("train", [0, 1, 3]), ("validation", [2])):
+        loaded = load_split(made, split, 2, 3)
+        assert [int(source.name[-10:-4]) for source in loaded.sources] == numbers
+        assert loaded.notes == []
+        assert loaded.source.startswith("simulated scenes in CATER's format")
+    lists = made / "lists" / "actions_present"
+    assert len(read_list(lists / "train.txt")) + len(read_list(lists / "val.txt")) == 4
+
+
+def test_every_decoder_reads_the_videos(made: Path) -> None:
+    frames = {}
+    for backend in ("decord", "torchcodec", "dali"):
+        pytest.importorskip({"dali": "nvidia.dali"}.get(backend, backend))
+        video = open_video(video_path(made, 0), backend)
+        assert (video.frame_count, video.fps, video.height, video.width) == (24, 24.0, 48, 64)
+        frames[backend] = video.frames(range(24))
+    assert frames["decord"].equal(frames["torchcodec"])
+    assert (frames["decord"].float() - frames["dali"].float()).abs().mean() < 4  # DALI interpolates colour
+    assert frames["decord"].float().std() > 10  # there is something to see
+
+
+def test_pictures_change_where_something_acts(made: Path) -> None:
+    number = next(n for n in range(4) if any(json.loads(scene_path(made, n).read_text())["movements"].values()))
+    movements = json.loads(scene_path(made, number).read_text())["movements"]
+    frames = open_video(video_path(made, number)).frames(range(24)).float()
+    busy = torch.zeros(24, dtype=torch.bool)
+    for of_one in movements.values():
+        for _, _, start, end in of_one:
+            busy[start + 1 : end + 1] = True
+    steps = frames.diff(dim=0).abs().mean(dim=(1, 2, 3))
+    assert steps[busy[1:]].mean() > 5 * steps[~busy[1:]].mean().clamp_min(0.01)
+
+
+def test_processes_and_order_change_nothing(made: Path, tmp_path: Path) -> None:
+    simulate_cater(tmp_path, 2, seed=3, processes=1, **SMALL)
+    simulate_cater(tmp_path, 4, seed=3, processes=2, **SMALL)
+    assert content(tmp_path) == content(made)
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from vjvcr_fast.data.simulate_cater import simulate_cater
+if __name__ == "__main__":
+    simulate_cater(Path(sys.argv[1]), 4, seed=3, processes=1, size=(64, 48), frames=24)
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Signals) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    out = tmp_path / "out"
+    process = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not scene_path(out, 0).exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(how)
+    process.communicate(timeout=60)
+    time.sleep(0.5)  # a worker whose parent was killed ends after its video
+    if how == signal.SIGINT:
+        assert read_list(out / "lists" / "actions_present" / "train.txt")
+    simulate_cater(out, 4, seed=3, processes=1, **SMALL)
+    assert content(out) == content(made)
+
+
+def test_another_seed_is_refused(made: Path) -> None:
+    with pytest.raises(ValueError, match="seed 3, not 4"):
+        simulate_cater(made, 4, seed=4, **SMALL)
+
+
+def test_other_data_is_refused(drawable: None, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "CLEVR_new_000000.avi").touch()
+    with pytest.raises(ValueError, match=r"holds CLEVR_new_000000\.avi but no simulated\.json"):
+        simulate_cater(tmp_path, 2, **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"videos": 0}, "videos"),
+        ({"size": (63, 48)}, "size"),
+        ({"processes": -1}, "processes"),
+        ({"frames": 7}, "frames"),
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, options: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        simulate_cater(tmp_path, **({"videos": 2} | SMALL | options))
+
+
+def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
+    def pictures():
+        yield torch.zeros(48, 64, 3, dtype=torch.uint8).numpy()
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_avi(tmp_path / "a.avi", pictures(), (64, 48))
+    assert os.listdir(tmp_path) == []
