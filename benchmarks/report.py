@@ -88,7 +88,8 @@ PARTS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "table1": lambda: table(DOCS / "table1-moving-mnist-mini.md"),
     "table1-clevrer": lambda: table(DOCS / "table1-clevrer-mini.md"),
-    "decode": lambda: decode(),
+    "figure2": lambda: table(DOCS / "figure2-cater-mini.md"),
+    "decode": decode,
     "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
 }
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
