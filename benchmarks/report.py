@@ -70,9 +70,11 @@ def decode() -> str:
         lines.append(("frames of random windows", f"{name}, against the library called directly", ratio))
     cached = f"{row['clips, cache']['x stream']:,.0f}x"
     lines.append(("batches of windows", "from the cache, against decoding on all cores", cached))
-    for source, how in (("cache", "from the cache"), ("stream", "that is decoded meanwhile")):
-        share = f"{row[f'training, {source}']['waits']:.1%}"
-        lines.append(("share of a training step", f"waiting for data {how}", share))
+    training = row["training, cache"]
+    lines.append(
+        ("videos/s of training", "from the cache, against decoding on the same cores", f"{training['x stream']:.1f}x")
+    )
+    lines.append(("share of a training step", "waiting for data from the cache", f"{training['waits']:.1%}"))
     machine = f"{results['processor']}, {results['threads']} threads"
     where = f"[{DECODE.name}]({DECODE.relative_to(ROOT).as_posix()})"
     about = f"480x320 H.264 with one keyframe, as CLEVRER's; `pytest benchmarks/bench_decode.py` on {machine}: {where}."

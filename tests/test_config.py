@@ -216,7 +216,7 @@ def test_unknown_field(name: str) -> None:
         ("train.compile", True, "True: must be one of auto, on, off"),
         ("model.row", "jepa", "'jepa': must be one of vj-vcr, vj-vcr-decoder, generative-vcr, generative"),
         ("data.start", "top", "'top': must be one of switch, center"),
-        ("latent.kind", "dense", "'dense': must be one of none, discrete, sparse"),
+        ("latent.kind", "dense", "'dense': must be one of none, discrete, sparse, actions"),
         ("latent.revive", "no", "'no': must be true or false"),
         ("data.speed", "1", "'1': must be 2 numbers joined by commas"),
         ("data.speed", "1,2,3", "'1,2,3': must be 2 numbers joined by commas"),

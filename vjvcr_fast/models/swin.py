@@ -26,7 +26,7 @@ class SwinPredictor(nn.Module):
             then there is one window and no shift. latent_dim: m > 0 gives it a latent z (N, m), which enters linearly,
             by columns of unit norm, into every token. checkpoint: recompute activations in backward.
 
-    Weights of linear layers and the bias table start from a normal distribution of 0.02, cut at twice that, as Swin's.
+    Weights of linear layers and the bias table start from a normal distribution of 0.02, as Swin's, cut at twice that.
 
     Raises: ValueError for sizes that do not fit, a z of another shape, a z missing or not wanted.
     """
@@ -45,6 +45,8 @@ class SwinPredictor(nn.Module):
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
+        if latent_dim < 0:
+            raise ValueError(f"latent_dim={latent_dim}: must be at least 0")
         channels, *grid = map
         side = check_sizes((grid[0], grid[1]), dim, heads, window)
         self.map, self.frames_out, self.latent_dim, self.checkpoint = map, frames_out, latent_dim, checkpoint
@@ -177,11 +179,12 @@ def _initialise(module: Any) -> None:
 
 def check_sizes(grid: tuple[int, int], dim: int, heads: int, window: int) -> tuple[int, int]:
     """(height, width) of a window. Raises ValueError, naming the value and what is allowed, for what does not fit."""
-    if heads < 1 or dim % heads:
-        raise ValueError(f"heads={heads}: must divide dim={dim}")
+    if heads < 1 or dim < 1 or dim % heads:
+        raise ValueError(f"heads={heads}: must divide dim={dim}, both at least 1")
     if window < 1:
         raise ValueError(f"window={window}: must be at least 1")
-    side = (min(window, grid[0]), min(window, grid[1]))
-    if grid[0] % side[0] or grid[1] % side[1]:
+    if window >= max(grid):
+        return grid
+    if grid[0] % window or grid[1] % window:
         raise ValueError(f"window={window}: must divide the {grid[0]}x{grid[1]} map, or be no smaller")
-    return side
+    return window, window
