@@ -85,10 +85,16 @@ class FrameCache:
             raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one")
         _check_meta(folder, meta, size, backend)
         self.lines = _read_index(folder)
+        self._served: list[tuple[Sequence[Video], torch.device, Serving]] = []
 
     def serving(self, sources: Sequence[Video], device: torch.device) -> "Serving":
-        """A view of the cache by the numbers of `sources`, on `device` where there is room for it."""
-        return Serving(self, sources, device)
+        """A view of the cache by the numbers of `sources`, on `device` where there is room for it: the same one for
+        the same list, so that a GPU holds the frames once."""
+        for others, place, served in self._served:
+            if others is sources and place == device:
+                return served
+        self._served.append((sources, device, Serving(self, sources, device)))
+        return self._served[-1][2]
 
 
 class Serving:

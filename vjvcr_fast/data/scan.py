@@ -39,6 +39,7 @@ class Split:
         self.bad: dict[str, str] = {}
         self.possible = self.dropped = 0
         self.notes: list[str] = []
+        self.caches: dict[Any, Any] = {}  # that have been opened, for whoever opens them to find again
 
     def __len__(self) -> int:
         return len(self.sources)

@@ -60,6 +60,7 @@ class Pool:
         self.workers = len(os.sched_getaffinity(0)) if workers == -1 else workers
         self.timeout = timeout
         self._pool: Any = None
+        self._lock = threading.Lock()  # several loaders may share it, each with a thread of its own
 
     def submit(self, path: Path, function: Callable[..., Any], *arguments: Any) -> Task:
         """Runs function(path, *arguments), a function of a module, in a worker."""
@@ -86,14 +87,15 @@ class Pool:
         self.close()
 
     def _started(self) -> Any:
-        if self._pool is None:
-            try:
-                from pebble import ProcessPool
-            except ImportError:
-                raise ImportError("pebble is not installed: pip install 'vjvcr_fast[video]'") from None
-            self._pool = ProcessPool(self.workers, initializer=_quiet, context=_Context())
-            self._end = weakref.finalize(self, _stop, self._pool)
-        return self._pool
+        with self._lock:
+            if self._pool is None:
+                try:
+                    from pebble import ProcessPool
+                except ImportError:
+                    raise ImportError("pebble is not installed: pip install 'vjvcr_fast[video]'") from None
+                self._pool = ProcessPool(self.workers, initializer=_quiet, context=_Context())
+                self._end = weakref.finalize(self, _stop, self._pool)
+            return self._pool
 
 
 class _Process(SpawnProcess):

@@ -136,7 +136,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
             stream=stream,
             backend=data.decoder,
             device=device,
-            cache=open_cache(config, part.name),
+            cache=open_cache(config, part),
             pool=part.pool,
             on_bad=data.on_bad_video,
         )
@@ -171,10 +171,15 @@ def cache_folder(config: Config, split: str) -> Path | None:
     return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}{stride}"
 
 
-def open_cache(config: Config, split: str) -> FrameCache | None:
-    """The decode-once cache of a split, where there is one. Raises CacheError where it does not fit the config."""
-    folder, size = cache_folder(config, split), (config.data.canvas, config.data.canvas)
-    return FrameCache(folder, size, config.data.decoder) if folder and (folder / "meta.json").exists() else None
+def open_cache(config: Config, part: Split) -> FrameCache | None:
+    """The decode-once cache of a split, where there is one, opened once. Raises CacheError where it does not fit."""
+    folder, size = cache_folder(config, part.name), (config.data.canvas, config.data.canvas)
+    if folder is None or not (folder / "meta.json").exists():
+        return None
+    key = folder, size, config.data.decoder
+    if key not in part.caches:
+        part.caches[key] = FrameCache(*key)
+    return part.caches[key]
 
 
 def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
