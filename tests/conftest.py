@@ -36,6 +36,23 @@ TINY = {
 }
 
 
+# The same of models for video files: 16x16 frames, d = 64.
+TINY_SIMVP = {
+    "data.canvas": 16,
+    "data.workers": 0,
+    "model.channels": "4,4",
+    "model.features": 4,
+    "model.hidden": 16,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.window": 2,
+    "train.batch": 4,
+    "train.device": "cpu",
+    "train.log_every": 2,
+    "train.tensorboard": False,
+}
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A run that is there to test a GPU fails where it finds none; any other run skips what needs one."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -8,6 +8,7 @@ from pathlib import Path
 import cater_files
 import pytest
 import torch
+from conftest import TINY_SIMVP
 
 from vjvcr_fast import reference
 from vjvcr_fast.cli import main
@@ -26,26 +27,14 @@ pytest.importorskip("decord", reason="the extra video is not installed: no decod
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-TINY = {
-    "data.canvas": 16,
+TINY = TINY_SIMVP | {
     "data.frames_in": 4,
     "data.frames_out": 6,
     "data.stride": 3,
-    "data.workers": 0,
-    "model.channels": "4,4",
-    "model.features": 4,
-    "model.hidden": 16,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.window": 2,
     "latent.iterations": 5,
     "train.steps": 4,
-    "train.batch": 4,
-    "train.device": "cpu",
-    "train.log_every": 2,
     "train.validate_every": 2,
     "train.validation_videos": 4,
-    "train.tensorboard": False,
     "evaluate.probe_batch": 4,
     "evaluate.actions_batch": 4,
     "evaluate.actions_epochs": 3,

@@ -9,6 +9,7 @@ from pathlib import Path
 import clevrer_files
 import pytest
 import torch
+from conftest import TINY_SIMVP
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, ConfigError, override, preset
@@ -24,25 +25,13 @@ pytest.importorskip("decord", reason="the extra video is not installed: no decod
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CPU = torch.device("cpu")
-TINY = {
-    "data.canvas": 16,
+TINY = TINY_SIMVP | {
     "data.frames_in": 2,
     "data.frames_out": 3,
     "data.stride": 1,
-    "data.workers": 0,
-    "model.channels": "4,4",
-    "model.features": 4,
-    "model.hidden": 16,
-    "model.depth": 2,
-    "model.heads": 2,
-    "model.window": 2,
     "train.steps": 6,
-    "train.batch": 4,
-    "train.device": "cpu",
-    "train.log_every": 2,
     "train.validate_every": 3,
     "train.validation_videos": 8,
-    "train.tensorboard": False,
     "evaluate.probe_videos": 24,
     "evaluate.validation_videos": 12,
     "evaluate.probe_epochs": 2,
