@@ -131,7 +131,7 @@ class Serving:
                 self._check(source)
             rows.append(line.first + first)
         index = (torch.tensor(rows)[:, None] + torch.arange(count)).flatten().to(self._data.device, non_blocking=True)
-        if self._data.device == self.device or self.device.type == "cpu":
+        if self._data.device.type == self.device.type:  # "cuda" is not equal to the "cuda:0" that a tensor is on
             found = self._data.index_select(0, index)
         else:
             found = torch.empty(len(index), *self._data.shape[1:], dtype=torch.uint8, pin_memory=True)

@@ -112,7 +112,8 @@ class VideoClips:
     sources: the videos. frames: T. size: (height, width) that frames are resized to. backend: of
     `vjvcr_fast.data.decode`. cache: serves the videos it has, on the device where it is small; others are decoded.
     pool: the processes that decode for a CPU backend. on_bad: "stop" raises the VideoError of a video that cannot be
-    read; "skip" takes the next good video's window in its place and notes it in `bad`, {name: reason}.
+    read; "skip" takes the next good video's window in its place and notes it in `bad`, {name: reason}, but where a GPU
+    decodes, which stops.
 
     Raises ValueError for arguments out of range, for sources shorter than T.
     """
