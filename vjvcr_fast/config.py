@@ -317,7 +317,7 @@ PRESETS: dict[str, Config] = {
         ),
         evaluate=Evaluate(probe_batch=32),
     ),
-    # The same for two CPU cores and a few hundred simulated videos, all sizes [ours]: every 15th frame.
+    # The same for two CPU cores and a thousand simulated videos, all sizes [ours]: every 15th frame.
     "cater-mini": Config(
         preset="cater-mini",
         data=Data(dataset="cater", canvas=32, frames_in=10, frames_out=10, stride=15),
@@ -325,7 +325,7 @@ PRESETS: dict[str, Config] = {
             kind="simvp", channels=(16, 32, 32), features=16, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4
         ),
         latent=Latent(kind="actions"),
-        train=Train(steps=400, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=64),
+        train=Train(steps=700, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=320),
         evaluate=Evaluate(probe_batch=32),
     ),
 }

@@ -21,15 +21,18 @@ ACTIONS = {
     "cube": ("_slide", "_pick_place", "_rotate"),
     "cone": ("_contain", "_pick_place", "_slide"),
 }
+# How CATER's instances are called; _0, _1, ... follows.
+NAMES = {"sphere": "Sphere", "cylinder": "SmoothCylinder-Short", "cube": "SmoothCube_v2", "cone": "Cone"}
 # Half the width of a shape that is not a cone; a cone's base is CONE times as wide and as high as it is wide.
 SIZES = {"small": 0.28, "medium": 0.42, "large": 0.6}
 SNITCH, CONE = 0.2, 1.3
 GOLD = (255, 200, 40)
 MATERIALS = ("rubber", "metal")
 OBJECTS = (5, 9)  # beside the snitch
+WEIGHTS = (4, 5, 5, 1)  # of spheres, cubes, cylinders, further cones
 REACH, GAP = 2.9, 0.15  # of places on the plane; between objects at rest
 SLOT = 30  # frames of a stretch
-BUSY = (0.1, 0.45)  # chances that nothing moves in a stretch, that one object does; else two
+BUSY = (0.25, 0.5)  # chances that nothing moves in a stretch, that one object does; else two
 HEIGHT = 2.2  # that things are lifted to, above all that stands
 TRIES = 40  # to find a place
 CAMERA = (7.2, -6.8, 5.1)  # looks at the origin
@@ -59,8 +62,8 @@ class Body(NamedTuple):
 
     @property
     def radius(self) -> float:
-        """Of the circle around its outline on the plane."""
-        return self.half * (math.sqrt(2) if self.shape == "cube" else 1)
+        """Of the circle around its outline on the plane, also while it rotates end over end, as a cylinder does."""
+        return self.half * (math.sqrt(2) if self.shape in ("cube", "cylinder") else 1)
 
 
 class Movement(NamedTuple):
@@ -88,13 +91,13 @@ class Pose(NamedTuple):
 def sample_bodies(random: Random) -> list[Body]:
     """The snitch, at least one cone large enough for it, and 4 to 8 more; no two overlap."""
     count = random.randint(*OBJECTS)
-    shapes = ["cone", *random.choices(("sphere", "cube", "cylinder", "cone"), (3, 3, 3, 1), k=count - 1)]
+    shapes = ["cone", *random.choices(("sphere", "cube", "cylinder", "cone"), WEIGHTS, k=count - 1)]
     kinds = random.sample(list(product(COLORS, MATERIALS)), count)
     bodies = [Body("Spl_0", "spl", "small", "gold", "metal", _anywhere(random), random.uniform(0, math.tau))]
     for i, (shape, (color, material)) in enumerate(zip(shapes, kinds, strict=True)):
         size = random.choice(("medium", "large") if i == 0 else tuple(SIZES))
         number = sum(body.shape == shape for body in bodies)
-        name = f"{shape.capitalize()}_{number}"
+        name = f"{NAMES[shape]}_{number}"
         for _ in range(TRIES):
             body = Body(name, shape, size, color, material, _anywhere(random), random.uniform(0, math.tau))
             if all(_apart(body, body.position, other, other.position) for other in bodies):
@@ -136,9 +139,10 @@ class State:
         self.inside: dict[str, str] = {}  # what is hidden, and the cone it is in
         self.moving: set[str] = set()
         self.taken: dict[str, list[tuple[float, float]]] = {}
+        self.flights: list[tuple[Body, list[tuple[float, float]]]] = []  # what is lifted in this stretch, and its way
 
     def begin(self) -> None:
-        self.moving = set()
+        self.moving, self.flights = set(), []
         self.taken = {name: [place] for name, place in self.places.items()}
 
     def content(self, cone: str) -> str | None:
@@ -150,8 +154,15 @@ class State:
         body = self.bodies[name]
         return all(_apart(body, place, self.bodies[n], where) for n in others for where in self.taken[n])
 
+    def is_free_above(self, name: str, goal: tuple[float, float]) -> bool:
+        """Whether an object may be lifted to there, beside all that is lifted in this stretch."""
+        body, way = self.bodies[name], _way(self.places[name], goal)
+        return all(_apart(body, a, other, b) for other, others in self.flights for a in way for b in others)
+
     def move(self, name: str, movement: Movement) -> Movement:
         self.moving |= {name, *filter(None, (movement.other, movement.carried))}
+        if movement.action in ("_pick_place", "_contain"):
+            self.flights.append((self.bodies[name], _way(self.places[name], movement.goal)))
         for moved in filter(None, (name, movement.carried)):
             self.places[moved] = movement.goal
             self.taken[moved].append(movement.goal)
@@ -162,34 +173,56 @@ class State:
 
 def _choose(state: State, name: str, start: int, end: int, random: Random) -> Movement | None:
     """A movement of this object that is possible now, or None."""
-    body, content = state.bodies[name], state.content(name)
-    actions = ACTIONS[body.shape]
+    actions = ACTIONS[state.bodies[name].shape]
     for action in random.sample(actions, len(actions)):
         if action == "_rotate":
             return state.move(name, Movement(action, None, start, end, state.places[name]))
-        if action == "_contain" and content is None:
-            for other in random.sample(list(state.bodies), len(state.bodies)):
-                if _fits(state, name, other) and state.is_free(name, state.places[other], (other,)):
-                    return state.move(name, Movement(action, other, start, end, state.places[other]))
-        if action == "_pick_place":
-            for _ in range(TRIES):
-                goal = _anywhere(random)
-                if state.is_free(name, goal) and math.dist(goal, state.places[name]) > 0.8:
-                    if content is not None:
-                        if content in state.moving:
-                            break
-                        del state.inside[content]
-                        if not _apart(body, goal, state.bodies[content], state.places[content]):
-                            state.inside[content] = name
-                            continue
-                    return state.move(name, Movement(action, None, start, end, goal))
+        if action == "_contain":
+            other = _containable(state, name, random)
+            if other is not None:
+                return state.move(name, Movement(action, other, start, end, state.places[other]))
+            continue
+        goal = _goal(state, name, action, random)
+        if goal is None:
+            continue
+        content = state.content(name)
         if action == "_slide":
-            for _ in range(TRIES):
-                goal = _anywhere(random)
-                way = [_between(state.places[name], goal, k / 20) for k in range(1, 21)]
-                if math.dist(goal, state.places[name]) > 0.8 and all(state.is_free(name, place) for place in way):
-                    state.taken[name] += way  # who moves beside it keeps off its way
-                    return state.move(name, Movement(action, None, start, end, goal, carried=content))
+            state.taken[name] += _way(state.places[name], goal)  # who moves beside it keeps off its way
+            return state.move(name, Movement(action, None, start, end, goal, carried=content))
+        if content is not None:  # it may act from the next stretch on, when the cone is gone
+            del state.inside[content]
+            state.moving.add(content)
+        return state.move(name, Movement(action, None, start, end, goal))
+    return None
+
+
+def _containable(state: State, cone: str, random: Random) -> str | None:
+    """What the cone can be put over now, or None."""
+    if state.content(cone) is not None:
+        return None
+    for other in random.sample(list(state.bodies), len(state.bodies)):
+        place = state.places[other]
+        if _fits(state, cone, other) and state.is_free(cone, place, (other,)) and state.is_free_above(cone, place):
+            return other
+    return None
+
+
+def _goal(state: State, name: str, action: str, random: Random) -> tuple[float, float] | None:
+    """A place to slide to or to be put at, well away from where the object is, or None."""
+    body, place, content = state.bodies[name], state.places[name], state.content(name)
+    if action == "_pick_place" and content in state.moving:
+        return None
+    for _ in range(TRIES):
+        goal = _anywhere(random)
+        if math.dist(goal, place) <= 0.8:
+            continue
+        if action == "_slide":
+            possible = all(state.is_free(name, step) for step in _way(place, goal))
+        else:
+            uncovers = content is None or _apart(body, goal, state.bodies[content], place)
+            possible = uncovers and state.is_free(name, goal) and state.is_free_above(name, goal)
+        if possible:
+            return goal
     return None
 
 
@@ -206,6 +239,11 @@ def _apart(one: Body, place: tuple[float, float], other: Body, there: tuple[floa
 
 def _anywhere(random: Random) -> tuple[float, float]:
     return random.uniform(-REACH, REACH), random.uniform(-REACH, REACH)
+
+
+def _way(a: tuple[float, float], b: tuple[float, float]) -> list[tuple[float, float]]:
+    """Places along a straight way, both ends included."""
+    return [_between(a, b, k / 20) for k in range(21)]
 
 
 def _between(a: tuple[float, float], b: tuple[float, float], part: float) -> tuple[float, float]:

@@ -1,7 +1,9 @@
 """Simulated videos in CATER's own layout and format, so that what runs on CATER runs on data anyone can make.
 
 Matched: names, folders, Motion-JPEG at 24 frames a second, the scene files' `objects` (instance, shape, size, color,
-material, locations by frame) and `movements`, the lists. Not CATER's: pictures, sizes, speeds, how often what happens.
+material, locations by frame) and `movements`, the lists. Not CATER's: pictures, sizes, speeds, how often what happens;
+directions, relationships and pixel coordinates are left out, and what is inside a cone slides with it without a
+movement of its own (CATER lists one).
 As in `simulate`, video i is a pure function of (seed, i), and its scene file, written last, says that it is finished.
 """
 
@@ -22,7 +24,7 @@ from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.scenes import Film
 from vjvcr_fast.data.scenes_cater import Body, Movement, Pose, Stage, poses, sample_bodies, sample_movements
 
-GENERATOR = 1  # changes whenever the same seed would give other videos
+GENERATOR = 2  # changes whenever the same seed would give other videos
 NOTE = "Simulated scenes made by vjvcr_fast in CATER's format. They are not CATER, and not part of it."
 FPS = 24
 VALIDATION = (2, 5, 9)  # last digits of the numbers of validation videos: 30%
