@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vjvcr_fast"
 LAYERS = [
     ("reference", "data", "kernels", "native"),
     ("analytic",),
-    ("ops", "backends"),
+    ("ops", "backends", "distributed"),
     ("losses", "latents"),
     ("models",),
     ("config",),

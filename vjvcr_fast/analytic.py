@@ -24,6 +24,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 # Elements of one block of time steps: 1 MiB in float32, so that a block and its buffers stay in an L2 cache.
 _BLOCK = 1 << 18
 
@@ -79,14 +81,14 @@ def _blocks(h: Tensor, size: int) -> Iterator[tuple[slice, Tensor, Tensor, Tenso
         yield slice(start, start + width), x, one[: len(x)], two[: len(x)], three[: len(x)]
 
 
-def _centred(x: Tensor, out: Tensor | None = None) -> Tensor:
+def centred(x: Tensor, out: Tensor | None = None) -> Tensor:
     """x (t, N, d) minus its mean over N, in compute_dtype. The first sample goes first: a mean of many sigma then
     costs no digits, since what is averaged is of the size of sigma."""
     z = torch.sub(x, x[:, :1].to(compute_dtype(x)), out=out)
     return z.sub_(z.mean(dim=1, keepdim=True))
 
 
-def _product(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
+def product_of(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
     """z (t, N, d): ZZ' (t, N, N), or Z'Z without its diagonal (t, d, d)."""
     if gram:
         return torch.bmm(z, z.mT, out=out)
@@ -103,21 +105,21 @@ def _squared_norms(product: Tensor, out: Tensor) -> Tensor:
 def _moments(h: Tensor, settings: Settings) -> _Moments:
     n, steps, d = h.shape
     if not _in_blocks(h):
-        z = _centred(h.transpose(0, 1))
+        z = centred(h.transpose(0, 1))
         squares = z.square().sum(dim=1)
         if not settings.covariance:
             return _Moments(squares, None)
-        product = _product(z, settings.gram)
+        product = product_of(z, settings.gram)
         return _Moments(squares, product, product.square().sum(dim=(1, 2)))
     size = (n if settings.gram else d) if settings.covariance else 0
     dtype = compute_dtype(h)
     squares, norms = torch.empty(steps, d, dtype=dtype), torch.empty(steps, dtype=dtype)
     product = torch.empty(steps, size, size, dtype=dtype)
     for at, x, z, work, _ in _blocks(h, 0):
-        _centred(x, out=z)
+        centred(x, out=z)
         torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
         if settings.covariance:
-            block = _product(z, settings.gram, out=product[at])
+            block = product_of(z, settings.gram, out=product[at])
             _squared_norms(block, out=norms[at])
     return _Moments(squares, product, norms) if settings.covariance else _Moments(squares, None)
 
@@ -129,14 +131,14 @@ def _one_pass(h: Tensor, settings: Settings, count: int) -> tuple[_Moments, Tens
     squares, norms = torch.empty(steps, d, dtype=h.dtype), torch.empty(steps, dtype=h.dtype)
     gradient = torch.empty_like(h)
     for at, x, z, work, product in _blocks(h, (n if settings.gram else d) if settings.covariance else 0):
-        _centred(x, out=z)
+        centred(x, out=z)
         s = torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
         diagonal = _hinge_diagonal(s, n, settings) * -a if settings.variance else torch.zeros_like(s)
         if settings.covariance and settings.gram:
             diagonal -= b * s
         torch.mul(z, diagonal.unsqueeze(1), out=work)
         if settings.covariance:
-            _product(z, settings.gram, out=product)
+            product_of(z, settings.gram, out=product)
             _squared_norms(product, out=norms[at])
             left, right = (product, z) if settings.gram else (z, product)
             work.baddbmm_(left, right, alpha=b)
@@ -161,12 +163,17 @@ def _hinge_diagonal(squares: Tensor, n: int, settings: Settings) -> Tensor:
     return (sigma < settings.threshold) / sigma
 
 
+def hinge_sum(squares: Tensor, n: int, settings: Settings) -> Tensor:
+    """The sum of max(0, threshold - sigma) over squares (T, d), in float64."""
+    return (settings.threshold - _sigma(squares, n, settings)).relu().sum(dtype=torch.float64)
+
+
 def _terms(moments: Sequence[_Moments], n: int, count: int, settings: Settings) -> tuple[Tensor, Tensor]:
     """The unweighted variance and covariance terms over all tensors, summed in float64. count: T d of them all."""
     hinges, penalties = [], []
     for squares, _, norms in moments:
         if settings.variance:
-            hinges.append((settings.threshold - _sigma(squares, n, settings)).relu().sum(dtype=torch.float64))
+            hinges.append(hinge_sum(squares, n, settings))
         if norms is not None:
             penalty = norms.sum(dtype=torch.float64)
             penalties.append(penalty - squares.square().sum(dtype=torch.float64) if settings.gram else penalty)
@@ -190,17 +197,28 @@ def _gradient(h: Tensor, moments: _Moments, a: Tensor | None, b: Tensor | None, 
     squares, product, _ = moments
     if b is None:
         product = None
-    diagonal = torch.zeros_like(squares) if a is None else _hinge_diagonal(squares, h.shape[0], settings) * -a
-    if b is not None and settings.gram:
-        diagonal = diagonal - b * squares
+    diagonal = _diagonal(squares, h.shape[0], a, b, settings)
     if not _in_blocks(h):
-        return _apply(_centred(h.transpose(0, 1)), diagonal, product, b, settings.gram).transpose(0, 1).to(h.dtype)
+        return _apply(centred(h.transpose(0, 1)), diagonal, product, b, settings.gram).transpose(0, 1).to(h.dtype)
     gradient = torch.empty_like(h)
     for at, x, z, work, small in _blocks(h, 0 if product is None else product.shape[-1]):
-        _centred(x, out=z)
+        centred(x, out=z)
         block = None if product is None else product[at]
         gradient[:, at].transpose(0, 1).copy_(_apply(z, diagonal[at], block, b, settings.gram, work, small))
     return gradient
+
+
+def gradient_of(
+    z: Tensor, squares: Tensor, product: Tensor | None, n: int, a: Tensor | None, b: Tensor | None, settings: Settings
+) -> Tensor:
+    """As `_gradient`, of samples or features that are centred, z (T, n_r, d_r), with the moments of all N = n."""
+    return _apply(z, _diagonal(squares, n, a, b, settings), product if b is not None else None, b, settings.gram)
+
+
+def _diagonal(squares: Tensor, n: int, a: Tensor | None, b: Tensor | None, settings: Settings) -> Tensor:
+    """What the gradient's matrix has on its diagonal, (T, d), but for that of A, which is zero."""
+    diagonal = torch.zeros_like(squares) if a is None else _hinge_diagonal(squares, n, settings) * -a
+    return diagonal - b * squares if b is not None and settings.gram else diagonal
 
 
 def _apply(
@@ -268,7 +286,7 @@ class VCR(torch.autograd.Function):
         settings: Settings = ctx.settings
         hs, saved = ctx.saved_tensors[: ctx.tensors], list(ctx.saved_tensors[ctx.tensors :])
         count = _count(hs)
-        a, b = _coefficients(hs, settings, g_loss, g_variance, g_covariance)
+        a, b = coefficients(len(hs[0]), count, settings, g_loss, g_variance, g_covariance)
         # Where someone differentiates the gradient, what forward kept has no graph: it is made anew.
         anew = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         loss_alone = g_loss is not None and g_variance is None and g_covariance is None
@@ -297,20 +315,20 @@ def gradients(
     g_covariance: Tensor | None,
 ) -> list[Tensor]:
     """dL/dh of each tensor (N, T, d), made from nothing but the tensors, so that it can be differentiated again."""
-    a, b = _coefficients(hs, settings, g_loss, g_variance, g_covariance)
+    a, b = coefficients(len(hs[0]), _count(hs), settings, g_loss, g_variance, g_covariance)
     with full_precision(hs[0]):
         return [_gradient(h, _moments(h, settings), a, b, settings) for h in hs]
 
 
-def _coefficients(
-    hs: Sequence[Tensor],
+def coefficients(
+    n: int,
+    count: int,
     settings: Settings,
     g_loss: Tensor | None,
     g_variance: Tensor | None,
     g_covariance: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """a and b of `_gradient`, from what comes back to the three terms."""
-    n, count = hs[0].shape[0], _count(hs)
+    """a and b of `gradient_of`, from what comes back to the three terms. count: T d of all tensors."""
     a = b = None
     if settings.variance:
         a = _coefficient(1 / (count * (n - 1)), settings.alpha, g_loss, g_variance)

@@ -9,20 +9,21 @@ in float32, gradients in the input's dtype. NaN or Inf in gives NaN out. Nothing
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast import analytic, backends, ops, reference
+from vjvcr_fast import analytic, backends, distributed, ops, reference
 from vjvcr_fast.backends import Backend
+from vjvcr_fast.distributed import Route
 
 Form = Literal["auto", "gram", "covariance"]
 Made = Literal["auto", "forward", "backward"]
 Representations: TypeAlias = Tensor | Sequence[Tensor]
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Samples: TypeAlias = Sequence[int] | Literal["equal"] | None
 
 
 class VCRTerms(NamedTuple):
@@ -50,7 +51,7 @@ def covariance_penalty(h: Representations, *, backend: Backend = "auto") -> Tens
     Args, errors: as `vcr_loss`. Returns a scalar.
     """
     hs = _as_slices(h)
-    settings = analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0]), variance=False)
+    settings = analytic.Settings(0.0, 1.0, 1.0, 0.0, gram=_use_gram("auto", hs[0].shape), variance=False)
     return _evaluate(hs, settings, backend).loss
 
 
@@ -64,6 +65,9 @@ def vcr_loss(
     backend: Backend = "auto",
     form: Form = "auto",
     gradient: Made = "auto",
+    group: Any = None,
+    samples: Samples = None,
+    route: Route = "auto",
 ) -> VCRTerms:
     """Equation (4), l_vcr = alpha * variance_hinge + beta * covariance_penalty, in one pass.
 
@@ -79,16 +83,29 @@ def vcr_loss(
             Both are exact; see docs/math.md for their rounding.
         gradient: make that of the loss in the "forward" pass, while h is in the cache, or in the "backward" pass; a
             wish that only changes speed and memory. Where none is wanted none is made. "auto": forward on a CPU.
+        group: the processes of torch.distributed whose samples are one batch, as torch.distributed.group.WORLD; N is
+            then of all of them, this one holds at least one, and every one calls this, forward and backward. All report
+            the loss of the whole batch, and the mean of their gradients, as DDP takes it, is its gradient. None: the
+            samples that are here. Not traced by torch.compile: a graph breaks.
+        samples: of a group, the number on each process, by rank, or "equal": as many as here. None asks them, at the
+            cost of a small message and of waiting for the device.
+        route: of a group, how samples meet: "time", "features", "covariance" or "gather" (`vjvcr_fast.distributed`);
+            "auto" takes the first three's that moves the fewest bytes.
 
     Returns: VCRTerms(loss, variance, covariance).
 
     Raises:
         ValueError: N < 2, fewer than two dimensions, an empty tensor, an empty sequence, tensors of a sequence that
-            disagree in N, d or device, an unknown backend, form or gradient, a backend that cannot serve h, eps < 0.
+            disagree in N, d or device, an unknown backend, form, gradient or route, a backend that cannot serve h, eps
+            < 0; a group that this process is not in or whose processes disagree in T, d or dtype; samples that do not
+            fit; a route that form or backend rule out.
         TypeError: not a tensor, a dtype that is not one of the four, tensors of a sequence that disagree in dtype.
     """
-    hs = _as_slices(h)
-    settings = analytic.Settings(alpha, beta, threshold, eps, gram=_use_gram(form, hs[0]))
+    hs = _as_slices(h, least=2 if group is None else 1)
+    if group is not None:
+        settings = analytic.Settings(alpha, beta, threshold, eps, gram=False)
+        return _over_processes(hs, settings, backend, gradient, form, group, samples, route)
+    settings = analytic.Settings(alpha, beta, threshold, eps, gram=_use_gram(form, hs[0].shape))
     return _evaluate(hs, settings, backend, gradient)
 
 
@@ -104,8 +121,13 @@ class VCRLoss(nn.Module):
         backend: Backend = "auto",
         form: Form = "auto",
         gradient: Made = "auto",
+        group: Any = None,
+        samples: Samples = None,
+        route: Route = "auto",
     ) -> None:
         super().__init__()
+        self.group, self.samples = group, samples
+        self.route: Route = route
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
         self.backend: Backend = backend
         self.form: Form = form
@@ -121,6 +143,9 @@ class VCRLoss(nn.Module):
             backend=self.backend,
             form=self.form,
             gradient=self.gradient,
+            group=self.group,
+            samples=self.samples,
+            route=self.route,
         )
 
     def extra_repr(self) -> str:
@@ -136,8 +161,10 @@ class VICRegLoss(nn.Module):
 
     Args:
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
-        gather_distributed: compute variance and covariance over the batches of all processes of the default group
-            (equal shapes on each). The gradient after DDP's mean is then that of the global batch.
+        gather_distributed: compute the loss of the batches of all processes of the default group, which every one
+            reports; the gradient after DDP's mean is then that of the global batch. Uneven batches are one, too. No
+            process receives everything (`vjvcr_fast.distributed`).
+        samples: as `vcr_loss`: "equal" where all processes have as many, or the numbers, saves asking.
         eps: added to the variance before the root.
         variance_branches: "mean" of the two branches' hinges, or their "sum", as in the VICReg paper and solo-learn.
         covariance_divisor: "d", or "d(d-1)", the mean over off-diagonal entries, as in eb_jepa.
@@ -153,6 +180,7 @@ class VICRegLoss(nn.Module):
         *,
         variance_branches: Literal["mean", "sum"] = "mean",
         covariance_divisor: Literal["d", "d(d-1)"] = "d",
+        samples: Samples = None,
     ) -> None:
         super().__init__()
         if variance_branches not in ("mean", "sum"):
@@ -162,7 +190,7 @@ class VICRegLoss(nn.Module):
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed=True needs a torch built with torch.distributed")
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
-        self.gather_distributed, self.eps = gather_distributed, eps
+        self.gather_distributed, self.eps, self.samples = gather_distributed, eps, samples
         self.variance_branches, self.covariance_divisor = variance_branches, covariance_divisor
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -170,62 +198,63 @@ class VICRegLoss(nn.Module):
 
         Raises: as `vcr_loss`; ValueError where the two shapes differ.
         """
-        hs = _as_slices([z_a, z_b])
+        together = self.gather_distributed and torch.distributed.is_initialized()
+        hs = _as_slices([z_a, z_b], least=1 if together else 2)
         if z_a.shape != z_b.shape:
             raise ValueError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
         d = z_a.shape[-1]
-        invariance = F.mse_loss(z_a.to(analytic.compute_dtype(z_a)), z_b.to(analytic.compute_dtype(z_b)))
-        if self.gather_distributed and torch.distributed.is_initialized():
-            hs = [cast(Tensor, _Gather.apply(h)) for h in hs]
         # Both branches count as time steps of one call: variance is their mean, covariance half their sum.
         mu = self.mu_param * (2.0 if self.variance_branches == "sum" else 1.0)
         nu = self.nu_param * 2.0
         if self.covariance_divisor == "d(d-1)":
             nu /= max(d - 1, 1)
-        regularisation = vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps).loss
+        a, b = (z.to(analytic.compute_dtype(z)) for z in (z_a, z_b))
+        if not together:
+            return self.lambda_param * F.mse_loss(a, b) + vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps).loss
+        group = torch.distributed.group.WORLD
+        found = distributed.shards(hs, group, self.samples)
+        count = z_a.numel() // len(z_a) * found.total
+        invariance = distributed.global_mean(F.mse_loss(a, b, reduction="sum"), count, found)
+        regularisation = vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps, group=group, samples=found.samples).loss
         return self.lambda_param * invariance + regularisation
 
     def extra_repr(self) -> str:
         return f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}"
 
 
-class _Gather(torch.autograd.Function):
-    """(N, T, d) -> (W N, T, d) over the W processes of the default group; backward is _ReduceScatter."""
+@torch._disable_dynamo  # as torch.compiler.disable, without importing the compiler at once
+def _over_processes(
+    hs: list[Tensor],
+    settings: analytic.Settings,
+    backend: str,
+    gradient: str,
+    form: str,
+    group: Any,
+    samples: Samples,
+    route: str,
+) -> VCRTerms:
+    """The terms of the batch of a whole group; `settings.gram` is set here, where N is known."""
+    found = distributed.shards(hs, group, samples)
+    _check(settings, gradient)
+    resolved = backends.resolve(backend, hs[0])
+    settings = settings._replace(gram=_use_gram(form, (found.total, hs[0].shape[2])))
+    chosen = distributed.choose(route, form, backend, hs, found)
 
-    @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        everyone = [torch.empty_like(h, memory_format=torch.contiguous_format) for _ in range(_world_size())]
-        torch.distributed.all_gather(everyone, h.contiguous())
-        return torch.cat(everyone)
+    def alone(whole: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        return _evaluate(whole, settings, resolved, gradient)
 
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return cast(Tensor, _ReduceScatter.apply(gradient))
-
-
-class _ReduceScatter(torch.autograd.Function):
-    """(W N, T, d) -> this process's (N, T, d) of the sum over processes; backward is _Gather."""
-
-    @staticmethod
-    def forward(ctx, h: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        total = h.clone(memory_format=torch.contiguous_format)
-        torch.distributed.all_reduce(total)
-        return total.chunk(_world_size())[torch.distributed.get_rank()]
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return cast(Tensor, _Gather.apply(gradient))
+    return VCRTerms(*distributed.vcr(hs, settings, found, chosen, alone))
 
 
-def _world_size() -> int:
-    return torch.distributed.get_world_size()
-
-
-def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "auto", gradient: str = "auto") -> VCRTerms:
+def _check(settings: analytic.Settings, gradient: str) -> None:
     if settings.eps < 0:
         raise ValueError(f"eps={settings.eps}: must be >= 0, it is added to the variance before the square root")
     if gradient not in get_args(Made):
         raise ValueError(f"gradient={gradient!r}: choose one of {', '.join(get_args(Made))}")
+
+
+def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "auto", gradient: str = "auto") -> VCRTerms:
+    _check(settings, gradient)
     chosen = backends.resolve(backend, hs[0])
     if chosen == "reference":
         h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
@@ -253,15 +282,15 @@ def _evaluate(hs: list[Tensor], settings: analytic.Settings, backend: str = "aut
     return VCRTerms(*terms)
 
 
-def _use_gram(form: str, h: Tensor) -> bool:
-    """Chosen from shapes alone: a choice from values would stop for the host."""
+def _use_gram(form: str, shape: Sequence[int]) -> bool:
+    """Of (N, ..., d). Chosen from shapes alone: a choice from values would stop for the host."""
     if form not in get_args(Form):
         raise ValueError(f"form={form!r}: choose one of {', '.join(get_args(Form))}")
-    return h.shape[0] < h.shape[-1] if form == "auto" else form == "gram"
+    return shape[0] < shape[-1] if form == "auto" else form == "gram"
 
 
-def _as_slices(h: Representations) -> list[Tensor]:
-    """h as a list of (N, T, d) tensors, checked. Raises as `vcr_loss` says."""
+def _as_slices(h: Representations, least: int = 2) -> list[Tensor]:
+    """h as a list of (N, T, d) tensors, checked; N at least `least`. Raises as `vcr_loss` says."""
     tensors = [h] if isinstance(h, Tensor) else list(h)
     if not tensors:
         raise ValueError("h is an empty sequence: at least one tensor (N, ..., d) is needed")
@@ -271,12 +300,12 @@ def _as_slices(h: Representations) -> list[Tensor]:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} is {type(tensor).__name__}: a torch.Tensor is needed")
         shape, dtype = tensor.shape, tensor.dtype
-        if dtype not in _DTYPES:
+        if dtype not in analytic.DTYPES:
             raise TypeError(f"{_described(name, tensor)}: float16, bfloat16, float32 or float64 is needed")
         if tensor.ndim < 2:
             raise ValueError(f"{_described(name, tensor)}: (N, d) or (N, ..., d) is needed")
-        if shape[0] < 2:
-            raise ValueError(f"{_described(name, tensor)}: N >= 2 is needed, the variance is over the batch")
+        if shape[0] < least:
+            raise ValueError(f"{_described(name, tensor)}: N >= {least} is needed, the variance is over the batch")
         if 0 in shape:
             raise ValueError(f"{_described(name, tensor)}: it is empty")
         if (shape[0], shape[-1]) != (first.shape[0], first.shape[-1]):
