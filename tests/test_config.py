@@ -127,6 +127,7 @@ SAMPLES = {
     "train.device": "cpu",
     "train.precision": "bf16",
     "train.compile": "off",
+    "train.on_nonfinite": "rollback",
     "data.start": "center",
     "latent.kind": "sparse",
     "latent.method": "ista",

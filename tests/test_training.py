@@ -101,7 +101,11 @@ def test_the_loss_goes_down(tmp_path: Path, tiny: Config, row: str) -> None:
 
 def test_what_a_run_writes(tmp_path: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
     train(tiny, tmp_path / "run")
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"config.json", "metrics.jsonl", "last.pt", "best.pt"}
+    files = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "checkpoints"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == files
+    kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000008.pt", "step-00000012.pt"]
+    assert (tmp_path / "run" / "checkpoints" / kept[1]).samefile(tmp_path / "run" / "last.pt")
     assert Config.load(tmp_path / "run" / "config.json") == tiny
     assert [*logged(tmp_path / "run", "loss")] == [5, 10, 12]
     assert [*logged(tmp_path / "run", "validation_loss")] == [4, 8, 12]
@@ -347,9 +351,9 @@ def test_a_second_interrupt_interrupts_at_once(tmp_path: Path, probed: Config) -
 
 def test_a_finished_run_is_left_as_it_is(tmp_path: Path, tiny: Config) -> None:
     train(tiny, tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")}
     train(tiny, tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
 
 
 def test_a_run_can_be_prolonged(tmp_path: Path, tiny: Config) -> None:
@@ -398,11 +402,30 @@ def test_going_on_with_other_digits_is_refused(
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 13
 
 
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """What went on from the one before it is the same run."""
+    train(tiny, tmp_path / "damaged")
+    train(tiny, tmp_path / "whole")
+    last = tmp_path / "damaged" / "last.pt"
+    content = last.read_bytes()
+    at = content.index(checkpoint.load(last)["model"]["predictor.layers.0.weight"].numpy().tobytes()) + 3
+    last.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])  # one bit of one weight
+    capsys.readouterr()
+    train(tiny, tmp_path / "damaged")
+    earlier = tmp_path / "damaged" / "checkpoints" / "step-00000008.pt"
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert said[0].startswith(f"{last}: damaged: its content is not what was written, by its checksum; going on from ")
+    assert said[-1].endswith(f"going on from {earlier}")
+    assert_same_run(tmp_path / "damaged", tmp_path / "whole")
+
+
 def test_damaged_checkpoints_stop_a_resume(tmp_path: Path, tiny: Config) -> None:
     train(tiny, tmp_path)
     file = tmp_path / "last.pt"
     whole, metrics_before = file.read_bytes(), (tmp_path / "metrics.jsonl").read_text()
-    file.write_bytes(whole[: len(whole) // 2])
+    for one in (file, *(tmp_path / "checkpoints").iterdir()):
+        one.unlink()
+        one.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=f"^{file}: damaged"):
         train(tiny, tmp_path)
     other = build_model(override(tiny, {"model.hidden": 8}), CPU)
@@ -445,7 +468,7 @@ def test_divergence_at_a_log_line(tmp_path: Path, tiny: Config, monkeypatch: pyt
         train(tiny, tmp_path)
     kept = f"the last good state is {tmp_path / 'last.pt'}"
     terms = "loss, hidden, variance, covariance"
-    assert str(error.value) == f"{terms} not finite between steps 6 and 10; {kept}"
+    assert str(error.value) == f"{terms} not finite at step 9; {kept}, of step 8"
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 8
     assert last_good_state(tmp_path)
 
@@ -454,14 +477,14 @@ def test_divergence_before_any_checkpoint(tmp_path: Path, tiny: Config, monkeypa
     break_the_weights(monkeypatch, after=1)
     with pytest.raises(DivergedError) as error:
         train(override(tiny, {"train.validate_every": 1000}), tmp_path)
-    assert str(error.value).endswith("not finite between steps 1 and 5; no checkpoint had been written")
+    assert str(error.value).endswith("not finite at step 2; no checkpoint had been written")
     assert not (tmp_path / "last.pt").exists()
 
 
 def test_divergence_never_reaches_a_checkpoint(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation between log lines sees it first."""
+    """A validation between log lines names the step that a log line would have."""
     break_the_weights(monkeypatch, after=5)
-    with pytest.raises(DivergedError, match=r"^validation_loss not finite at step 8; the last good state is "):
+    with pytest.raises(DivergedError, match=r"^loss, .* not finite at step 6; the last good state is "):
         train(tiny, tmp_path)
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
     assert last_good_state(tmp_path)
@@ -470,7 +493,7 @@ def test_divergence_never_reaches_a_checkpoint(tmp_path: Path, tiny: Config, mon
 
 def test_divergence_and_a_stop(tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     break_the_weights(monkeypatch, after=5)
-    with pytest.raises(DivergedError, match="not finite between steps 6 and 7"):
+    with pytest.raises(DivergedError, match="not finite at step 6"):
         train(probed, tmp_path, Probe(7, send(signal.SIGINT)))
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
 

@@ -35,11 +35,14 @@ from vjvcr_fast.data.cache import CacheError
 from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
 from vjvcr_fast.data.scan import DataError
+from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
-from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
+from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, train
+from vjvcr_fast.training.processes import LostProcessError
 
-INTERRUPTED = 130  # as a shell reports Ctrl-C
+INTERRUPTED = 130  # as a shell reports Ctrl-C: at once, with nothing written
+REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 EXTRAS = {
     "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"),
     "video": ("av", "decord", "pebble"),
@@ -47,7 +50,10 @@ EXTRAS = {
     "torchcodec": ("torchcodec",),
     "dali": ("nvidia.dali",),
 }
-ERRORS = (DigitsError, DataError, VideoError, CacheError, CheckpointError, DivergedError, ImportError, OSError)
+ERRORS = (
+    *(DigitsError, DataError, VideoError, CacheError, CheckpointError, DivergedError, LostProcessError),
+    *(ImportError, OSError),
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -62,26 +68,44 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 0, 1 (failed), 2 (wrong option or value), 130 (stopped)."""
+    """Runs a command line; returns the exit code: 0, 1 (failed), 2 (wrong option or value), 75 (stopped by a signal
+    after a checkpoint: run it again), 130 (interrupted at once)."""
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         _reject(unknown, arguments.parser)
+    code = _run(arguments)
+    if code and processes.launched() > 1:
+        sys.stderr.flush()
+        os._exit(code)  # threads that wait for processes that are gone end no other way
+    return code
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
+        if processes.launched() > 1 and arguments.name != "train":
+            raise ConfigError(f"{arguments.name} is for one process: {processes.launched()} were started, as for train")
         arguments.command(arguments)
     except ConfigError as error:
-        print(f"vjvcr-fast: {error}", file=sys.stderr)
+        _say(str(error))
         return 2
     except ERRORS as error:
-        print(f"vjvcr-fast: {error}", file=sys.stderr)
+        _say(str(error), to_all=not isinstance(error, DivergedError))
         return 1
     except StopRequestedError as error:
-        print(f"\nvjvcr-fast: {error}", file=sys.stderr)
-        return INTERRUPTED
+        _say(str(error), to_all=False, start="\n")
+        return REQUEUE
     except KeyboardInterrupt:
         print("\nvjvcr-fast: stopped; the same command goes on from what is there", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _say(text: str, to_all: bool = True, start: str = "") -> None:
+    """A line on stderr; of several processes one says what is known to all of them, others of what befell them."""
+    if processes.speaks() or to_all:
+        which = "" if processes.speaks() else f" (rank {os.environ['RANK']})"
+        print(f"{start}vjvcr-fast{which}: {text}", file=sys.stderr)
 
 
 def _parser() -> _Parser:
@@ -99,12 +123,16 @@ def _parser() -> _Parser:
         sub.set_defaults(command=command, parser=sub)
         return sub
 
-    sub = add("train", "pre-train one model", _train, "Starting the same run again goes on from its last checkpoint.")
+    again = "Starting the same run again goes on from its last checkpoint."
+    exits = f"SIGTERM and Ctrl-C write one and end with exit code {REQUEUE}. torchrun starts it in several processes."
+    sub = add("train", "pre-train one model", _train, f"{again} {exits}")
     _add_preset(sub)
     names = ", ".join(LATENTS)
     sub.add_argument("--latent", metavar="NAME", help=f"the latent of stochastic videos, one of {names} (Table 2)")
     folder = "runs/PRESET-ROW-seedN; with a latent runs/PRESET-ROW-LATENT-seedN"
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder (default: {folder})")
+    resume = "auto: go on where there is a run; must: refuse to begin one; never: refuse to go on (default: auto)"
+    sub.add_argument("--resume", choices=get_args(Resume), default="auto", help=resume)
     _add_fields(sub)
 
     written = "Writes evaluation.json into its folder, latents.json for a run with a latent."
@@ -193,11 +221,12 @@ def _train(arguments: argparse.Namespace) -> None:
     parts = [config.preset, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
     out = arguments.out or Path("runs") / "-".join(parts)
     cache = cache_folder(config, "train") if config.data.dataset != "moving-mnist" else None
-    if cache and not (cache / "meta.json").exists():
+    if cache and not (cache / "meta.json").exists() and processes.speaks():
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes it once"
         print(f"no cache of decoded frames: each window is decoded from its file; {hint}", file=sys.stderr)
-    train(config, out, probe=training_probe if config.data.dataset != "cater" else None)
-    print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
+    train(config, out, probe=training_probe if config.data.dataset != "cater" else None, resume=arguments.resume)
+    if processes.speaks():
+        print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

@@ -154,6 +154,11 @@ class Train:
     validation_videos: int = _field(5_120, "videos of validation digits a validation uses, whole batches [ours]")
     probe_every: int = _field(0, "steps between closed-form speed probes during training; 0: none")
     chunk: int = _field(0, "videos whose activations are kept at a time, exactly as all at once; 0: all")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = _field(
+        "stop", "of a loss: skip leaves out the update, rollback takes the last checkpoint and later batches [ours]"
+    )
+    telemetry_every: int = _field(100, "steps between measurements of collapse, which steps do not wait for; 0: none")
+    keep: int = _field(2, "checkpoints kept: the last and those before it")
     tensorboard: bool = _field(True, "write scalars and image grids for TensorBoard")
 
     def __post_init__(self) -> None:
@@ -162,6 +167,8 @@ class Train:
         for name in ("batch", "validation_videos"):
             _need(getattr(self, name) >= 2, f"train.{name}", getattr(self, name), "at least 2, for a variance")
         _need(self.chunk >= 0, "train.chunk", self.chunk, "0 (all) or more")
+        _need(self.telemetry_every >= 0, "train.telemetry_every", self.telemetry_every, "0 (never) or more")
+        _need(self.keep >= 1, "train.keep", self.keep, "at least 1")
         _need(self.lr > 0, "train.lr", self.lr, "above 0")
         _need(self.probe_every >= 0, "train.probe_every", self.probe_every, "0 (never) or more")
         for name in ("weight_decay", "weight_decay_generative"):

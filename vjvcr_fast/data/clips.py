@@ -156,9 +156,9 @@ class VideoClips:
         """Windows start_index .. start_index + n - 1."""
         return next(iter(self._clips([self.sampler.windows(start_index, n)], prefetch=0)))
 
-    def batches(self, step: int, n: int) -> "ClipLoader":
-        """Batches of n, from the step-th on, without end."""
-        return ClipLoader(self, n, step=step)
+    def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> "ClipLoader":
+        """Batches of n, from the step-th on, without end; of `world` processes each has n, one after another."""
+        return ClipLoader(self, n, step=step, rank=rank, world=world)
 
     def _clips(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
         """The windows of every request, in their order; `prefetch` requests are worked on ahead."""

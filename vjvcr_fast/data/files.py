@@ -1,10 +1,12 @@
-"""Files that are written whole or not at all, and bars that say how far long work is."""
+"""Files that are written whole or not at all, words for what is wrong with one, bars that say how far long work is."""
 
 import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
+
+MOST = 300  # characters of `one_line`
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -26,6 +28,12 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def one_line(text: object) -> str:
+    """str(text), of which a file may have a say, as one line of reasonable length that can be printed."""
+    escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: MOST + 1])
+    return escaped if len(escaped) <= MOST else f"{escaped[:MOST]} ..."
 
 
 def progress(**settings: Any) -> Any:

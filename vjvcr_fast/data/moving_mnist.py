@@ -115,9 +115,9 @@ class MovingMNIST:
             digits.append(self._order(epoch)[max(start_index - first, 0) : end - first])
         return self._videos(torch.arange(start_index, end, device=self.device), torch.cat(digits))
 
-    def batches(self, step: int, n: int) -> Iterator[Videos]:
-        """Batches of n videos, from the step-th on, without end."""
-        return (self.batch(k * n, n) for k in count(step))
+    def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> Iterator[Videos]:
+        """Batches of n videos, from the step-th on, without end; of `world` processes each has n, one after another."""
+        return (self.batch((k * world + rank) * n, n) for k in count(step))
 
     def batch_at(self, indices: Tensor) -> Videos:
         """The videos of any global indices: (N,) int64 on the CPU, since their epochs are looked up there.

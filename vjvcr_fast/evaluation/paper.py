@@ -17,7 +17,7 @@ from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, frozen_decoder,
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_data, build_videos, fill_cache
-from vjvcr_fast.training.checkpoint import load, read_metrics
+from vjvcr_fast.training.checkpoint import exists, load_last, read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import claim, split_frames, train
 
@@ -48,8 +48,7 @@ def finish_run(config: Config, run: Path, evaluate: Evaluation = evaluate_run) -
 
     Raises ConfigError where `run` holds a run of another config, or a longer one.
     """
-    last = run / "last.pt"
-    trained = load(last)["step"] if last.exists() else 0
+    trained = load_last(run)[1]["step"] if exists(run) else 0
     if trained > config.train.steps:
         raise ConfigError(f"{run} has {trained} steps, train.steps={config.train.steps}; choose another --out")
     claim(run, config)

@@ -1,13 +1,14 @@
 """The energy of VJ-VCR and of the generative baseline, equations (5) and (7): one model, four settings (Table 1)."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.analytic import compute_dtype
 from vjvcr_fast.latents import HeadEnergy, LatentEnergy
-from vjvcr_fast.losses import vcr_loss
+from vjvcr_fast.losses import VCRTerms, vcr_loss
 from vjvcr_fast.models.convnet import MLPPredictor
 
 
@@ -74,6 +75,7 @@ class EnergyModel(nn.Module):
             raise ValueError(f"row={row!r} {'needs a' if self.terms.pixel else 'has no pixel term, so no'} decoder")
         self.encoder, self.predictor, self.decoder = encoder, predictor, decoder
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
+        self.group: Any = None  # of torch.distributed: processes whose batches, as many videos on each, are one
         self.gamma = gamma if self.terms.hidden else 1.0
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor | None = None) -> Energy:
@@ -90,13 +92,25 @@ class EnergyModel(nn.Module):
                 hidden = F.mse_loss(predicted.to(x.dtype), h_y.to(x.dtype))
                 loss = loss + hidden
             if self.terms.vcr:
-                vcr = vcr_loss([h_x, h_y], alpha=self.alpha, beta=self.beta, threshold=self.threshold, eps=self.eps)
+                vcr = self.vcr([h_x, h_y])
                 variance, covariance = vcr.variance, vcr.covariance
                 loss = loss + vcr.loss
         if self.decoder is not None:
             pixel = F.mse_loss(self.decoder(predicted).to(x.dtype), y)
             loss = loss + self.gamma * pixel
         return Energy(loss, hidden, pixel, variance, covariance)
+
+    def vcr(self, h: Sequence[Tensor]) -> VCRTerms:
+        """l_vcr of representations (N, T, d) each, over the batch of `group` where there is one."""
+        return vcr_loss(
+            h,
+            alpha=self.alpha,
+            beta=self.beta,
+            threshold=self.threshold,
+            eps=self.eps,
+            group=self.group,
+            samples="equal",
+        )
 
     def predict(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Predicted representations of the target frames, (N, T_y, d)."""

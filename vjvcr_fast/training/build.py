@@ -44,7 +44,7 @@ class VideoSource(Protocol):
     @property
     def device(self) -> torch.device: ...
     def batch(self, start_index: int, n: int) -> Batch: ...
-    def batches(self, step: int, n: int) -> Iterator[Batch]: ...
+    def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> Iterator[Batch]: ...
 
 
 def build_model(config: Config, device: torch.device) -> EnergyModel:
@@ -107,15 +107,17 @@ def build_predictor(config: Config) -> nn.Module:
     )
 
 
-def build_data(config: Config) -> tuple[Data, Data]:
-    """(training, validation) data of `config.data`.
+def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
+    """(training, validation) data of `config.data`. processes: that share the cores for decoding (on one machine).
 
     Raises DigitsError, DataError, VideoError or ImportError where there are none or a file cannot be used.
     """
     data = config.data
     if data.dataset == "moving-mnist":
         return split_digits(load_digits(data.root, download=data.download))
-    pool = Pool(data.workers, data.decode_timeout)
+    cores = len(os.sched_getaffinity(0))
+    workers = max(cores // processes, 1) if data.workers == -1 and processes > 1 else data.workers
+    pool = Pool(workers, data.decode_timeout)
     splits = [_split(config, split, pool) for split in ("train", "validation")]
     for split in splits:
         for line in split.remarks():

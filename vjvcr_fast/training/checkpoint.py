@@ -1,13 +1,30 @@
-"""Checkpoints: written atomically, read without running pickled code."""
+"""Checkpoints: written atomically, with a checksum, the last few kept; read without running pickled code.
 
+A checkpoint is what torch.save makes of tensors and plain values, so that torch.load(weights_only=True) reads it
+anywhere. Beside what it holds it has a checksum over all of that, by content: what a zip's own sums do not cover, and
+what no other copy of the file can repair, is found when it is read.
+"""
+
+import ctypes
 import hashlib
 import json
+import os
+import sys
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vjvcr_fast.data.files import replace
+from vjvcr_fast.data.files import one_line, replace
+
+# Of what a step computes from a checkpoint: raised by every change after which a run that goes on would no longer be
+# the run that began. 2: losses of single steps instead of their sum, the place in the data apart from the step.
+GENERATION = 2
+
+LAST = "last.pt"
+EARLIER = "checkpoints"  # the folder of those before it
 
 
 class CheckpointError(RuntimeError):
@@ -15,8 +32,57 @@ class CheckpointError(RuntimeError):
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors and plain values in dicts and lists), atomically."""
-    replace(path, lambda file: torch.save(state, file))
+    """Writes `state` (tensors and plain values in dicts and lists) with its checksum, atomically.
+
+    Raises CheckpointError naming the file where it cannot be written, as on a full disk; what was there stays.
+    """
+    whole = {**state, "generation": GENERATION}
+    whole["checksum"] = checksum(whole)
+    try:
+        replace(path, lambda file: torch.save(whole, file))
+    except (OSError, RuntimeError) as error:  # torch's own writer turns the first into the second
+        kept = "the one that was there is whole" if path.exists() else "there is none yet"
+        raise CheckpointError(f"{path}: cannot be written ({one_line(error)}); {kept}") from error
+
+
+def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
+    """`save` as the run's last.pt; it and the keep - 1 before it stay as checkpoints/step-N.pt, the same files."""
+    save(run / LAST, state)
+    folder = run / EARLIER
+    folder.mkdir(exist_ok=True)
+    beside = folder / f".{uuid.uuid4().hex}"
+    os.link(run / LAST, beside)
+    os.replace(beside, folder / f"step-{state['step']:08d}.pt")
+    for file in _earlier(run)[keep:]:
+        file.unlink()
+
+
+def load_last(run: Path, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run that is whole, and its file; on stderr why newer ones were passed over.
+
+    Raises CheckpointError where there is none.
+    """
+    reasons = []
+    for file in [run / LAST, *_earlier(run)]:
+        try:
+            state = load(file, device)
+        except CheckpointError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            print(f"{reason}; going on from {file}", file=sys.stderr)
+        return file, state
+    raise CheckpointError("; ".join(dict.fromkeys(reasons)))
+
+
+def exists(run: Path) -> bool:
+    """Whether a run has a checkpoint to go on from."""
+    return (run / LAST).exists() or bool(_earlier(run))
+
+
+def _earlier(run: Path) -> list[Path]:
+    """The kept checkpoints, newest first."""
+    return sorted((run / EARLIER).glob("step-*.pt"), reverse=True)
 
 
 def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
@@ -25,14 +91,64 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
     Raises CheckpointError naming the file: missing, damaged, or holding objects that are not plain data.
     """
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
     except Exception as error:  # what a damaged file makes torch raise has no end: IndexError, AssertionError, ...
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of plain tensors: {_line(error)}") from None
     if not isinstance(state, dict) or not {"model", "step"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project: it has no 'model' and 'step'")
-    return state
+    found = state.pop("checksum", None)
+    if found is None:
+        raise CheckpointError(f"{path}: has no checksum: it was made by version {state.get('version')} or another")
+    if found != checksum(state):
+        raise CheckpointError(f"{path}: damaged: its content is not what was written, by its checksum")
+    return _moved(state, torch.device(device))
+
+
+def check_generation(path: Path, state: dict[str, Any]) -> None:
+    """Raises CheckpointError where training cannot go on from here as it began: another version made it."""
+    if state["generation"] != GENERATION:
+        raise CheckpointError(
+            f"{path}: made by version {state.get('version')}, whose steps are not those of this one (generation "
+            f"{state['generation']}, here {GENERATION}); go on with that version, or choose another --out"
+        )
+
+
+def checksum(state: dict[str, Any]) -> str:
+    """sha256 over names, types, shapes and bytes of everything in `state`."""
+    total = hashlib.sha256()
+    for path, value in _leaves("", state):
+        total.update(path.encode())
+        if isinstance(value, torch.Tensor):
+            held = value.detach().cpu().contiguous()
+            total.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            total.update((ctypes.c_ubyte * held.nbytes).from_address(held.data_ptr()) if held.numel() else b"")
+        else:
+            total.update(f"{type(value).__name__}{value!r}".encode())
+    return total.hexdigest()
+
+
+def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(f"{path}/{key!r}", inner)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _leaves(f"{path}/{i}", inner)
+    else:
+        yield path, value
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """Every tensor in dicts and lists on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return type(value)((key, _moved(inner, device)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value
 
 
 def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
@@ -66,4 +182,4 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    return one_line(f"{type(error).__name__}: {error}".strip().splitlines()[0])

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast.losses import vcr_loss
 from vjvcr_fast.models.energy import Energy, EnergyModel
 
 MIXING: tuple[type[nn.Module], ...] = (nn.modules.batchnorm._BatchNorm,)
@@ -59,7 +58,7 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
                 states.append(_random_state(device))
                 kept.append((model.encoder(x[part]), model.encoder(y[part])))
         h = [torch.cat(frames).requires_grad_() for frames in zip(*kept, strict=True)]
-        vcr = vcr_loss(h, alpha=model.alpha, beta=model.beta, threshold=model.threshold, eps=model.eps)
+        vcr = model.vcr(h)
         gradients = torch.autograd.grad(vcr.loss, h)
         dh = [[gradient[part] for gradient in gradients] for part in parts]
         loss, variance, covariance = (term.detach() for term in vcr)

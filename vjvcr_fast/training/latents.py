@@ -100,8 +100,8 @@ class Latents:
                 tolerance=settings.tolerance,
                 check=False,
             )
-        h_y = self._encode(y) if model.terms.hidden else None
-        found = latent.infer_from(model, self._encode(x), h_y, y)
+        h_y = self.encode(y) if model.terms.hidden else None
+        found = latent.infer_from(model, self.encode(x), h_y, y)
         shares = found.z.mean(dim=0) if settings.kind == "discrete" else found.zeros.mean()[None]
         measured = torch.cat([found.energy.mean()[None], shares])
         return Inferred(found.z, measured if self.names else x.new_empty(0))
@@ -137,7 +137,7 @@ class Latents:
             return {"revived": float(self._revive(usage, step, optimizer))}
         return {}
 
-    def _encode(self, frames: Tensor) -> Tensor:
+    def encode(self, frames: Tensor) -> Tensor:
         """As the model's encoder, in its mode, but the running statistics stay as they are."""
         buffers = {name: buffer.clone() for name, buffer in self.model.encoder.named_buffers()}
         return torch.func.functional_call(self.model.encoder, buffers, (frames,))

@@ -1,41 +1,50 @@
 """The training loop: one file, top to bottom.
 
-A run is a folder: config.json, metrics.jsonl (a line every `log_every` steps, one every validation), last.pt, best.pt
-(least self-supervised validation loss), tensorboard/. Starting it again goes on from last.pt; on a CPU the loss curve
-is then the same, bit for bit, as that of a run that was never stopped.
+A run is a folder: config.json, metrics.jsonl (a line every `log_every` steps, one every validation), last.pt, the few
+before it in checkpoints/, best.pt (least self-supervised validation loss), tensorboard/. Starting it again goes on from
+last.pt; on a CPU the loss curve is then the same, bit for bit, as that of a run that was never stopped.
+
+A loss that is not finite is found at the next log line, where the host reads what the steps left on the device
+(`train.on_nonfinite`): "stop" names step and term; "rollback" goes on from the last checkpoint with the batches after
+the one that failed; "skip" leaves the update out, decided on the device, step by step.
 """
 
-import json
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, cast
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError, differences, resolve_device
+from vjvcr_fast.config import Config, ConfigError, differences
 from vjvcr_fast.data.clips import Clips
-from vjvcr_fast.data.files import progress, write_atomic
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.models.energy import Energy, EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Batch, Data, VideoSource, build_data, build_model, build_videos
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
 from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.log import Log
+from vjvcr_fast.training.processes import Processes, joined
+from vjvcr_fast.training.safety import Skipping
+from vjvcr_fast.training.telemetry import Telemetry
 
 # What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which data
 # there are is checked by what they are, not by where they lie.
 _FREE = (
     *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout", "data.on_bad_video"),
-    *("model.checkpoint", "train.chunk", "train.steps", "train.tensorboard", "evaluate."),
+    *("model.checkpoint", "train.chunk", "train.steps", "train.tensorboard", "train.keep", "evaluate."),
+    *("train.on_nonfinite", "train.telemetry_every"),
 )
+ROLLBACKS = 3  # to one and the same checkpoint
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
+Resume = Literal["auto", "never", "must"]
 
 
 class StopRequestedError(RuntimeError):
@@ -46,124 +55,220 @@ class DivergedError(RuntimeError):
     """The loss is not finite any more; the message names the term, the step and the last good checkpoint."""
 
 
-def train(config: Config, run: Path, probe: Probe | None = None) -> None:
+class _NotFiniteError(Exception):
+    """Terms `names` were not finite at `step`; `batch` is the number of the batch after that step's."""
+
+    def __init__(self, names: Sequence[str], step: int, batch: int) -> None:
+        super().__init__(f"{', '.join(names)} not finite at step {step}")
+        self.step, self.batch = step, batch
+
+
+class _Moved(NamedTuple):
+    """After a rollback to `step` the data go on with batch `batch`, the one after the step that failed, `failed`."""
+
+    step: int
+    batch: int
+    failed: int
+
+
+def train(config: Config, run: Path, probe: Probe | None = None, resume: Resume = "auto") -> None:
     """Pre-trains config's model in the folder `run`, or goes on with what is there.
 
-    probe: what to measure of the frozen model, by name; called every `config.train.probe_every` steps.
+    probe: what to measure of the frozen model, by name; called every `config.train.probe_every` steps. resume: "auto"
+    goes on where there is something, "must" refuses to begin, "never" to go on. In several processes, as torchrun
+    starts them, every one calls this (`vjvcr_fast.training.processes`).
 
     Raises:
-        ConfigError: `run` holds a run of another config or of other data.
-        CheckpointError: its last.pt is damaged. As `build_data`: no data. DivergedError, StopRequestedError: see there.
+        ConfigError: `run` holds a run of another config or of other data, or resume forbids it.
+        CheckpointError: its checkpoints are damaged or of another version, or one cannot be written. As `build_data`:
+        no data. DivergedError, StopRequestedError, LostProcessError: see there.
     """
-    settings = config.train
-    device = resolve_device(settings.device)
-    claim(run, config)
-    training_data, validation_data = build_data(config)
-    videos = build_videos(config, training_data, "train", device)
-    held_out = build_videos(config, validation_data, "validation", device)
+    with joined(config) as processes:
+        claim(run, config, resume, writes=processes.main)
+        with processes.main_first():
+            data = build_data(config, processes.world)
+        moved: _Moved | None = None
+        times = 0
+        while True:
+            try:
+                return _train(config, run, probe, processes, data, moved)
+            except _NotFiniteError as error:
+                if not checkpoint.exists(run):
+                    raise DivergedError(f"{error}; no checkpoint had been written") from None
+                file, state = checkpoint.load_last(run)
+                good = f"{error}; the last good state is {file}, of step {state['step']}"
+                if config.train.on_nonfinite != "rollback":
+                    raise DivergedError(good) from None
+                times = times + 1 if moved is not None and moved.step == state["step"] else 1
+                if times > ROLLBACKS:
+                    raise DivergedError(f"{good}; {ROLLBACKS} rollbacks to it have not helped") from None
+                moved = _Moved(state["step"], error.batch, error.step)
+
+
+def _train(
+    config: Config, run: Path, probe: Probe | None, processes: Processes, data: tuple[Data, Data], moved: _Moved | None
+) -> None:
+    settings, device = config.train, processes.device
+    part = processes.part(settings.batch)
+    videos = build_videos(config, data[0], "train", device)
+    held_out = build_videos(config, data[1], "validation", device)
 
     model = build_model(config, device)
+    model.group = processes.group
     weight_decay = settings.weight_decay if model.terms.hidden else settings.weight_decay_generative
     latents = Latents(config, model)
     optimizer = torch.optim.Adam(latents.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
-    energy = compiled(model, settings.compile, device)
-    chunked = partial(backward_chunked, chunk=settings.chunk)
+    energy = compiled(processes.parallel(model), settings.compile, device)
     if settings.chunk:
         try:
             check_no_mixing(model)
         except ValueError as error:
             raise ConfigError(f"train.chunk={settings.chunk}: {error}") from None
+    skipping = Skipping(model, optimizer, processes) if settings.on_nonfinite == "skip" else None
     torch.manual_seed(settings.seed)
 
-    step, best, started = 0, float("inf"), time.perf_counter()
+    # A step of the optimizer takes the batch of its number, until a rollback passes some over.
+    step, batch, best, started = 0, 0, float("inf"), time.perf_counter()
     names = (*Energy._fields, *latents.names)
-    sums, counted = torch.zeros(len(names), device=device), 0
-    if (run / "last.pt").exists():
-        state = checkpoint.load(run / "last.pt", device)
-        checkpoint.restore(run / "last.pt", state, model=model, optimizer=optimizer)
-        check_data(run, state, training_data)
-        step, best, sums, counted = state["step"], state["best"], state["sums"], state["counted"]
+    history, counted = torch.zeros(settings.log_every, len(names) + 1, device=device), 0
+    if checkpoint.exists(run):
+        file, state = checkpoint.load_last(run, device)
+        checkpoint.check_generation(file, state)
+        checkpoint.restore(file, state, model=model, optimizer=optimizer)
+        check_data(run, state, data[0])
+        step, batch, best, counted = state["step"], state["batch"], state["best"], len(state["history"])
+        history[:counted] = state["history"]
         latents.weight = state.get("latent_weight", latents.weight)
         started -= state["seconds"]
         _set_rng(state["rng"])
+    batch = moved.batch if moved else batch
 
-    def save(name: str) -> None:
+    def save(best_too: bool = False) -> None:
+        for at, numbers in telemetry.collect():
+            log.write(at, numbers)
+        if not nn.utils.get_total_norm(model.parameters()).isfinite():
+            raise _NotFiniteError(["the weights"], step, batch)
+        if not processes.main:
+            return
         state: dict[str, Any] = {
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "rng": _rng(),
-            "data": training_data.source,
-            "data_hash": training_data.fingerprint(),
+            "data": data[0].source,
+            "data_hash": data[0].fingerprint(),
             "seconds": time.perf_counter() - started,
             "version": __version__,
         }
-        state |= {"step": step, "best": best, "sums": sums, "counted": counted, "config": config.to_json()}
-        state["latent_weight"] = latents.weight
-        checkpoint.save(run / name, state)
+        state |= {"step": step, "batch": batch, "best": best, "config": config.to_json()}
+        state |= {"history": history[:counted].clone(), "latent_weight": latents.weight}
+        if best_too:
+            checkpoint.save(run / "best.pt", state)
+        checkpoint.save_last(run, state, settings.keep)
 
-    log = _Log(run, step, settings.steps, settings.tensorboard, f"{config.model.row} ({device.type})")
-    batches = videos.batches(step, settings.batch)
-    with log, _asked_to_stop() as stop:
+    def checked() -> dict[str, float]:
+        """The means since the last log line. Raises _NotFiniteError: nothing is kept that is not finite."""
+        return _means(names, processes.mean(history[:counted].clone()), step, batch, skipping is not None)
+
+    many = f", {processes.world} processes" if processes.world > 1 else ""
+    title = f"{config.model.row} ({device.type}{many})"
+    log = Log(run, step, settings.steps, settings.tensorboard, title, quiet=not processes.main)
+    telemetry = Telemetry()
+    batches = videos.batches(batch, part, processes.rank, processes.world)
+    with log, telemetry, _asked_to_stop() as stop:
+        if moved:
+            log.write(step, {"rolled_back_from": moved.failed})
         while step < settings.steps:
             with log.waiting():
-                batch = next(batches)
-            x, y = split_frames(batch, config)
+                clips = next(batches)
+            x, y = split_frames(clips, config)
+            if skipping:
+                skipping.remember()
             with autocast(config, device):
-                z, measured = latents.infer(x, y, actions(batch, config))
-                terms = chunked(model, x, y, z) if settings.chunk else energy(x, y, z)
-            if not settings.chunk:
+                z, measured = latents.infer(x, y, actions(clips, config))
+                terms = backward_chunked(model, x, y, z, chunk=settings.chunk) if settings.chunk else energy(x, y, z)
+            if settings.chunk:
+                processes.mean_gradients(model)
+            else:
                 terms.loss.backward()
+            skipped = skipping.decide(terms.loss) if skipping else x.new_zeros(1)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             latents.project()
-            sums += torch.cat([torch.stack(terms).detach(), measured])  # on the device: no step waits for it
-            counted, step = counted + 1, step + 1
+            # On the device: no step waits for it.
+            history[counted] = torch.cat([torch.stack(terms).detach(), measured, skipped])
+            counted, step, batch = counted + 1, step + 1, batch + 1
 
             if step % settings.log_every == 0 or step == settings.steps:
-                means = _means(names, sums, counted)
-                _check_finite(means, step, counted, run)
+                means = checked()
                 log.training(step, means | latents.adapt(step, means, optimizer), settings.batch)
-                sums, counted = torch.zeros_like(sums), 0
-            if settings.probe_every and probe is not None and step % settings.probe_every == 0:
+                counted = 0
+                for at, numbers in telemetry.collect():
+                    log.write(at, numbers)
+            if settings.telemetry_every and step % settings.telemetry_every == 0:
+                with torch.no_grad(), autocast(config, device):
+                    h_x = processes.gathered(latents.encode(x).float())
+                if processes.main:
+                    telemetry.measure(step, h_x)
+            if settings.probe_every and probe is not None and step % settings.probe_every == 0 and processes.main:
                 with log.paused():
-                    log.write(step, probe(model, config, training_data))
+                    log.write(step, probe(model, config, data[0]))
             if step % settings.validate_every == 0 or step == settings.steps:
                 with log.paused():
-                    loss = validate(model, held_out, config, latents)
-                    _check_finite({"validation_loss": loss}, step, 1, run)  # before it reaches last.pt
+                    checked()
+                    loss = validate(model, held_out, config, latents, processes)
+                    if not abs(loss) < float("inf"):  # before it reaches last.pt
+                        raise _NotFiniteError(["validation_loss"], step, batch)
                     log.write(step, {"validation_loss": loss})
-                    log.images(step, model, held_out, config, latents)
-                    if loss < best:
-                        best = loss
-                        save("best.pt")
-                    save("last.pt")
-            if stop():
-                _check_finite(_means(names, sums, counted), step, counted, run)
-                save("last.pt")
+                    if log.board is not None:
+                        log.videos(step, examples(model, held_out, config, latents))
+                    better, best = loss < best, min(loss, best)
+                    save(better)
+            if processes.agree(stop()):
+                checked()
+                save()
                 raise StopRequestedError(
                     f"stopped at step {step} of {settings.steps}; the same command goes on from there"
                 )
 
 
 @torch.no_grad()
-def validate(model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> float:
+def validate(
+    model: EnergyModel, videos: VideoSource, config: Config, latents: Latents, processes: Processes | None = None
+) -> float:
     """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode.
 
     In stochastic videos x and y differ, in place and spread: one set of running statistics fits neither, and by it the
     variance hinge of a model that improves gets worse. There the batch's own statistics are used, as in training.
     """
+    processes = processes or Processes(videos.device)
     batch = min(config.train.batch, config.train.validation_videos)
+    part = processes.part(batch, "train.validation_videos")
     losses = []
     model.train(config.data.stochastic)
     for start in range(0, config.train.validation_videos - batch + 1, batch):
         with autocast(config, videos.device):
-            clips = videos.batch(start, batch)
+            clips = videos.batch(start + processes.rank * part, part)
             x, y = split_frames(clips, config)
             buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             z = latents.infer(x, y, actions(clips, config)).z
             losses.append(torch.func.functional_call(model, buffers, (x, y, z)).loss)
     model.train()
-    return torch.stack(losses).mean().item()
+    return processes.mean(torch.stack(losses).mean()).item()
+
+
+@torch.no_grad()
+def examples(model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> list[Tensor]:
+    """Input and target frames of eight held-out videos, and of each its prediction where there is a decoder: lines of
+    (8, T, C, S, S)."""
+    clips = videos.batch(0, 8)
+    x, y = split_frames(clips, config)
+    lines = [torch.cat([x, y], dim=1)]
+    if model.decoder is not None:
+        model.eval()
+        decoded = model.decoder(latents.predict(x, y, actions(clips, config)))
+        lines.append(torch.cat([torch.zeros_like(x), decoded.clamp(0, 1)], dim=1))
+        model.train()
+    return lines
 
 
 def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
@@ -191,95 +296,27 @@ def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Call
     return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
 
 
-class _Log:
-    """metrics.jsonl, TensorBoard and the progress bar of one run; a context manager."""
-
-    def __init__(self, run: Path, step: int, steps: int, tensorboard: bool, title: str) -> None:
-        self.board = _summary_writer(run, step) if tensorboard else None
-        rows = checkpoint.read_metrics(run / "metrics.jsonl", up_to=step)
-        write_atomic(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        self.file = (run / "metrics.jsonl").open("a")
-        self.bar = progress(total=steps, initial=step, desc=title, dynamic_ncols=True, mininterval=1.0)
-        self.clock, self.step, self.waited = time.perf_counter(), step, 0.0
-
-    def training(self, step: int, means: dict[str, float], batch: int) -> None:
-        now = time.perf_counter()
-        rate, share = (step - self.step) * batch / (now - self.clock), self.waited / (now - self.clock)
-        self.clock, self.step, self.waited = now, step, 0.0
-        self.bar.update(step - self.bar.n)
-        shown = {name: f"{value:.4f}" if value > 1e-3 else f"{value:.1e}" for name, value in means.items() if value}
-        self.bar.set_postfix({**shown, "videos/s": f"{rate:.0f}"}, refresh=False)
-        self.write(step, {**means, "videos_per_second": rate, "data_wait": share})
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        self.file.write(json.dumps({"step": step, **values}) + "\n")
-        self.file.flush()
-        if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """What happens in here is the wait for data, a share of the time between two log lines."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens in here is not part of the training rate."""
-        start = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - start
-
-    @torch.no_grad()
-    def images(self, step: int, model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> None:
-        """Input and target frames of eight held-out videos, and below each its prediction where there is a decoder."""
-        if self.board is not None:
-            clips = videos.batch(0, 8)
-            x, y = split_frames(clips, config)
-            lines = [torch.cat([x, y], dim=1)]
-            if model.decoder is not None:
-                model.eval()
-                decoded = model.decoder(latents.predict(x, y, actions(clips, config)))
-                lines.append(torch.cat([torch.zeros_like(x), decoded.clamp(0, 1)], dim=1))
-                model.train()
-            grid = torch.stack(lines, dim=1).permute(3, 0, 1, 4, 2, 5)  # (C, video, line, S, T, S)
-            self.board.add_image("videos", grid.flatten(1, 3).flatten(2), step)
-
-    def __enter__(self) -> "_Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()
-
-
-def _summary_writer(run: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ImportError(
-            "TensorBoard is not installed: pip install 'vjvcr_fast[train]', or --train.tensorboard false"
-        ) from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-
-def claim(run: Path, config: Config) -> None:
-    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config.
+def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) -> None:
+    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config, or if `resume`
+    ("auto", "never", "must") forbids to go on, or to begin.
 
     Before its first checkpoint a run has nothing to go on with, and any config may have its folder.
     """
-    file = run / "config.json"
-    if file.exists() and (run / "last.pt").exists():
+    file, begun = run / "config.json", checkpoint.exists(run)
+    if resume not in get_args(Resume):
+        raise ConfigError(f"resume={resume}: must be one of {', '.join(get_args(Resume))}")
+    if resume == "never" and begun:
+        raise ConfigError(f"{run} holds a run, and resume=never: choose another --out, or --resume auto to go on")
+    if resume == "must" and not begun:
+        raise ConfigError(f"{run} holds no checkpoint, and resume=must: is it the right --out?")
+    if file.exists() and begun:
         changed = differences(Config.load(file), config)
         different = {k: values for k, values in changed.items() if not k.startswith(_FREE)}
         if different:
             changes = ", ".join(f"{k} {theirs} -> {ours}" for k, (theirs, ours) in different.items())
             raise ConfigError(f"{run} holds a run of another config ({changes}); choose another --out")
-    write_atomic(file, config.to_json())
+    if writes:
+        write_atomic(file, config.to_json())
 
 
 def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
@@ -291,17 +328,23 @@ def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
         )
 
 
-def _means(names: Sequence[str], sums: Tensor, counted: int) -> dict[str, float]:
-    return dict(zip(names, (sums / max(counted, 1)).tolist(), strict=True))
+def _means(names: Sequence[str], history: Tensor, step: int, batch: int, may_skip: bool) -> dict[str, float]:
+    """Of `names` over the steps up to `step`, whose rows history (counted, names and whether skipped) holds; `batch` is
+    the number of the next batch. Skipped steps count for nothing but "skipped".
 
-
-def _check_finite(values: dict[str, float], step: int, counted: int, run: Path) -> None:
-    bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-    if bad:
-        last = run / "last.pt"
-        kept = f"the last good state is {last}" if last.exists() else "no checkpoint had been written"
-        when = f"at step {step}" if counted == 1 else f"between steps {step - counted + 1} and {step}"
-        raise DivergedError(f"{', '.join(bad)} not finite {when}; {kept}")
+    Raises _NotFiniteError, of the first step that it is true of; where steps may be skipped, if all were.
+    """
+    rows = history.tolist()
+    if not rows:
+        return {}
+    good = [row for row in rows if not row[-1] and all(abs(value) < float("inf") for value in row)]
+    if len(good) < len(rows) and not (may_skip and good):
+        first = next(i for i, row in enumerate(rows) if row not in good)
+        bad = [n for n, value in zip(names, rows[first], strict=False) if not abs(value) < float("inf")]
+        left = len(rows) - 1 - first  # steps since
+        raise _NotFiniteError(bad or ["the gradient"], step - left, batch - left)
+    means = {n: sum(column) / len(good) for n, column in zip(names, zip(*good, strict=True), strict=False)}
+    return means | ({"skipped": float(len(rows) - len(good))} if may_skip else {})
 
 
 def _rng() -> dict[str, Any]:

