@@ -29,10 +29,10 @@ class Skipping:
         """(1,) float32: 1 where the update is left out, on all processes alike. Never waits for the device."""
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        bad = (~(norm + loss.detach()).isfinite()).float().reshape(1)
+        bad = (~(norm + loss.detach()).isfinite()).float()
         if self.processes.group is not None:
             dist.all_reduce(bad, dist.ReduceOp.MAX)
         for buffer, before in zip(self.model.buffers(), self.before, strict=True):
             buffer.copy_(torch.where(bad.bool(), before, buffer).view_as(buffer))
         self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-        return bad
+        return bad.reshape(1)
