@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, reproduce, cache, simulate, info. Every configuration field is an option."""
+"""The command line: train, evaluate, reproduce, cache, embed, simulate, info. Every field is an option."""
 
 import argparse
 import difflib
@@ -158,6 +158,17 @@ def _parser() -> _Parser:
     sub.add_argument("--verify", action="store_true", help="check what is there, decode anew what is damaged")
     _add_fields(sub, only=("data.",))
 
+    about = "Writes h_x, h_y and predictions of windows of their frames, a batch at a time, to a safetensors file."
+    sub = add("embed", "representations of video files by a trained run", _embed, about)
+    sub.usage = f"{sub.prog} RUN VIDEO ... --out FILE [OPTIONS]"
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="files, or folders of them")
+    sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
+    sub.add_argument("--batch", default="32", metavar="N", help="windows at a time (default: 32)")
+    every = "frames from one window to the next, counted with the run's stride (default: 0, one after another)"
+    sub.add_argument("--every", default="0", metavar="K", help=every)
+    _add_fields(sub, only=("data.decoder", "data.workers", "data.decode_timeout", "data.on_bad_video", "train.device"))
+
     about = "3D scenes from a physics engine in a data set's own format. Goes on where it was stopped."
     sub = add("simulate", "make videos to train on", _simulate, about)
     sub.usage = f"{sub.prog} {{clevrer,cater}} [OPTIONS]"
@@ -193,6 +204,8 @@ def _add_fields(parser: argparse.ArgumentParser, only: tuple[str, ...] = ("",), 
         leaf = name.split(".")[1]
         spellings = [name, *([leaf] if leaves[leaf] == 1 else [])]
         flags = dict.fromkeys(f"--{text}" for s in spellings for text in (s, s.replace("_", "-")))
+        if name == "data.dataset":
+            flags["--data"] = None
         text = help_text(name).replace("%", "%%")
         options.add_argument(*flags, dest=name, default=argparse.SUPPRESS, metavar="X", help=text)
 
@@ -206,7 +219,7 @@ def _config(arguments: argparse.Namespace, name: str = "moving-mnist") -> Config
     as far as this machine can do it."""
     dataset = vars(arguments).get("data.dataset", name)
     if name in get_args(Dataset) and dataset in get_args(Dataset):
-        name = dataset
+        name = "clevrer" if dataset == "folder" else dataset
     base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset(name))
     return override(base, _overrides(arguments))
 
@@ -218,13 +231,14 @@ def _train(arguments: argparse.Namespace) -> None:
     if arguments.latent:
         config = override(latent(config, arguments.latent), _overrides(arguments))
     kind = arguments.latent or config.latent.kind
-    parts = [config.preset, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
+    own = ["folder"] if config.data.dataset == "folder" else []
+    parts = [config.preset, *own, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
     out = arguments.out or Path("runs") / "-".join(parts)
     cache = cache_folder(config, "train") if config.data.dataset != "moving-mnist" else None
     if cache and not (cache / "meta.json").exists() and processes.speaks():
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes it once"
         print(f"no cache of decoded frames: each window is decoded from its file; {hint}", file=sys.stderr)
-    train(config, out, probe=training_probe if config.data.dataset != "cater" else None, resume=arguments.resume)
+    train(config, out, probe=training_probe if config.data.has_speed else None, resume=arguments.resume)
     if processes.speaks():
         print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
 
@@ -234,9 +248,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.evaluation.evaluate import evaluate_run
     from vjvcr_fast.evaluation.latents import evaluate_latents
 
-    if not (arguments.run / "config.json").exists():
-        raise ConfigError(f"{arguments.run}: not the folder of a run: it has no config.json")
-    config = override(Config.load(arguments.run / "config.json"), _overrides(arguments))
+    config = _config_of_run(arguments)
     kind = config.latent.kind
     kinds: dict[str, tuple[Any, str]] = {
         "none": (evaluate_run, "evaluation.json"),
@@ -257,6 +269,24 @@ def _cache(arguments: argparse.Namespace) -> None:
         print(f"{cache_folder(config, split)}: {done.written} videos written, {done.kept} were there{bad}")
         for reason in done.bad.values():
             print(f"  {reason}", file=sys.stderr)
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation.embed import embed
+
+    config = _config_of_run(arguments)
+    batch, every = (parse(f"--{k}", int, getattr(arguments, k)) for k in ("batch", "every"))
+    done = embed(arguments.run, arguments.videos, arguments.out, config, batch, every)
+    for reason in done.bad.values():
+        print(f"left out: {reason}", file=sys.stderr)
+    print(f"{arguments.out}: {done.windows} windows of {len(done.videos)} videos")
+
+
+def _config_of_run(arguments: argparse.Namespace) -> Config:
+    """The config of the run in the folder `run`, with what the command line changes of it."""
+    if not (arguments.run / "config.json").exists():
+        raise ConfigError(f"{arguments.run}: not the folder of a run: it has no config.json")
+    return override(Config.load(arguments.run / "config.json"), _overrides(arguments))
 
 
 def _simulate(arguments: argparse.Namespace) -> None:

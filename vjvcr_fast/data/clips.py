@@ -160,6 +160,12 @@ class VideoClips:
         """Batches of n, from the step-th on, without end; of `world` processes each has n, one after another."""
         return ClipLoader(self, n, step=step, rank=rank, world=world)
 
+    def in_order(self, n: int) -> Iterator[Clips]:
+        """Every window of every video once, in their order, n at a time; the last batch may be smaller."""
+        places = [(s, choice) for s, source in enumerate(self.sources) for choice in range(len(source.starts))]
+        windows = [Window(number, *place) for number, place in enumerate(places)]
+        return self._clips((windows[at : at + n] for at in range(0, len(windows), n)), prefetch=2)
+
     def _clips(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
         """The windows of every request, in their order; `prefetch` requests are worked on ahead."""
         if self._on_device():

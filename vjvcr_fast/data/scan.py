@@ -91,13 +91,14 @@ def scan(
     index: Path | None = None,
     *,
     on_bad: str = "stop",
+    any_size: bool = False,
     desc: str = "scan",
 ) -> Scanned:
     """examine(*paths) -> dict of plain values and tensors, for every item, in worker processes.
 
     items: {name: its files, the video first}. examine: a function of a module, or a functools.partial of one. index:
     where findings are kept. on_bad: "stop" raises the first VideoError, "skip" collects them; a video of another size
-    than most is one too.
+    than most is one too, unless they may have any_size.
     """
     if on_bad not in ON_BAD:
         raise ValueError(f"on_bad={on_bad!r}: choose {' or '.join(ON_BAD)}")
@@ -124,7 +125,7 @@ def scan(
     finally:
         _store(index, {n: {"stamp": stamps[n], "found": found} for n, found in fresh.items()}, known, bool(left))
     found = {name: fresh[name] for name in items if name in fresh}
-    for name, reason in _odd_sizes(items, found).items():
+    for name, reason in ({} if any_size else _odd_sizes(items, found)).items():
         if on_bad == "stop":
             raise VideoError(reason)
         bad[name] = reason

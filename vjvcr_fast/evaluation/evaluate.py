@@ -100,17 +100,22 @@ def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
 def _measure(run: Path, subject: Subject) -> dict[str, Any]:
     config, model, training_data, fitted, held_out = subject
     settings = config.evaluate
-    train = probes.extract(model, fitted, settings.probe_videos, config)
     validation = probes.extract(model, held_out, settings.validation_videos, config, encoded=True)
-    curve = probes.adam_probe(train, validation, config, config.train.seed)
+    probed: dict[str, Any] = {}
+    if config.data.has_speed:
+        train = probes.extract(model, fitted, settings.probe_videos, config)
+        curve = probes.adam_probe(train, validation, config, config.train.seed)
+        probed = {
+            "speed_mse": curve[-1],
+            "speed_mse_by_epoch": curve,
+            "speed_mse_least_squares": probes.least_squares_probe(train, validation),
+            "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
+        }
     singular = reference.singular_values(validation.encoded)
     decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
     return {
         "row": config.model.row,
-        "speed_mse": curve[-1],
-        "speed_mse_by_epoch": curve,
-        "speed_mse_least_squares": probes.least_squares_probe(train, validation),
-        "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
+        **probed,
         "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
         "psnr_of_last_frame": mean_psnr(held_out, config, lambda x, y: x[:, -1:]),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vjvcr_fast.config import Config, ConfigError, resolve_device
-from vjvcr_fast.data import cater, clevrer
+from vjvcr_fast.data import cater, clevrer, folder
 from vjvcr_fast.data.cache import Filled, FrameCache, fill
 from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.decode import resolve
@@ -23,7 +23,7 @@ from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
 
-FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater}
+FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater, "folder": folder}
 CACHE = "vjvcr-cache"  # in the folder of the data
 
 Data = Digits | Split  # one split of a data set: what videos are made from
