@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import torch
 
 from vjvcr_fast.data.cater import CLASSES as ACTIONS
+from vjvcr_fast.data.files import one_line
 from vjvcr_fast.models import convnet, simvp, swin
 from vjvcr_fast.models.energy import ROWS
 
@@ -135,8 +136,8 @@ class Latent:
             _need(getattr(self, name) >= 1, f"latent.{name}", getattr(self, name), "at least 1")
         for name in ("weight", "step_size"):
             _need(getattr(self, name) > 0, f"latent.{name}", getattr(self, name), "above 0")
-        for name in ("decay", "tolerance"):
-            _need(getattr(self, name) >= 0, f"latent.{name}", getattr(self, name), "at least 0")
+        _need(self.decay >= 0, "latent.decay", self.decay, "at least 0")
+        _need(0 <= self.tolerance < 1, "latent.tolerance", self.tolerance, "at least 0 and below 1")
         _need(0 <= self.momentum < 1, "latent.momentum", self.momentum, "at least 0 and below 1")
         _need(0 < self.zeros < 1, "latent.zeros", self.zeros, "between 0 and 1")
 
@@ -179,7 +180,7 @@ class Train:
         for name in ("weight_decay", "weight_decay_generative"):
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
         _need(0 <= self.seed < 2**32, "train.seed", self.seed, "between 0 and 2^32 - 1")
-        known = re.fullmatch(r"auto|cpu|cuda(:\d{1,2})?", self.device) is not None
+        known = re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?", self.device) is not None
         _need(known, "train.device", repr(self.device), "auto, cpu, cuda or cuda:N")
 
 
@@ -269,8 +270,8 @@ class Config:
         """Reads the config.json of a run. Raises ConfigError naming the file where that fails."""
         try:
             values = json.loads(Path(path).read_text())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path}: not a readable config file: {error}") from None
+        except (OSError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{path}: not a readable config file: {one_line(error)}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path}: a JSON object is expected, not {type(values).__name__}")
         try:
@@ -404,7 +405,7 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     changes: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"{name}: no such field; fields are {', '.join(known)}")
+            raise ConfigError(f"{one_line(name)}: no such field; fields are {', '.join(known)}")
         group, leaf = name.split(".")
         changes.setdefault(group, {})[leaf] = parse(name, known[name], value)
     groups = {g: dataclasses.replace(getattr(config, g), **leaves) for g, leaves in changes.items()}

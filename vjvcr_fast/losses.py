@@ -291,6 +291,8 @@ def _use_gram(form: str, shape: Sequence[int]) -> bool:
 
 def _as_slices(h: Representations, least: int = 2) -> list[Tensor]:
     """h as a list of (N, T, d) tensors, checked; N at least `least`. Raises as `vcr_loss` says."""
+    if not isinstance(h, Tensor | Sequence):
+        raise TypeError(f"h is {type(h).__name__}: a torch.Tensor or a sequence of them is needed")
     tensors = [h] if isinstance(h, Tensor) else list(h)
     if not tensors:
         raise ValueError("h is an empty sequence: at least one tensor (N, ..., d) is needed")
@@ -302,6 +304,8 @@ def _as_slices(h: Representations, least: int = 2) -> list[Tensor]:
         shape, dtype = tensor.shape, tensor.dtype
         if dtype not in analytic.DTYPES:
             raise TypeError(f"{_described(name, tensor)}: float16, bfloat16, float32 or float64 is needed")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{_described(name, tensor)}, {tensor.layout}: a dense tensor is needed")
         if tensor.ndim < 2:
             raise ValueError(f"{_described(name, tensor)}: (N, d) or (N, ..., d) is needed")
         if shape[0] < least:

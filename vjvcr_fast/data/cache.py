@@ -29,8 +29,9 @@ from torch import Tensor
 
 from vjvcr_fast.data import workers
 from vjvcr_fast.data.decode import VideoError
-from vjvcr_fast.data.files import progress, write_atomic
+from vjvcr_fast.data.files import one_line, progress, write_atomic
 
+FAMILIES = ("ffmpeg", "dali")
 SYNC_SECONDS = 2.0  # how often frames are forced to the disk, and their lines written
 ON_DEVICE = 0.4  # of the free memory of a GPU: up to there the cache moves into it
 
@@ -84,7 +85,7 @@ class FrameCache:
         if meta is None:
             raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one")
         _check_meta(folder, meta, size, backend)
-        self.lines = _read_index(folder)
+        self.lines = _separate(_read_index(folder, size))
         self._served: list[tuple[Sequence[Video], torch.device, Serving]] = []
 
     def serving(self, sources: Sequence[Video], device: torch.device) -> "Serving":
@@ -109,7 +110,10 @@ class Serving:
         shape = (frames, 3, height, width)
         file, length = str(cache.folder / "frames.u8"), math.prod(shape)
         # Mapped privately, so that a cache on a read-only disk serves too; torch maps no file of length 0.
-        mapped = torch.from_file(file, False, length, dtype=torch.uint8) if length else torch.empty(0).byte()
+        try:
+            mapped = torch.from_file(file, False, length, dtype=torch.uint8) if length else torch.empty(0).byte()
+        except RuntimeError as error:
+            raise CacheError(f"{file}: cannot be read ({one_line(error)})") from None
         self._data = mapped.view(shape)
         self._unchecked = {number for number, line in enumerate(self._lines) if line is not None}
         if device.type == "cuda" and mapped.numel() < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
@@ -171,15 +175,17 @@ def fill(
         meta = _read_meta(folder)
         if meta is None:
             write_atomic(folder / "meta.json", json.dumps({"size": list(size), "decoder": _family(backend)}) + "\n")
-            (folder / "frames.u8").touch()
         else:
             _check_meta(folder, meta, size, backend)
-        lines = _read_index(folder)
+        (folder / "frames.u8").touch()
+        everything = _read_index(folder, size)
+        lines = _separate(everything)
         valid = {video.name: line for video in videos if (line := _valid_line(lines, video)) is not None}
         kept = {name for name, line in valid.items() if not (verify and _damaged(folder, size, line))}
         missing = [video for video in videos if video.name not in kept]
         _check_room(folder, size, missing, lines)
-        writer, bad = _Writer(folder, size, lines), dict[str, str]()
+        end = max((line.first + line.frames for line in everything.values()), default=0)
+        writer, bad = _Writer(folder, size, lines, end), dict[str, str]()
         bar = progress(total=len(videos), initial=len(kept), desc=desc, unit="video", disable=not missing)
         with bar, contextlib.closing(writer):
             for video, found in _decoded(missing, backend, size, pool, torch.device(device)):
@@ -235,11 +241,10 @@ def _decoded_on_gpu(
 
 
 class _Writer:
-    """Appends videos; their lines follow when their frames are on the disk."""
+    """Puts videos into their old places or after frame `end`; their lines follow when their frames are on the disk."""
 
-    def __init__(self, folder: Path, size: tuple[int, int], lines: dict[str, Line]) -> None:
-        self._bytes = 3 * size[0] * size[1]  # of a frame
-        self._next = max((line.first + line.frames for line in lines.values()), default=0)
+    def __init__(self, folder: Path, size: tuple[int, int], lines: dict[str, Line], end: int) -> None:
+        self._bytes, self._next = 3 * size[0] * size[1], end  # bytes of a frame
         self._frames, self._index = (folder / "frames.u8").open("r+b"), (folder / "index.jsonl").open("a")
         _end_line(self._index, folder)
         self._places = lines
@@ -289,12 +294,16 @@ def _end_line(index: Any, folder: Path) -> None:
 def _read_meta(folder: Path) -> dict[str, Any] | None:
     file = folder / "meta.json"
     try:
-        meta = json.loads(file.read_text())
-        return {"size": tuple(meta["size"]), "decoder": str(meta["decoder"])}
+        meta = json.loads(file.read_bytes())
+        size, decoder = tuple(meta["size"]), meta["decoder"]
+        if [*map(type, size)] != [int, int] or min(size) < 1 or decoder not in FAMILIES:
+            raise ValueError(f"size {size}, decoder {decoder!r}")
+        return {"size": size, "decoder": decoder}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CacheError(f"{file}: cannot be read ({type(error).__name__}: {error}); remove {folder}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {one_line(error)}"
+        raise CacheError(f"{file}: cannot be read ({why}); remove {folder}") from None
 
 
 def _check_meta(folder: Path, meta: dict[str, Any], size: tuple[int, int], backend: str) -> None:
@@ -310,25 +319,37 @@ def _check_meta(folder: Path, meta: dict[str, Any], size: tuple[int, int], backe
 
 def _family(backend: str) -> str:
     """decord and torchcodec give the same frames to the bit."""
-    return "dali" if backend == "dali" else "ffmpeg"
+    return FAMILIES[backend == "dali"]
 
 
-def _read_index(folder: Path) -> dict[str, Line]:
-    """The last line of every video; lines that are not whole are as good as none."""
+def _read_index(folder: Path, size: tuple[int, int]) -> dict[str, Line]:
+    """The last line of every video. Lines that are not whole, or of frames that are not there, are as good as none."""
     lines: dict[str, Line] = {}
-    file = folder / "index.jsonl"
-    for text in file.read_text().splitlines() if file.exists() else []:
+    index, frames = folder / "index.jsonl", folder / "frames.u8"
+    try:
+        texts = index.read_bytes().splitlines() if index.exists() else []
+        there = frames.stat().st_size // (3 * size[0] * size[1]) if frames.exists() else 0
+    except OSError as error:
+        raise CacheError(f"{folder}: cannot be read ({error.strerror}); remove it") from None
+    for text in texts:
         try:
             line = Line(**json.loads(text))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
-        lines[line.video] = line
-    size = _read_meta(folder)
-    if size is not None and lines:
-        height, width = size["size"]
-        there = (folder / "frames.u8").stat().st_size // (3 * height * width)
-        lines = {name: line for name, line in lines.items() if line.first + line.frames <= there}
-    return lines
+        video, *numbers = line
+        if type(video) is str and all(type(number) is int and number >= 0 for number in numbers):
+            lines[video] = line
+    return {video: line for video, line in lines.items() if line.first + line.frames <= there}
+
+
+def _separate(lines: dict[str, Line]) -> dict[str, Line]:
+    """Without those that claim the same frames, of which one is wrong: to repair one would damage the other."""
+    wrong, last = set[str](), Line("", 0, 0, 0, 0, 0)  # last: of those before, the one that ends last
+    for line in sorted(lines.values(), key=lambda line: line.first):
+        if line.first < last.first + last.frames:
+            wrong |= {line.video, last.video}
+        last = max(last, line, key=lambda line: line.first + line.frames)
+    return {video: line for video, line in lines.items() if video not in wrong}
 
 
 def _valid_line(lines: dict[str, Line], video: Video) -> Line | None:

@@ -11,6 +11,7 @@ original frames start (inclusive) to end (exclusive); sampled frame t stands for
 """
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vjvcr_fast.data.clips import Source
 from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.files import one_line
 from vjvcr_fast.data.scan import DataError, Split, probe, scan
 from vjvcr_fast.data.workers import Pool
 
@@ -28,6 +30,7 @@ CLASSES = (
     *("cylinder pick_place", "cylinder slide", "cylinder rotate", "cube slide", "cube pick_place", "cube rotate"),
     *("cone contain", "cone pick_place", "cone slide"),
 )
+NUMBERS = [str(number) for number in range(len(CLASSES))]
 LISTS = {"train": "train.txt", "validation": "val.txt"}
 LIST_FOLDER = "lists/actions_present"
 STRIDE = 3  # of 24 frames a second
@@ -65,7 +68,7 @@ def load_split(
     items = {}
     for name in sorted(labels):
         video = folder / "videos" / name
-        if video.exists():
+        if os.path.exists(video):  # unlike Path.exists it has an answer for any name
             items[f"videos/{name}"] = (video, _scene_of(folder, video))
     if not items:
         raise CaterError(f"{folder}/videos: none of the {len(labels)} videos of {LISTS[split]} is there")
@@ -115,10 +118,10 @@ def read_list(path: Path) -> dict[str, set[int]]:
             continue
         name, *rest = line.split()
         classes = [text for part in rest for text in part.split(",") if text]
-        known = all(text.isdecimal() and int(text) < len(CLASSES) for text in classes)
+        known = all(text in NUMBERS for text in classes)
         if not known or Path(name).name != name or name in labels:
             allowed = f"a file's name, each once, and numbers below {len(CLASSES)}"
-            raise CaterError(f"{path}, line {number}: {line!r}: must be {allowed}")
+            raise CaterError(f"{path}, line {number}: {one_line(repr(line))}: must be {allowed}")
         labels[name] = {int(text) for text in classes}
     return labels
 
@@ -155,8 +158,8 @@ def read_scene(path: Path, frames: int) -> Tensor:
                 active[number[name], start:end] = True
     except FileNotFoundError:
         raise VideoError(f"{path}: there is no such scene") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise VideoError(f"{path}: not a CATER scene ({type(error).__name__}: {error})") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise VideoError(f"{path}: not a CATER scene ({type(error).__name__}: {one_line(error)})") from None
     return active
 
 
@@ -168,7 +171,7 @@ def sampled(active: Tensor, stride: int) -> Tensor:
 
 def _scene_of(folder: Path, video: Path) -> Path:
     beside = video.with_suffix(".json")
-    return beside if beside.exists() else folder / "scenes" / beside.name
+    return beside if os.path.exists(beside) else folder / "scenes" / beside.name
 
 
 def _difference(listed: set[int], seen: set[int]) -> str:

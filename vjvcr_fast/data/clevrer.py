@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vjvcr_fast.data.clips import Source
 from vjvcr_fast.data.decode import VideoError
+from vjvcr_fast.data.files import one_line
 from vjvcr_fast.data.scan import DataError, Split, probe, scan
 from vjvcr_fast.data.workers import Pool
 
@@ -130,16 +131,21 @@ def read_annotation(path: Path) -> tuple[Tensor, Tensor]:
             if frame["frame_id"] != place:
                 raise ValueError(f"frame_id {frame['frame_id']} where {place} is expected")
             for item in frame["objects"]:
-                seen, moves = item["inside_camera_view"], item["velocity"]
-                visible[place, column[item["object_id"]]] = bool(seen)
-                velocity[place, column[item["object_id"]]] = torch.tensor(moves, dtype=torch.float32)
+                seen, moves = item["inside_camera_view"], torch.tensor(item["velocity"], dtype=torch.float32)
+                if seen not in (False, True) or moves.shape != (3,):
+                    raise ValueError(
+                        f"inside_camera_view {seen}, velocity of shape {tuple(moves.shape)} in frame {place}"
+                    )
+                visible[place, column[item["object_id"]]] = seen
+                velocity[place, column[item["object_id"]]] = moves
     except FileNotFoundError:
         raise VideoError(f"{path}: there is no such annotation") from None
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
-        raise VideoError(f"{path}: not a CLEVRER annotation ({type(error).__name__}: {error})") from None
-    if not velocity.isfinite().all():
+    except (OSError, ValueError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
+        raise VideoError(f"{path}: not a CLEVRER annotation ({type(error).__name__}: {one_line(error)})") from None
+    speed = velocity.norm(dim=2)
+    if not speed.isfinite().all():
         raise VideoError(f"{path}: a velocity is not finite")
-    return visible, velocity.norm(dim=2)
+    return visible, speed
 
 
 def windows(visible: Tensor, frames_in: int, frames_out: int) -> Tensor:

@@ -50,7 +50,7 @@ class DecordVideo(Video):
         try:
             # Less than one frame in the place of another that cannot be decoded.
             self._reader = self._decord.VideoReader(str(path), num_threads=threads, fault_tol=1e-9)
-        except (AssertionError, RuntimeError) as error:
+        except Exception as error:  # decord's own among them
             raise UnservedError(f"{path}: decord cannot open it ({reason(error)})") from error
         _check_count(self, len(self._reader))
         if facts.width < NARROW:

@@ -157,6 +157,8 @@ def _demux(path: Path, size: int, time: int) -> Facts:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{path}: no video in it that can be decoded")
+            if stream.frames > size:  # decord would set memory aside for all of them, and abort
+                raise VideoError(f"{path}: damaged: it states {stream.frames:,} frames in {size:,} bytes")
             return _facts(path, container, stream)
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(f"{path}: not a video that can be read ({getattr(error, 'strerror', error)})") from error

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.data.decode import VideoError, open_video
+from vjvcr_fast.data.files import one_line
 
 _STARTING = threading.Lock()  # processes start one after the other
 
@@ -40,7 +41,7 @@ class Task:
         except Exception as error:
             if type(error).__name__ == "ProcessExpired":
                 raise VideoError(f"{self.path}: the process that read it ended ({error})") from None
-            raise VideoError(f"{self.path}: {type(error).__name__}: {error}") from None
+            raise VideoError(f"{self.path}: {type(error).__name__}: {one_line(error)}") from None
 
 
 class Pool:

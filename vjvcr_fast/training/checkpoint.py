@@ -169,12 +169,23 @@ def digest(path: Path) -> str:
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, those of steps <= up_to; a last line cut off by a crash is dropped."""
+    """The lines of a metrics.jsonl, those of steps <= up_to. What is no line of ours ends it, as one that was cut off.
+
+    Raises CheckpointError naming a file that cannot be read; one that is not there has no lines.
+    """
+    try:
+        text = path.read_bytes().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in text.split("\n"):
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
+            break
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
             break
         if up_to is None or row["step"] <= up_to:
             rows.append(row)
