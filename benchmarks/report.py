@@ -1,9 +1,9 @@
-"""Puts measured numbers into the README and draws the accuracy figure, from the files that hold them:
+"""Puts measured numbers into the README and the guides and draws the accuracy figure, from the files that hold them:
 
     python benchmarks/report.py
 
-Each part of the README between `<!-- NAME -->` and `<!-- /NAME -->` is written here and nowhere else; a test checks
-that README and files agree.
+Each part of a page between `<!-- NAME -->` and `<!-- /NAME -->` is written here and nowhere else; a test checks
+that pages and files agree.
 """
 
 import json
@@ -17,6 +17,7 @@ README = ROOT / "README.md"
 RESULTS = ROOT / "benchmarks" / "results"
 LOSSES = RESULTS / "losses-cpu.json"
 DECODE = RESULTS / "decode-cpu.json"
+DISTRIBUTED = RESULTS / "distributed-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
 
@@ -81,6 +82,35 @@ def decode() -> str:
     return f"{_markdown(['what', 'how', 'measured'], lines)}\n\n{about}"
 
 
+def distributed() -> str:
+    """Bytes that each route moved, one line a shape and number of processes."""
+    results = json.loads(DISTRIBUTED.read_text())
+    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in results["rows"]:
+        lines.setdefault((row["N, T, d"], row["processes"]), {})[row["route"]] = row
+    titles = ["(N, T, d)", "processes", "gathering", "time", "features", "covariance", "auto, of gathering"]
+    cells = []
+    for (shape, processes), routes in lines.items():
+        moved = [_megabytes(routes.get(name)) for name in ("gather", "time", "features", "covariance")]
+        auto = next(row for row in routes.values() if row["auto"])
+        cells.append((f"({shape})", str(processes), *moved, f"{auto['of gathering']:.0%}"))
+    where = f"[{DISTRIBUTED.name}](../../{DISTRIBUTED.relative_to(ROOT).as_posix()})"
+    about = (
+        "Megabytes that a process received on average, forward and backward, float32, as the kernel counted them "
+        "on the loopback interface; in bold what `auto` takes, by the busiest process: with one time step the route over time "
+        "sends everything to one of them. Routes that move more than 60 MB were not run. "
+        f"`pytest benchmarks/bench_distributed.py`: {where}."
+    )
+    return f"{_markdown(titles, cells)}\n\n{about}"
+
+
+def _megabytes(row: Row | None) -> str:
+    if row is None:
+        return ""
+    shown = f"{row['MB each']:.3g}"
+    return f"**{shown}**" if row["auto"] else shown
+
+
 def table(path: Path) -> str:
     """A table of the paper, without its title."""
     return path.read_text().split("\n", 2)[2].strip()
@@ -94,19 +124,26 @@ PARTS: dict[str, Callable[[], str]] = {
     "decode": decode,
     "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
 }
+PAGES = {ROOT / "docs" / "guides" / "several-gpus.md": {"distributed": distributed}}
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
+
+
+def rendered(text: str, parts: dict[str, Callable[[], str]], page: str) -> str:
+    """text with every part replaced. Raises ValueError for one whose markers are missing."""
+    for name, make in parts.items():
+        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+        if not pattern.search(text):
+            raise ValueError(f"{page}: no '<!-- {name} -->' ... '<!-- /{name} -->'")
+        made = f"\n{make()}\n\n"
+        text = pattern.sub(lambda m, made=made: m[1] + made + m[2], text)
+    return text
 
 
 def render(readme: str, newest: bool = False) -> str:
     """readme with every part replaced. The GPU's is replaced where it has markers: from the file that it links to, or,
     if it links to none or `newest` is asked for, from the last one measured, so that a run on another GPU alone changes
     nothing. Raises ValueError for another part whose markers are missing, and for markers without a file."""
-    for name, make in PARTS.items():
-        pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
-        if not pattern.search(readme):
-            raise ValueError(f"README.md: no '<!-- {name} -->' ... '<!-- /{name} -->'")
-        text = f"\n{make()}\n\n"
-        readme = pattern.sub(lambda m, text=text: m[1] + text + m[2], readme)
+    readme = rendered(readme, PARTS, "README.md")
     found = GPU.search(readme)
     if not found:
         return readme
@@ -238,5 +275,7 @@ def accuracy(paths: Sequence[Path], out: Path) -> None:
 
 if __name__ == "__main__":
     README.write_text(render(README.read_text(), newest=True))
+    for page, parts in PAGES.items():
+        page.write_text(rendered(page.read_text(), parts, page.name))
     if files := sorted(RESULTS.glob("accuracy-*.json")):
         accuracy(files, ACCURACY)

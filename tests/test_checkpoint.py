@@ -45,7 +45,7 @@ def test_a_write_that_fails_half_way_leaves_the_old_file(file: Path, monkeypatch
         raise OSError("No space left on device")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match="cannot be written .*No space left.*the one that was there is whole"):
+    with pytest.raises(CheckpointError, match=r"cannot be written .*No space left.*the one that was there is whole"):
         checkpoint.save(file, {**STATE, "step": 4})
     assert file.read_bytes() == before
     assert only(file.parent, file.name)

@@ -63,6 +63,12 @@ def test_numbers_are_those_of_the_committed_files() -> None:
     assert _report().render(README) == README, "run `python benchmarks/report.py`"
 
 
+def test_numbers_of_the_guides_are_those_of_the_committed_files() -> None:
+    report = _report()
+    for page, parts in report.PAGES.items():
+        assert report.rendered(page.read_text(), parts, page.name) == page.read_text(), "run `benchmarks/report.py`"
+
+
 def test_a_missing_marker_is_named() -> None:
     with pytest.raises(ValueError, match="<!-- losses -->"):
         _report().render("no markers")

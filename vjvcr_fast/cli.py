@@ -75,9 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         _reject(unknown, arguments.parser)
     code = _run(arguments)
-    if code and processes.launched() > 1:
+    if processes.launched() > 1:
+        # gloo's threads may wait for processes that are gone, or abort where the interpreter ends before them.
+        sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)  # threads that wait for processes that are gone end no other way
+        os._exit(code)
     return code
 
 

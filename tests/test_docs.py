@@ -1,0 +1,54 @@
+"""Every snippet of the guides runs: blocks of a page one after another in one folder, as a reader would."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
+PAGES = [*GUIDES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+NEEDS = {"own-videos": ("av", "decord", "safetensors", "tqdm", "tensorboard"), "adding-a-kernel": ("triton",)}
+NEEDS |= {"several-gpus": ("mlxtend", "tqdm", "tensorboard")}
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    """(language, text) of every fenced block."""
+    return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
+    """A python block that starts with a file's name in a comment is that file, for later blocks to use."""
+    for package in NEEDS.get(guide.stem, ()):
+        pytest.importorskip(package)
+    folder = f"{Path(sys.executable).parent}{os.pathsep}"
+    environment = {**os.environ, "PATH": folder + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    environment.pop("VJVCR_DATA", None)
+    for number, (language, text) in enumerate(blocks(guide.read_text())):
+        named = re.match(r"# (\w+\.py)\n", text)
+        file = tmp_path / (named[1] if named else f"block_{number}.{language}")
+        assert language in ("python", "bash"), f"block {number}: {language!r} does not run"
+        file.write_text(text if language == "python" else f"set -euo pipefail\n{text}")
+        if "init_process_group" in text:
+            continue  # a script of several processes, started by a later block
+        command = [sys.executable if language == "python" else "bash", file.name]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+        assert done.returncode == 0, f"block {number}:\n{text}\n{done.stdout}\n{done.stderr[-3000:]}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)#]+)\)", prose):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_guide_is_named_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    assert [guide.name for guide in GUIDES if f"docs/guides/{guide.name}" not in readme] == []
