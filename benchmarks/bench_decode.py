@@ -161,7 +161,7 @@ def test_training(sources: list[Source], tmp_path: Path, monkeypatch, benchmark,
     config = override(preset("clevrer-mini"), changes)
     size, frames = (config.data.canvas,) * 2, config.data.frames_in + config.data.frames_out
     rows: list[Row] = []
-    monkeypatch.setattr(loop, "build_data", lambda config: (Part(), Part()))
+    monkeypatch.setattr(loop, "build_data", lambda *_: (Part(), Part()))
     with Pool() as pool:
         fill(sources, tmp_path / "cache", size, "auto", pool)
         for name, cache in {"stream": None, "cache": FrameCache(tmp_path / "cache", size)}.items():

@@ -97,8 +97,8 @@ def distributed() -> str:
     where = f"[{DISTRIBUTED.name}](../../{DISTRIBUTED.relative_to(ROOT).as_posix()})"
     about = (
         "Megabytes that a process received on average, forward and backward, float32, as the kernel counted them "
-        "on the loopback interface; in bold what `auto` takes, by the busiest process: with one time step the route over time "
-        "sends everything to one of them. Routes that move more than 60 MB were not run. "
+        "on the loopback interface; in bold what `auto` takes, by the busiest process: with one time step the route "
+        "over time sends everything to one of them. Routes that move more than 60 MB were not run. "
         f"`pytest benchmarks/bench_distributed.py`: {where}."
     )
     return f"{_markdown(titles, cells)}\n\n{about}"

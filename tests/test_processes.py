@@ -199,6 +199,20 @@ def test_torchrun_ends_when_a_process_is_killed(tmp_path: Path) -> None:
     assert not any(Path(f"/proc/{child}").exists() for child in children)
 
 
+def test_ctrl_c_on_torchrun_leaves_a_checkpoint(tmp_path: Path) -> None:
+    """All hear it from the terminal, and torchrun repeats it."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vjvcr_fast"]
+    pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    arguments = options(tmp_path, **{**LONG, "train__validate_every": 100_000})
+    process = subprocess.Popen([*torchrun, *arguments], start_new_session=True, **pipes)
+    started(tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    code, said = finished(process, timeout=60)
+    assert code != 0
+    step = checkpoint.load(tmp_path / "last.pt")["step"]
+    assert f"stopped at step {step} of 100000" in said
+
+
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_the_others(tmp_path: Path) -> None:
     run = commands(options(tmp_path, **LONG), world=2)

@@ -111,6 +111,17 @@ def test_the_last_few_are_kept(tmp_path: Path, tiny: Config, keep: int) -> None:
     assert checkpoint.load(tmp_path / "checkpoints" / kept[0])["step"] == int(kept[0][5:13])
 
 
+def test_where_there_are_no_links(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError("Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    train(tiny, tmp_path)
+    kept = sorted((tmp_path / "checkpoints").iterdir())
+    assert [file.name for file in kept] == ["step-00000008.pt", "step-00000012.pt"]
+    assert kept[1].read_bytes() == (tmp_path / "last.pt").read_bytes()
+
+
 def test_another_version_does_not_go_on(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "GENERATION", 1)
     train(tiny, tmp_path)

@@ -5,6 +5,7 @@ anywhere. Beside what it holds it has a checksum over all of that, by content: w
 what no other copy of the file can repair, is found when it is read.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 
-from vjvcr_fast.data.files import one_line, replace
+from vjvcr_fast.data.files import one_line, replace, write_atomic
 
 # Of what a step computes from a checkpoint: raised by every change after which a run that goes on would no longer be
 # the run that began. 2: losses of single steps instead of their sum, the place in the data apart from the step.
@@ -50,9 +51,14 @@ def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
     save(run / LAST, state)
     folder = run / EARLIER
     folder.mkdir(exist_ok=True)
-    beside = folder / f".{uuid.uuid4().hex}"
-    os.link(run / LAST, beside)
-    os.replace(beside, folder / f"step-{state['step']:08d}.pt")
+    kept, beside = folder / f"step-{state['step']:08d}.pt", folder / f".{uuid.uuid4().hex}"
+    try:
+        os.link(run / LAST, beside)
+        os.replace(beside, kept)
+    except OSError:  # a file system without links, or one that has no place left: then a copy, or none
+        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            write_atomic(kept, (run / LAST).read_bytes())
     for file in _earlier(run)[keep:]:
         file.unlink()
 

@@ -30,7 +30,7 @@ from vjvcr_fast.training.build import Batch, Data, VideoSource, build_data, buil
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.log import Log
-from vjvcr_fast.training.processes import Processes, joined
+from vjvcr_fast.training.processes import Processes, joined, launched
 from vjvcr_fast.training.safety import Skipping
 from vjvcr_fast.training.telemetry import Telemetry
 
@@ -42,6 +42,7 @@ _FREE = (
     *("train.on_nonfinite", "train.telemetry_every"),
 )
 ROLLBACKS = 3  # to one and the same checkpoint
+ECHO = 2.0  # seconds in which a launcher repeats a signal
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
 Resume = Literal["auto", "never", "must"]
@@ -359,13 +360,15 @@ def _set_rng(state: dict[str, Any]) -> None:
 
 @contextmanager
 def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM become a question asked between steps; a second Ctrl-C interrupts at once."""
-    received: list[int] = []
+    """Ctrl-C and SIGTERM become a question asked between steps; a second one interrupts at once. Of several processes
+    each may hear of the first twice, from the terminal and from the launcher: that counts as one."""
+    received: list[float] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
-        if received:
+        now = time.monotonic()
+        if received and (launched() == 1 or now > received[0] + ECHO):
             raise KeyboardInterrupt
-        received.append(number)
+        received.append(now)
 
     try:
         before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -38,7 +38,9 @@ class Processes:
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.device, self.rank, self.world = device, rank, world
         self.group: Any = dist.group.WORLD if world > 1 else None
-        self._control: Any = dist.new_group(backend="gloo") if world > 1 else None
+        # Looking at a data set may take long; the heartbeat is what ends a wait for a process that has gone.
+        patient = timedelta(days=1)
+        self._control: Any = dist.new_group(backend="gloo", timeout=patient) if world > 1 else None
         self._asked: tuple[Any, Tensor] | None = None
 
     @property
