@@ -20,7 +20,8 @@ from vjvcr_fast.evaluation.metrics import average_precision, mean_average_precis
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import actions, split_frames, train
+from vjvcr_fast.training.loop import train
+from vjvcr_fast.training.step import actions, split_frames
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")

@@ -25,7 +25,8 @@ from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, split_frames, train
+from vjvcr_fast.training.loop import DivergedError, train
+from vjvcr_fast.training.step import split_frames
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("digits", "one_thread")
@@ -268,8 +269,8 @@ def test_an_evaluation_is_the_same_again(run: Path) -> None:
 
 def test_a_run_trained_anew_is_another_evaluation(run: Path, tiny: Config) -> None:
     first = evaluate_run(run)
-    for name in ("last.pt", "best.pt"):
-        (run / name).unlink()
+    for file in [*run.glob("*.pt"), *run.glob("checkpoints/*.pt")]:
+        file.unlink()
     train(override(tiny, {"train.lr": 0.01}), run)
     result = evaluate_run(run)
     assert result["best"] != first["best"]

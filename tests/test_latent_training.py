@@ -16,7 +16,8 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.latents import DEAD, GAIN, LEAST, MOST, NOISE, Latents
-from vjvcr_fast.training.loop import DivergedError, StopRequestedError, split_frames, train
+from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
+from vjvcr_fast.training.step import split_frames
 
 CPU = torch.device("cpu")
 KINDS = ["discrete", "sparse-high"]

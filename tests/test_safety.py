@@ -23,6 +23,7 @@ from vjvcr_fast import reference
 from vjvcr_fast.cli import INTERRUPTED, REQUEUE
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.training import checkpoint, loop
+from vjvcr_fast.training import step as one_step
 from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, train
@@ -175,7 +176,7 @@ def test_a_full_disk(tmp_path: Path) -> None:
 
 def poison(monkeypatch: pytest.MonkeyPatch, *batches: int, value: float = math.nan) -> None:
     """Every video of these batches of the training stream has a pixel of this value."""
-    original = loop.split_frames
+    original = one_step.split_frames
 
     def poisoned(videos: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = original(videos, config)
@@ -184,7 +185,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, *batches: int, value: float = math.n
             x[:, 0, 0, 0, 0] = value
         return x, y
 
-    monkeypatch.setattr(loop, "split_frames", poisoned)
+    monkeypatch.setattr(one_step, "split_frames", poisoned)
 
 
 def same_videos(videos: Any, config: Config, number: int) -> bool:

@@ -24,7 +24,8 @@ from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, split_frames, train
+from vjvcr_fast.training.loop import DivergedError, train
+from vjvcr_fast.training.step import split_frames
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("digits", "one_thread")

@@ -25,6 +25,7 @@ from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training import build, checkpoint, loop
+from vjvcr_fast.training import step as one_step
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.latents import Latents
@@ -146,7 +147,7 @@ def test_the_rate_is_that_of_training_alone(tmp_path: Path, probed: Config, monk
         return spend
 
     monkeypatch.setattr(time, "perf_counter", lambda: now)
-    monkeypatch.setattr(loop, "split_frames", takes(2.0, loop.split_frames))
+    monkeypatch.setattr(one_step, "split_frames", takes(2.0, one_step.split_frames))
     monkeypatch.setattr(loop, "validate", takes(50.0, lambda *_: 1.0))
     for probe in (Probe(7, send(signal.SIGINT)), Probe()):
         with contextlib.suppress(StopRequestedError):
@@ -453,13 +454,13 @@ def last_good_state(run: Path) -> bool:
 
 def break_the_weights(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """NaN in every loss from batch `after` of the training stream on."""
-    original, seen = loop.split_frames, iter(range(10**6))
+    original, seen = one_step.split_frames, iter(range(10**6))
 
     def poisoned(videos: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
         x, y = original(videos, config)
         return (x * math.nan, y) if torch.is_grad_enabled() and next(seen) >= after else (x, y)
 
-    monkeypatch.setattr(loop, "split_frames", poisoned)
+    monkeypatch.setattr(one_step, "split_frames", poisoned)
 
 
 def test_divergence_at_a_log_line(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

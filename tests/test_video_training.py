@@ -18,7 +18,8 @@ from vjvcr_fast.evaluation.latents import evaluate_latents
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_data, build_model, build_videos, cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
-from vjvcr_fast.training.loop import split_frames, train
+from vjvcr_fast.training.loop import train
+from vjvcr_fast.training.step import split_frames
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")

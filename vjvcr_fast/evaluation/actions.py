@@ -23,7 +23,8 @@ from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training.build import build_model, fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, actions, split_frames
+from vjvcr_fast.training.loop import DivergedError
+from vjvcr_fast.training.step import actions, split_frames
 
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
 FIGURE4_FILES = ("figure4.md", "figure4.json", "figure4.png")

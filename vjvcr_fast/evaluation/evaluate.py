@@ -21,7 +21,8 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Data, VideoSource, build_data, build_decoder, build_model, build_videos
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import autocast, check_data, split_frames
+from vjvcr_fast.training.loop import check_data
+from vjvcr_fast.training.step import autocast, split_frames
 
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:

@@ -12,7 +12,8 @@ from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST
 from vjvcr_fast.evaluation.evaluate import Subject, measured_once
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, split_frames
+from vjvcr_fast.training.loop import DivergedError
+from vjvcr_fast.training.step import split_frames
 
 DIGITS = 10
 

@@ -19,7 +19,8 @@ from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_data, build_videos, fill_cache
 from vjvcr_fast.training.checkpoint import exists, load_last, read_metrics
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import claim, split_frames, train
+from vjvcr_fast.training.loop import claim, train
+from vjvcr_fast.training.step import split_frames
 
 Evaluation = Callable[[Path, Config], dict[str, Any]]
 

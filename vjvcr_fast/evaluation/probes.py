@@ -10,7 +10,8 @@ from vjvcr_fast.config import Config
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training.build import Data, VideoSource, build_videos
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import DivergedError, split_frames
+from vjvcr_fast.training.loop import DivergedError
+from vjvcr_fast.training.step import split_frames
 
 
 class Features(NamedTuple):

@@ -18,7 +18,7 @@ from vjvcr_fast.evaluation.paper import about, finish_run, machine, named_seeds,
 from vjvcr_fast.training.build import build_data, build_videos
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import split_frames
+from vjvcr_fast.training.step import split_frames
 
 TABLE2_FILES = ("table2.md", "table2.json", "latent-curves.png")
 FIGURE3_FILES = ("figure3.md", "figure3.json", "figure3.png")

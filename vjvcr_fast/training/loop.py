@@ -15,23 +15,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vjvcr_fast import __version__
 from vjvcr_fast.config import Config, ConfigError, differences
-from vjvcr_fast.data.clips import Clips
 from vjvcr_fast.data.files import write_atomic
-from vjvcr_fast.models.energy import Energy, EnergyModel
+from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import Batch, Data, VideoSource, build_data, build_model, build_videos
-from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
+from vjvcr_fast.training.build import Data, VideoSource, build_data, build_videos
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.log import Log
 from vjvcr_fast.training.processes import Processes, joined, launched
-from vjvcr_fast.training.safety import Skipping
+from vjvcr_fast.training.step import Step, actions, autocast, split_frames
 from vjvcr_fast.training.telemetry import Telemetry
 
 # What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which data
@@ -114,24 +112,13 @@ def _train(
     videos = build_videos(config, data[0], "train", device)
     held_out = build_videos(config, data[1], "validation", device)
 
-    model = build_model(config, device)
-    model.group = processes.group
-    weight_decay = settings.weight_decay if model.terms.hidden else settings.weight_decay_generative
-    latents = Latents(config, model)
-    optimizer = torch.optim.Adam(latents.parameters(), settings.lr, weight_decay=weight_decay, fused=True)
-    energy = compiled(processes.parallel(model), settings.compile, device)
-    if settings.chunk:
-        try:
-            check_no_mixing(model)
-        except ValueError as error:
-            raise ConfigError(f"train.chunk={settings.chunk}: {error}") from None
-    skipping = Skipping(model, optimizer, processes) if settings.on_nonfinite == "skip" else None
+    update = Step(config, processes)
+    model, latents, optimizer = update.model, update.latents, update.optimizer
     torch.manual_seed(settings.seed)
 
     # A step of the optimizer takes the batch of its number, until a rollback passes some over.
     step, batch, best, started = 0, 0, float("inf"), time.perf_counter()
-    names = (*Energy._fields, *latents.names)
-    history, counted = torch.zeros(settings.log_every, len(names) + 1, device=device), 0
+    history, counted = torch.zeros(settings.log_every, len(update.names) + 1, device=device), 0
     if checkpoint.exists(run):
         file, state = checkpoint.load_last(run, device)
         checkpoint.check_generation(file, state)
@@ -168,7 +155,8 @@ def _train(
 
     def checked() -> dict[str, float]:
         """The means since the last log line. Raises _NotFiniteError: nothing is kept that is not finite."""
-        return _means(names, processes.mean(history[:counted].clone()), step, batch, skipping is not None)
+        rows = processes.mean(history[:counted].clone())
+        return _means(update.names, rows, step, batch, settings.on_nonfinite == "skip")
 
     many = f", {processes.world} processes" if processes.world > 1 else ""
     title = f"{config.model.row} ({device.type}{many})"
@@ -181,22 +169,7 @@ def _train(
         while step < settings.steps:
             with log.waiting():
                 clips = next(batches)
-            x, y = split_frames(clips, config)
-            if skipping:
-                skipping.remember()
-            with autocast(config, device):
-                z, measured = latents.infer(x, y, actions(clips, config))
-                terms = backward_chunked(model, x, y, z, chunk=settings.chunk) if settings.chunk else energy(x, y, z)
-            if settings.chunk:
-                processes.mean_gradients(model)
-            else:
-                terms.loss.backward()
-            skipped = skipping.decide(terms.loss) if skipping else x.new_zeros(1)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            latents.project()
-            # On the device: no step waits for it.
-            history[counted] = torch.cat([torch.stack(terms).detach(), measured, skipped])
+            history[counted] = update(clips)  # on the device: no step waits for it
             counted, step, batch = counted + 1, step + 1, batch + 1
 
             if step % settings.log_every == 0 or step == settings.steps:
@@ -206,8 +179,7 @@ def _train(
                 for at, numbers in telemetry.collect():
                     log.write(at, numbers)
             if settings.telemetry_every and step % settings.telemetry_every == 0:
-                with torch.no_grad(), autocast(config, device):
-                    h_x = processes.gathered(latents.encode(x).float())
+                h_x = update.representations(clips)
                 if processes.main:
                     telemetry.measure(step, h_x)
             if settings.probe_every and probe is not None and step % settings.probe_every == 0 and processes.main:
@@ -270,31 +242,6 @@ def examples(model: EnergyModel, videos: VideoSource, config: Config, latents: L
         lines.append(torch.cat([torch.zeros_like(x), decoded.clamp(0, 1)], dim=1))
         model.train()
     return lines
-
-
-def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """x (N, T_x, C, S, S) and y (N, T_y, C, S, S), float32 in [0, 1]."""
-    frames = videos.frames if videos.frames.is_floating_point() else videos.frames.float().div_(255)
-    return frames[:, : config.data.frames_in], frames[:, config.data.frames_in :]
-
-
-def actions(videos: Batch, config: Config) -> Tensor | None:
-    """The actions in the target frames, (N, 14, T_y) float32, where they are the latent of pre-training; else None."""
-    if config.latent.kind != "actions":
-        return None
-    return cast(Clips, videos).target[:, :, config.data.frames_in :]
-
-
-def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where `train.precision` asks for it."""
-    asked = config.train.precision
-    on = asked == "bf16" or (asked == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
-
-
-def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Callable[..., Any]:
-    """torch.compile, or the module itself; "auto" compiles on CUDA."""
-    return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
 
 
 def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) -> None:

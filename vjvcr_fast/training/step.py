@@ -1,0 +1,92 @@
+"""One update of the weights, from a batch of videos: z*, the energy, its gradient, the optimizer. All on the device."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from vjvcr_fast.config import Config, ConfigError
+from vjvcr_fast.data.clips import Clips
+from vjvcr_fast.models.energy import Energy
+from vjvcr_fast.training.build import Batch, build_model
+from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
+from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.processes import Processes
+from vjvcr_fast.training.safety import Skipping
+
+
+class Step:
+    """The model of a run with all that trains it: model, latents, optimizer.
+
+    names: of the numbers that a step returns, but for the last, whether its update was skipped.
+    Raises ConfigError where `train.chunk` does not fit the model.
+    """
+
+    def __init__(self, config: Config, processes: Processes) -> None:
+        settings, device = config.train, processes.device
+        self.config, self.processes = config, processes
+        self.model = build_model(config, device)
+        self.model.group = processes.group
+        decay = settings.weight_decay if self.model.terms.hidden else settings.weight_decay_generative
+        self.latents = Latents(config, self.model)
+        self.optimizer = torch.optim.Adam(self.latents.parameters(), settings.lr, weight_decay=decay, fused=True)
+        self.energy = compiled(processes.parallel(self.model), settings.compile, device)
+        if settings.chunk:
+            try:
+                check_no_mixing(self.model)
+            except ValueError as error:
+                raise ConfigError(f"train.chunk={settings.chunk}: {error}") from None
+        self.skipping = Skipping(self.model, self.optimizer, processes) if settings.on_nonfinite == "skip" else None
+        self.names = (*Energy._fields, *self.latents.names)
+
+    def __call__(self, clips: Batch) -> Tensor:
+        """The terms of the energy, what `latents` measured and whether the update was skipped, (len(names) + 1,)."""
+        config, model, chunk = self.config, self.model, self.config.train.chunk
+        x, y = split_frames(clips, config)
+        if self.skipping:
+            self.skipping.remember()
+        with autocast(config, x.device):
+            z, measured = self.latents.infer(x, y, actions(clips, config))
+            terms = backward_chunked(model, x, y, z, chunk=chunk) if chunk else self.energy(x, y, z)
+        if chunk:
+            self.processes.mean_gradients(model)
+        else:
+            terms.loss.backward()
+        skipped = self.skipping.decide(terms.loss) if self.skipping else x.new_zeros(1)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.latents.project()
+        return torch.cat([torch.stack(terms).detach(), measured, skipped])
+
+    @torch.no_grad()
+    def representations(self, clips: Batch) -> Tensor:
+        """h_x (N, T_x, d) float32 of the whole batch, as training sees it."""
+        x, _ = split_frames(clips, self.config)
+        with autocast(self.config, x.device):
+            return self.processes.gathered(self.latents.encode(x).float())
+
+
+def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
+    """x (N, T_x, C, S, S) and y (N, T_y, C, S, S), float32 in [0, 1]."""
+    frames = videos.frames if videos.frames.is_floating_point() else videos.frames.float().div_(255)
+    return frames[:, : config.data.frames_in], frames[:, config.data.frames_in :]
+
+
+def actions(videos: Batch, config: Config) -> Tensor | None:
+    """The actions in the target frames, (N, 14, T_y) float32, where they are the latent of pre-training; else None."""
+    if config.latent.kind != "actions":
+        return None
+    return cast(Clips, videos).target[:, :, config.data.frames_in :]
+
+
+def autocast(config: Config, device: torch.device) -> torch.autocast:
+    """bfloat16 autocast where `train.precision` asks for it."""
+    asked = config.train.precision
+    on = asked == "bf16" or (asked == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
+
+
+def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Callable[..., Any]:
+    """torch.compile, or the module itself; "auto" compiles on CUDA."""
+    return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
