@@ -269,7 +269,7 @@ def test_an_evaluation_is_the_same_again(run: Path) -> None:
 
 def test_a_run_trained_anew_is_another_evaluation(run: Path, tiny: Config) -> None:
     first = evaluate_run(run)
-    for file in [*run.glob("*.pt"), *run.glob("checkpoints/*.pt")]:
+    for file in [run / "last.pt", run / "best.pt", *run.glob("checkpoints/*.pt")]:
         file.unlink()
     train(override(tiny, {"train.lr": 0.01}), run)
     result = evaluate_run(run)

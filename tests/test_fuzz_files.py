@@ -137,7 +137,7 @@ def test_what_decord_alone_cannot_open_is_left_to_torchcodec(whole: Any, tmp_pat
 ANNOTATION = clevrer_files.annotation(torch.tensor([[True, False], [True, True], [False, True]]), torch.ones(3, 2, 3))
 
 
-@fuzz(150, 5000, content=st.one_of(JSON.map(text_of), changed(ANNOTATION).map(text_of), or_noise(text_of(ANNOTATION))))
+@fuzz(150, 3000, content=st.one_of(JSON.map(text_of), changed(ANNOTATION).map(text_of), or_noise(text_of(ANNOTATION))))
 def test_clevrer_annotations(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "annotation_00000.json"
     path.write_bytes(content)
@@ -172,7 +172,7 @@ def test_values_that_are_no_annotations(tmp_path: Path, field: str, value: Any, 
 SCENE = cater_files.SCENE
 
 
-@fuzz(150, 5000, content=st.one_of(JSON.map(text_of), changed(SCENE).map(text_of), or_noise(text_of(SCENE))))
+@fuzz(150, 3000, content=st.one_of(JSON.map(text_of), changed(SCENE).map(text_of), or_noise(text_of(SCENE))))
 def test_cater_scenes(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "CLEVR_new_000000.json"
     path.write_bytes(content)
@@ -259,7 +259,7 @@ GROUPS = st.dictionaries(
 
 @fuzz(
     200,
-    5000,
+    3000,
     content=st.one_of(JSON.map(text_of), GROUPS.map(text_of), changed(CONFIG).map(text_of), or_noise(text_of(CONFIG))),
 )
 def test_configs(tmp_path: Path, content: bytes) -> None:
@@ -292,7 +292,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, An
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@fuzz(200, 5000, data=DRAWN)
+@fuzz(200, 3000, data=DRAWN)
 def test_checkpoints(saved: tuple[bytes, dict[str, Any]], tmp_path: Path, data: st.DataObject) -> None:
     """What loads is what was saved: torch checks the sums of what it reads."""
     content, right = saved

@@ -147,7 +147,7 @@ def assert_can_be_held(ours: Tensor, right: Tensor, what: str) -> None:
 
 @fuzz(
     250,
-    5000,
+    4000,
     case=cases(),
     form=FORMS,
     gradient=st.sampled_from(("auto", "forward", "backward")),
