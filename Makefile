@@ -15,7 +15,7 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help train test test-slow check format aot bench gpu gpu-paper has-gpu clean
+.PHONY: help train test test-slow check format aot bench bench-compare gpu gpu-paper has-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; regi
 
 bench: $(VENV)/.dev  ## benchmarks against the reference; writes benchmarks/results/
 	$(BIN)/python -m pytest benchmarks $(ARGS)
+
+bench-compare: $(VENV)/.dev  ## REF=<commit>: its speed against the working tree's, run alternately; fails over 10%
+	$(BIN)/python benchmarks/compare.py $(REF) --build $(ARGS)
 
 # A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
 GPU_VENV := .venv-gpu
