@@ -15,7 +15,7 @@ from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
-from vjvcr_fast.training.latents import DEAD, GAIN, LEAST, MOST, NOISE, Latents
+from vjvcr_fast.training.latents import DEAD, GAIN, LEAST, MOST, NOISE, DuringForward, Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
 from vjvcr_fast.training.step import split_frames
 
@@ -133,6 +133,30 @@ def test_training(tmp_path: Path, tiny_stochastic: Config, name: str, row: str) 
     else:
         columns = checkpoint.load(tmp_path / "last.pt")["model"]["predictor.latent_in.weight"].norm(dim=0)
         assert columns.tolist() == pytest.approx([1.0] * 6, rel=FLOAT32)
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative"])
+def test_representations_are_made_once(tiny_stochastic: Config, name: str, row: str) -> None:
+    """Inferring z* from those that the update sees gives the z*, energy, gradient and statistics of inferring first."""
+    config = latent(override(tiny_stochastic, {"model.row": row}), name)
+    x, y = split_frames(batch(config), config)
+    found = []
+    for during in (False, True):
+        latents, model = latents_of(config)
+        inference, calls = DuringForward(latents), []
+        model.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        z, measured = (inference, None) if during else latents.infer(x, y)
+        terms = model(x, y, z)
+        terms.loss.backward()
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        found.append((terms, inference.measured if during else measured, gradients, [*model.buffers()], len(calls)))
+    (before, *first), (after, *second) = found
+    for a, b in zip(before, after, strict=True):
+        torch.testing.assert_close(b, a, rtol=FLOAT32, atol=1e-6)
+    for a, b in zip(first[:-1], second[:-1], strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-6)
+    assert (first[-1], second[-1]) == ((4, 2) if row != "generative" else (2, 1))
 
 
 def test_the_predictor_alone_decays(tiny_stochastic: Config) -> None:

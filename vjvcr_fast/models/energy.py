@@ -1,7 +1,7 @@
 """The energy of VJ-VCR and of the generative baseline, equations (5) and (7): one model, four settings (Table 1)."""
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +10,8 @@ from vjvcr_fast.analytic import compute_dtype
 from vjvcr_fast.latents import HeadEnergy, LatentEnergy
 from vjvcr_fast.losses import VCRTerms, vcr_loss
 from vjvcr_fast.models.convnet import MLPPredictor
+
+Infer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor], Tensor]  # (h_x, h_y, y) -> z
 
 
 class Row(NamedTuple):
@@ -78,23 +80,25 @@ class EnergyModel(nn.Module):
         self.group: Any = None  # of torch.distributed: processes whose batches, as many videos on each, are one
         self.gamma = gamma if self.terms.hidden else 1.0
 
-    def forward(self, x: Tensor, y: Tensor, z: Tensor | None = None) -> Energy:
-        """x (N, T_x, C, H, W), y (N, T_y, C, H, W), in [0, 1]; z (N, ...), for a predictor with a latent.
+    def forward(self, x: Tensor, y: Tensor, z: Tensor | Infer | None = None) -> Energy:
+        """x (N, T_x, C, H, W), y (N, T_y, C, H, W), in [0, 1]; z (N, ...), for a predictor with a latent, or what
+        infers it: called with h_x, h_y, where the row has a hidden term, and y.
 
         Returns the Energy of the batch, in float32 at least.
         """
         h_x = self.encoder(x)
+        h_y = self.encoder(y) if self.terms.hidden or self.terms.vcr else None
+        if callable(z):
+            z = z(h_x, h_y if self.terms.hidden else None, y)
         predicted = self._predicted(h_x, z)
         hidden = pixel = variance = covariance = loss = x.new_zeros(())
-        if self.terms.hidden or self.terms.vcr:
-            h_y = self.encoder(y)
-            if self.terms.hidden:
-                hidden = F.mse_loss(predicted.to(x.dtype), h_y.to(x.dtype))
-                loss = loss + hidden
-            if self.terms.vcr:
-                vcr = self.vcr([h_x, h_y])
-                variance, covariance = vcr.variance, vcr.covariance
-                loss = loss + vcr.loss
+        if self.terms.hidden and h_y is not None:
+            hidden = F.mse_loss(predicted.to(x.dtype), h_y.to(x.dtype))
+            loss = loss + hidden
+        if self.terms.vcr and h_y is not None:
+            vcr = self.vcr([h_x, h_y])
+            variance, covariance = vcr.variance, vcr.covariance
+            loss = loss + vcr.loss
         if self.decoder is not None:
             pixel = F.mse_loss(self.decoder(predicted).to(x.dtype), y)
             loss = loss + self.gamma * pixel

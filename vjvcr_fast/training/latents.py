@@ -47,6 +47,21 @@ class Inferred(NamedTuple):
     measured: Tensor
 
 
+class DuringForward:
+    """What an EnergyModel's forward calls for z*, with the representations that the update sees: they are made once.
+    measured: of the last call."""
+
+    def __init__(self, latents: "Latents") -> None:
+        self.latents = latents
+        self.measured = torch.empty(0)
+
+    @torch._disable_dynamo  # a loop, of operators that the compiler does not see into
+    def __call__(self, h_x: Tensor, h_y: Tensor | None, y: Tensor) -> Tensor:
+        found = self.latents.infer_from(h_x, h_y, y)
+        self.measured = found.measured
+        return cast(Tensor, found.z)
+
+
 class Latents:
     """The latent variable of one run: `config.latent`, with what of it changes while training.
 
@@ -70,11 +85,17 @@ class Latents:
 
         Never waits for the device: where energies are not finite z* is 0, and the loss says so.
         """
-        settings, model = self.settings, self.model
-        if settings.kind == "none":
+        if self.settings.kind == "none":
             return Inferred(None, x.new_empty(0))
         if given is not None:
             return Inferred(given.flatten(1), x.new_empty(0))
+        h_y = self.encode(y) if self.model.terms.hidden else None
+        return self.infer_from(self.encode(x), h_y, y)
+
+    @torch.no_grad()
+    def infer_from(self, h_x: Tensor, h_y: Tensor | None, y: Tensor) -> Inferred:
+        """`infer` of representations h_x (N, T_x, d), h_y (N, T_y, d), that have been made already."""
+        settings = self.settings
         latent: DiscreteLatent | SparseLatent | ContinuousLatent = DiscreteLatent(settings.heads, check=False)
         if settings.kind == "actions":
             latent = ContinuousLatent(
@@ -85,7 +106,7 @@ class Latents:
                 clamp=(0.0, 1.0),
                 step_rule=settings.step_rule,
                 tolerance=settings.tolerance,
-                compile=self.compile == "on" or (self.compile == "auto" and x.is_cuda),
+                compile=self.compile == "on" or (self.compile == "auto" and h_x.is_cuda),
                 check=False,
             )
         if settings.kind == "sparse":
@@ -100,11 +121,10 @@ class Latents:
                 tolerance=settings.tolerance,
                 check=False,
             )
-        h_y = self.encode(y) if model.terms.hidden else None
-        found = latent.infer_from(model, self.encode(x), h_y, y)
+        found = latent.infer_from(self.model, h_x, h_y, y)
         shares = found.z.mean(dim=0) if settings.kind == "discrete" else found.zeros.mean()[None]
         measured = torch.cat([found.energy.mean()[None], shares])
-        return Inferred(found.z, measured if self.names else x.new_empty(0))
+        return Inferred(found.z, measured if self.names else h_x.new_empty(0))
 
     def parameters(self) -> list[Any]:
         """Of the model, for an optimizer: with a sparse latent the predictor's apart, for their own weight decay."""

@@ -11,7 +11,7 @@ from vjvcr_fast.data.clips import Clips
 from vjvcr_fast.models.energy import Energy
 from vjvcr_fast.training.build import Batch, build_model
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.latents import DuringForward, Latents
 from vjvcr_fast.training.processes import Processes
 from vjvcr_fast.training.safety import Skipping
 
@@ -31,6 +31,7 @@ class Step:
         decay = settings.weight_decay if self.model.terms.hidden else settings.weight_decay_generative
         self.latents = Latents(config, self.model)
         self.optimizer = torch.optim.Adam(self.latents.parameters(), settings.lr, weight_decay=decay, fused=True)
+        self.inference = DuringForward(self.latents)
         self.energy = compiled(processes.parallel(self.model), settings.compile, device)
         if settings.chunk:
             try:
@@ -47,8 +48,13 @@ class Step:
         if self.skipping:
             self.skipping.remember()
         with autocast(config, x.device):
-            z, measured = self.latents.infer(x, y, actions(clips, config))
-            terms = backward_chunked(model, x, y, z, chunk=chunk) if chunk else self.energy(x, y, z)
+            given = actions(clips, config)
+            if chunk or given is not None or config.latent.kind == "none":
+                z, measured = self.latents.infer(x, y, given)
+                terms = backward_chunked(model, x, y, z, chunk=chunk) if chunk else self.energy(x, y, z)
+            else:
+                terms = self.energy(x, y, self.inference)
+                measured = self.inference.measured
         if chunk:
             self.processes.mean_gradients(model)
         else:
