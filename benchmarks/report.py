@@ -18,6 +18,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 LOSSES = RESULTS / "losses-cpu.json"
 DECODE = RESULTS / "decode-cpu.json"
 DISTRIBUTED = RESULTS / "distributed-cpu.json"
+LATENTS = RESULTS / "latents-cpu.json"
+TRAINING = RESULTS / "training-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
 
@@ -111,6 +113,49 @@ def _megabytes(row: Row | None) -> str:
     return f"**{shown}**" if row["auto"] else shown
 
 
+def training() -> str:
+    """A whole step of every preset, ours against the reference way; and telemetry's part in it."""
+    results, cells = json.loads(TRAINING.read_text()), []
+    for row in results["rows"]:
+        if "x reference" in row:
+            compiled = f"{row['x compiled reference']:.2f}x" if "x compiled reference" in row else ""
+            who = (row["preset"], row["latent"], row["provider"])
+            cells.append((*who, f"{row['x reference']:.2f}x", compiled, row.get("target", "")))
+    titles = ("preset", "latent", "provider", "vs reference", "vs compiled reference", "goal")
+    (telemetry,) = (row for row in results["rows"] if "x without" in row)
+    speed = f"{telemetry['x without']:.2f}"
+    about = f"With {telemetry['provider']} training has {speed} of its speed without; what differs from 1 is noise."
+    return f"{_markdown(titles, cells)}\n\n{_measured(results, TRAINING)} {about}"
+
+
+def parts() -> str:
+    """What share of our step each part takes."""
+    results = json.loads(TRAINING.read_text())
+    rows = [row for row in results["rows"] if row["provider"] == "parts"]
+    names = [name for name, value in rows[0].items() if isinstance(value, float) and name != "busy_elsewhere"]
+    cells = [(row["preset"], row["latent"], *(f"{row[name]:.1%}" for name in names)) for row in rows]
+    return f"{_markdown(('preset', 'latent', *names), cells)}\n\n{_measured(results, TRAINING)}"
+
+
+def latents() -> str:
+    """Inference of z*, ours against loops in plain torch."""
+    results, cells = json.loads(LATENTS.read_text()), []
+    for row in results["rows"]:
+        ratio = row.get("x G and r")
+        cells.append(
+            (row["hidden, T_y x d"], row["provider"], f"{row['x eager']:.2f}x", f"{ratio:.2f}x" if ratio else "")
+        )
+    titles = ("hidden, T_y x d", "provider", "vs the first of its shape", "vs G and r")
+    return f"{_markdown(titles, cells)}\n\n{_measured(results, LATENTS)}"
+
+
+def _measured(results: Results, path: Path) -> str:
+    """Where, by which command, and the file."""
+    where = f"{results['processor']}, {results['threads']} threads, torch {results['torch']}"
+    link = f"[{path.name}](../{path.relative_to(ROOT).as_posix()})"
+    return f"Medians of one run on {where}: `{results['command']}`, {link}."
+
+
 def table(path: Path) -> str:
     """A table of the paper, without its title."""
     return path.read_text().split("\n", 2)[2].strip()
@@ -124,7 +169,10 @@ PARTS: dict[str, Callable[[], str]] = {
     "decode": decode,
     "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
 }
-PAGES = {ROOT / "docs" / "guides" / "several-gpus.md": {"distributed": distributed}}
+PAGES: dict[Path, dict[str, Callable[[], str]]] = {
+    ROOT / "docs" / "guides" / "several-gpus.md": {"distributed": distributed},
+    ROOT / "docs" / "benchmarks.md": {"training": training, "parts": parts, "latents": latents},
+}
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
 
 
