@@ -21,7 +21,7 @@ import providers
 import pytest
 import torch
 from providers import SIGMA, Case, Outputs, Provider, compiled
-from timing import BusyElsewhere
+from timing import BusyElsewhere, Host, peak_bytes
 
 SECONDS, SECONDS_FULL = 3.0, 30.0  # a case's rounds take about this long ...
 ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
@@ -95,7 +95,7 @@ def test_vcr_loss(case, benchmark, report, full):
         if "compiled" in name:
             step()
         started = time.perf_counter()
-        outputs, peak = _watch_memory(step)
+        outputs, peak = peak_bytes(step, Host())
         seconds = time.perf_counter() - started
         error = max(providers.errors(outputs, loss, gradient))
         assert error <= max(providers.tolerance("fp32", case.n)), (
@@ -160,18 +160,3 @@ def _compare(rows: dict[str, dict[str, Any]], case: Case) -> None:
         if name == "ours":
             row["target"] = case.target
             row["met"] = "yes" if row["x eager"] >= case.target else "no"
-
-
-# -- Measuring ------------------------------------------------------------------------------------------------------
-
-
-def _watch_memory(step: Step) -> tuple[Outputs, int]:
-    """(what step returns, the most bytes it holds at once beyond what was there before)."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        outputs = step()
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    level = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        level += event.nbytes()
-        peak = max(peak, level)
-    return outputs, peak

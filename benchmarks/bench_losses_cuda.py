@@ -27,7 +27,20 @@ import records
 import torch
 from providers import SIGMA, Case, Outputs, Parts, Provider
 from records import Row
-from timing import COPIED, PRECISIONS, Ceilings, Cuda, Device, Region, ceilings, copies, precision, spread, take_turns
+from timing import (
+    COPIED,
+    PRECISIONS,
+    Ceilings,
+    Cuda,
+    Device,
+    Region,
+    ceilings,
+    copies,
+    peak_bytes,
+    precision,
+    spread,
+    take_turns,
+)
 from torch import Tensor
 
 from vjvcr_fast import backends
@@ -170,7 +183,7 @@ def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Ro
     """Whether function runs and is right; the reason why not, or errors and memory, are put into row."""
     try:
         providers.step(function, parts)  # compiles, tunes
-        outputs, peak = _watch_memory(functools.partial(providers.step, function, parts), device)
+        outputs, peak = peak_bytes(functools.partial(providers.step, function, parts), device)
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"
         return False
@@ -183,17 +196,6 @@ def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Ro
 
 def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0][:200]
-
-
-def _watch_memory(step: Callable[[], Outputs], device: Device) -> tuple[Outputs, int]:
-    """(what step returns, the most bytes it holds at once beyond what was there before)."""
-    if device.torch_device.type != "cuda":
-        return step(), 0
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    outputs = step()
-    return outputs, torch.cuda.max_memory_allocated() - before
 
 
 def _time_graphs(

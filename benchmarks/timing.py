@@ -191,6 +191,26 @@ def spread(times: list[float]) -> Spread:
     return Spread(median, min(times), high - low)
 
 
+# -- Memory ---------------------------------------------------------------------------------------------------------
+
+
+def peak_bytes(function: Callable[[], Any], device: Device) -> tuple[Any, int]:
+    """(what function returns, the most bytes it holds at once beyond what was there before)."""
+    if device.torch_device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        return function(), torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        outputs = function()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    level = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        level += event.nbytes()
+        peak = max(peak, level)
+    return outputs, peak
+
+
 # -- Precision ------------------------------------------------------------------------------------------------------
 
 
