@@ -93,6 +93,12 @@ def test_other_shapes_are_refused(run: Path, name: str, shape: tuple[int, ...], 
         getattr(vjvcr_fast.load(run), name)(torch.rand(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.bool])
+def test_whole_numbers_of_unknown_scale_are_refused(run: Path, dtype: torch.dtype) -> None:
+    with pytest.raises(ValueError, match=f"frames are {dtype}: uint8, or floating point"):
+        vjvcr_fast.load(run).encode(torch.ones(1, 2, 3, 16, 16, dtype=dtype))
+
+
 def test_of_a_run_on_grey_digits(tmp_path: Path) -> None:
     model = vjvcr_fast.load(made_run(tmp_path / "digits", TINY))
     colours = torch.rand(2, 2, 3, 16, 16)
@@ -203,7 +209,41 @@ def test_errors(tmp_path: Path, run: Path, videos: Path, capsys: pytest.CaptureF
     assert "no videos" in fails(capsys, [str(run), str(tmp_path / "empty"), *out], 1)
     short = next(videos.glob("*.avi"))
     assert "1 videos, but none with 5 times 1 frames" in fails(capsys, [str(run), str(short), *out], 1)
+    assert "a folder; the name of a file is needed" in fails(capsys, [str(run), str(videos), "--out", str(tmp_path)], 2)
     assert not [*tmp_path.glob("*f.safetensors*")]
+
+
+def test_a_video_is_not_overwritten(
+    tmp_path: Path, run: Path, videos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tmp_path / "own.mp4"
+    own.write_bytes(next(videos.glob("*.mp4")).read_bytes())
+    (tmp_path / "link.mp4").symlink_to(own)
+    before = own.read_bytes()
+    for out in (own, tmp_path / "link.mp4"):
+        assert "is one of the videos" in fails(capsys, [str(run), str(own), "--out", str(out)], 2)
+    assert own.read_bytes() == before
+
+
+def test_a_video_that_changes_at_work_leaves_nothing_behind(
+    tmp_path: Path, run: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its windows have their places in the file already, so not even "skip" can leave it out."""
+    whole, own, look = next(videos.glob("*.mp4")), tmp_path / "own.mp4", embedding._sources
+    own.write_bytes(whole.read_bytes())
+
+    def cut_off(*arguments: Any) -> Any:
+        found = look(*arguments)
+        own.write_bytes(b"")
+        return found
+
+    monkeypatch.setattr(embedding, "_sources", cut_off)
+    out = tmp_path / "f.safetensors"
+    out.write_bytes(b"from before")
+    arguments = [str(run), str(whole), str(own), "--out", str(out), "--on-bad-video", "skip"]
+    assert str(own) in fails(capsys, arguments, 1)
+    assert out.read_bytes() == b"from before"
+    assert not [*tmp_path.glob(".*")]
 
 
 def test_a_bad_video_stops_or_is_left_out(

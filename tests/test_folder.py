@@ -177,6 +177,24 @@ def test_train_and_evaluate(
     assert "speed" not in capsys.readouterr().out
 
 
+def test_a_run_with_a_latent_is_measured_at_what_is_inferred(root: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tqdm")
+    run = tmp_path / "run"
+    latent = ["--latent.kind=sparse", "--latent.dim=3", "--latent.iterations=3"]
+    assert main(["train", "--data", "folder", "--out", str(run), *arguments(root), *latent]) == 0
+    assert main(["evaluate", str(run), "--evaluate.decoder-steps", "2"]) == 0
+    result = json.loads((run / "evaluation.json").read_text())
+    assert result["latent"] == "sparse"
+    assert result["psnr"] > 0
+
+
+def test_table1_needs_speeds(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["reproduce", "table1", "--data", "folder", "--out", str(tmp_path / "t"), f"--data.root={root}"]
+    assert main(asked) == 2
+    assert "data.dataset=folder: table 1 measures speeds, and none is known there" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 def test_no_speed_to_probe(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.probe_every=100: must be 0 \(never\) where data\.dataset=folder"):
         override(preset("clevrer-mini"), {"data.dataset": "folder", "train.probe_every": 100})

@@ -251,7 +251,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.evaluation.latents import evaluate_latents
 
     config = _config_of_run(arguments)
-    kind = config.latent.kind
+    # The z* of any videos has no classes to be told by; the rest is measured at it.
+    kind = "none" if config.data.dataset == "folder" else config.latent.kind
     kinds: dict[str, tuple[Any, str]] = {
         "none": (evaluate_run, "evaluation.json"),
         "actions": (evaluate_actions, "actions.json"),

@@ -21,7 +21,7 @@ from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.scan import DataError, Split, probe, scan
 from vjvcr_fast.data.workers import Pool
 
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv")
+SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}
 CACHE = "vjvcr-cache"
 HELD_OUT = 10  # one video in so many

@@ -45,7 +45,7 @@ class Trained:
 
     def encode(self, frames: Tensor) -> Tensor:
         """frames: (N, T, C, H, W) of any size and device, uint8, or floating point in [0, 1]; C is 3, or that of the
-        run. They are resized to its canvas. Returns h (N, T, d) float32. Raises ValueError for other shapes."""
+        run. They are resized to its canvas. Returns h (N, T, d) float32. Raises ValueError for other frames."""
         return self.model.encoder(self.prepare(frames))
 
     def predict(self, x: Tensor, y: Tensor | None = None) -> Tensor:
@@ -70,6 +70,8 @@ class Trained:
         if frames.ndim != 5 or frames.shape[2] not in (3, data.channels):
             kinds = f"(N, T, C, H, W) with C = {' or '.join(map(str, sorted({3, data.channels})))}"
             raise ValueError(f"frames have shape {tuple(frames.shape)}: {kinds} is needed")
+        if frames.dtype != torch.uint8 and not frames.is_floating_point():
+            raise ValueError(f"frames are {frames.dtype}: uint8, or floating point in [0, 1], is needed")
         frames = frames.to(next(self.model.parameters()).device)
         flat, size = frames.flatten(0, 1), (data.canvas, data.canvas)
         if frames.dtype == torch.uint8:
@@ -111,12 +113,15 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     videos: files, or folders with files in them. config: the run's, where its device or decoder differ. every: frames
     from one window to the next, counted with the stride; 0: one after another.
 
-    Raises FolderError where there are no videos or windows; VideoError for one that cannot be read, unless
-    `data.on_bad_video` is "skip" and it is found before the first is embedded; as `load_run`.
+    Raises ConfigError where `out` is a folder or one of the videos; FolderError where there are no videos or windows;
+    VideoError for one that cannot be read, unless `data.on_bad_video` is "skip" and it is found before the first is
+    embedded; as `load_run`.
     """
     for name, value, least in (("batch", batch, 1), ("every", every, 0)):
         if value < least:
             raise ConfigError(f"--{name}={value}: must be at least {least}")
+    if out.is_dir():
+        raise ConfigError(f"--out={out}: a folder; the name of a file is needed")
     config, model = load_run(run, config)
     data, trained = config.data, Trained(config, model)
     length = data.frames_in + data.frames_out
@@ -132,8 +137,13 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
             device=next(model.parameters()).device,
             pool=pool,
         )
-        windows = [(i, int(start)) for i, source in enumerate(sources) for start in source.starts]
+        counts = torch.tensor([len(source.starts) for source in sources])
+        video = torch.arange(len(sources)).repeat_interleave(counts)
+        start = torch.cat([source.starts for source in sources]) * data.stride
+        windows = len(start)
         names = [str(source.path) for source in sources]
+        if out.exists() and any(source.path.samefile(out) for source in sources):
+            raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
         about = {
             "videos": json.dumps(names),
             "run": str(run),
@@ -143,27 +153,25 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
             "vjvcr_fast": __version__,
         }
         shapes = {
-            "h_x": (len(windows), data.frames_in, trained.d),
-            "h_y": (len(windows), data.frames_out, trained.d),
-            "predicted": (len(windows), data.frames_out, trained.d),
-            "video": (len(windows),),
-            "start": (len(windows),),
+            "h_x": (windows, data.frames_in, trained.d),
+            "h_y": (windows, data.frames_out, trained.d),
+            "predicted": (windows, data.frames_out, trained.d),
+            "video": (windows,),
+            "start": (windows,),
         }
-        numbers = torch.tensor(windows, dtype=torch.int64)
-        numbers[:, 1] *= data.stride
 
         def write(file: BinaryIO) -> None:
             table = _Table(file, shapes, about)
             done = 0
-            with files.progress(total=len(windows), desc="embed", unit="window") as bar:
+            with files.progress(total=windows, desc="embed", unit="window") as bar:
                 for part in clips.in_order(batch):
-                    rows = numbers[done : done + len(part.frames)]
+                    rows = slice(done, done + len(part.frames))
                     done += len(part.frames)
-                    table.append({**_features(trained, part.frames), "video": rows[:, 0], "start": rows[:, 1]})
+                    table.append({**_features(trained, part.frames), "video": video[rows], "start": start[rows]})
                     bar.update(len(part.frames))
 
         files.replace(out, write)
-    return Embedded(len(windows), names, bad)
+    return Embedded(windows, names, bad)
 
 
 @torch.no_grad()

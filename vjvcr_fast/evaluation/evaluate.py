@@ -116,6 +116,7 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
     decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
     return {
         "row": config.model.row,
+        "latent": config.latent.kind,  # predictions are at z*, inferred from the target frames, where there is one
         **probed,
         "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),

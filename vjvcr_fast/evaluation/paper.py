@@ -68,6 +68,8 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
 
     Raises: as `fill_cache`, `train` and `evaluate_run`; ImportError without matplotlib.
     """
+    if not config.data.has_speed:
+        raise ConfigError(f"data.dataset={config.data.dataset}: table 1 measures speeds, and none is known there")
     figures.require_matplotlib()
     if config.data.dataset != "moving-mnist" and config.data.cache != "off":
         fill_cache(config)
