@@ -18,7 +18,7 @@ import torch
 from tolerances import BFLOAT16_TRAINING, COMPILED_TRAINING, COMPILED_TRAINING_LATER, FLOAT32
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vjvcr_fast.cli import main
+from vjvcr_fast.cli import REQUEUE, main
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.data.digits import Digits
 from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
@@ -521,7 +521,7 @@ def test_a_process_stopped_by_a_signal(
         process.send_signal(number)
         shown = process.stderr.read() if process.stderr else ""
     step = checkpoint.load(run / "last.pt")["step"]
-    assert process.returncode == 130, shown
+    assert process.returncode == REQUEUE, shown
     assert f"vjvcr-fast: stopped at step {step} of 1000000; the same command goes on from there" in shown
     assert "Traceback" not in shown
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 1_000_000
