@@ -20,8 +20,10 @@ DECODE = RESULTS / "decode-cpu.json"
 DISTRIBUTED = RESULTS / "distributed-cpu.json"
 LATENTS = RESULTS / "latents-cpu.json"
 TRAINING = RESULTS / "training-cpu.json"
+SCALING = RESULTS / "scaling-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
+SCALED = DOCS / "scaling-cpu.png"
 
 Results = Row = dict[str, Any]
 
@@ -162,6 +164,28 @@ def latents() -> str:
     return f"{_markdown(titles, cells)}\n\n{_measured(results, LATENTS)}"
 
 
+def scaling() -> str:
+    """Ours against the reference as sizes grow, and what the choice of the form costs."""
+    results, cells = json.loads(SCALING.read_text()), []
+    shapes: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in results["rows"]:
+        shapes.setdefault((row["sweep"], f"({row['N']}, {row['T']}, {row['d']})"), {})[row["provider"]] = row
+    for (sweep, shape), providers in shapes.items():
+        ours, reference = providers["ours"], providers["eager reference"]
+        gram, covariance = (providers[f"ours, {form} form"]["x reference"] for form in ("Gram", "covariance"))
+        memory = f"{reference['copies']:.1f} -> {ours['copies']:.1f}"
+        numbers = (f"{ours['x reference']:.2f}x", f"{gram:.2f}x", f"{covariance:.2f}x", f"{ours['choice']:.2f}")
+        cells.append((sweep, shape, *numbers, memory, f"{ours['error']:.0e}"))
+    titles = ("varies", "(N, T, d)", "ours", "Gram form", "covariance form", "choice", "copies of h", "error")
+    worst = max(providers["ours"]["choice"] for providers in shapes.values())
+    about = (
+        "Ratios are against the eager reference; choice is the time of the form that `auto` takes over that of the "
+        f"faster one, {worst:.2f} at worst; copies of h are the peak beyond it, the reference's and ours; the error is "
+        "relative, of loss or gradient, whichever is larger."
+    )
+    return f"{_markdown(titles, cells)}\n\n{about} {_measured(results, SCALING)}"
+
+
 def _measured(results: Results, path: Path) -> str:
     """Where, by which command, and the file."""
     where = f"{results['processor']}, {results['threads']} threads, torch {results['torch']}"
@@ -185,7 +209,7 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "guides" / "several-gpus.md": {"distributed": distributed},
-    ROOT / "docs" / "benchmarks.md": {"training": training, "parts": parts, "latents": latents},
+    ROOT / "docs" / "benchmarks.md": {"training": training, "scaling": scaling, "parts": parts, "latents": latents},
 }
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
 
@@ -335,9 +359,46 @@ def accuracy(paths: Sequence[Path], out: Path) -> None:
     figure.savefig(out, dpi=130)
 
 
+def scaling_figure(path: Path, out: Path) -> None:
+    """Time, over ours at the smallest size, memory and error against d, N and T, log-log."""
+    from matplotlib.figure import Figure
+
+    rows = json.loads(path.read_text())["rows"]
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    axes = figure.subplots(3, 3, sharex="col")
+    for column, sweep in enumerate(("d", "N", "T")):
+        of_sweep = [row for row in rows if row["sweep"] == sweep]
+        unit = min((row for row in of_sweep if row["provider"] == "ours"), key=lambda row: row[sweep])["median_ms"]
+        for i, name in enumerate(dict.fromkeys(row["provider"] for row in of_sweep)):
+            points = sorted((row for row in of_sweep if row["provider"] == name), key=lambda row: row[sweep])
+            x = [row[sweep] for row in points]
+            lines = (
+                [row["median_ms"] / unit for row in points],
+                [r["copies"] for r in points],
+                [r["error"] for r in points],
+            )
+            for axis, y in zip(axes[:, column], lines, strict=True):
+                style = {"linewidth": 2.5, "alpha": 0.5} if name == "ours" else {"linewidth": 1}
+                axis.plot(x, y, "-o", color=f"C{i}", markersize=3, label=name, **style)
+        for axis, what in zip(
+            axes[:, column], ("time, ours at the left = 1", "peak memory, copies of h", "error"), strict=True
+        ):
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.grid(alpha=0.3)
+            if column == 0:
+                axis.set_ylabel(what)
+        fixed = ", ".join(f"{size} = {of_sweep[0][size]}" for size in "NTd" if size != sweep)
+        axes[2, column].set_xlabel(f"{sweep}  ({fixed})")
+    axes[0, 0].legend(fontsize=8)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
 if __name__ == "__main__":
     README.write_text(render(README.read_text(), newest=True))
     for page, parts in PAGES.items():
         page.write_text(rendered(page.read_text(), parts, page.name))
     if files := sorted(RESULTS.glob("accuracy-*.json")):
         accuracy(files, ACCURACY)
+    scaling_figure(SCALING, SCALED)
