@@ -75,7 +75,15 @@ def test_loss_and_gradient_are_those_of_one_pass(row: str, chunk: int) -> None:
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize(
     "options",
-    [{"latent": 4}, {"checkpoint": True}, {"threshold": 1e-6}, {"threshold": 10.0}, {"gamma": 0.0}, {"beta": 0.0}],
+    [
+        {"latent": 4},
+        {"checkpoint": True},
+        {"threshold": 1e-6},
+        {"threshold": 10.0},
+        {"gamma": 0.0},
+        {"beta": 0.0},
+        {"distance": "sum"},
+    ],
     ids=str,
 )
 def test_with_a_latent_and_other_settings(row: str, options: dict) -> None:
@@ -139,7 +147,7 @@ def test_random_layers_draw_the_same_numbers_twice() -> None:
     of.encoder, of.predictor = Dropping(of.encoder), Dropping(of.predictor)
     parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
     torch.manual_seed(5)
-    h = [(of.encoder(x[p]), of.encoder(y[p])) for p in parts]
+    h = [(of.encoder(x[p]), of.encode_targets(y[p])) for p in parts]
     h_x, h_y = (torch.cat(frames) for frames in zip(*h, strict=True))
     vcr = vcr_loss([h_x, h_y], alpha=of.alpha, beta=of.beta)
     predicted = torch.cat([of.predictor(h_x[p]) for p in parts])

@@ -136,6 +136,8 @@ SAMPLES = {
     "data.decoder": "decord",
     "data.on_bad_video": "skip",
     "model.kind": "simvp",
+    "data.split": "development",
+    "model.distance": "sum",
 }
 
 
@@ -247,6 +249,16 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
         ({"data.speed": "-1,2"}, "data.speed=(-1.0, 2.0): must be LOW,HIGH with 0 <= LOW <= HIGH"),
         ({"model.alpha": -0.1}, "model.alpha=-0.1: must be at least 0"),
         ({"model.eps": -1}, "model.eps=-1.0: must be at least 0"),
+        ({"model.norm_scale": 0}, "model.norm_scale=0.0: must be above 0"),
+        ({"train.warmup": -1}, "train.warmup=-1: must be 0 (none) or more"),
+        (
+            {"model.distance": "sum", "latent.kind": "sparse"},
+            "model.distance=sum: must be mean where latent.kind=sparse",
+        ),
+        (
+            {"data.dataset": "clevrer", "data.split": "development"},
+            "data.split=development: must be validation where data.dataset=clevrer",
+        ),
         ({"model.hidden": 0}, "model.hidden=0: must be at least 1"),
         ({"latent.heads": 1}, "latent.heads=1: must be at least 2"),
         ({"latent.dim": 0}, "latent.dim=0: must be at least 1"),

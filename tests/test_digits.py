@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from vjvcr_fast.data import digits as module
-from vjvcr_fast.data.digits import SETS, Digits, DigitsError, load_digits, split_digits
+from vjvcr_fast.data.digits import SETS, Digits, DigitsError, development_digits, load_digits, split_digits
 
 REAL = os.environ.get(module.ENVIRONMENT)  # before the fixture below hides it
 IMAGES, LABELS = SETS["train"]
@@ -350,3 +350,16 @@ def test_download_into_a_file(tmp_path: Path, mirror: tuple[str, Path]) -> None:
     with pytest.raises(DigitsError, match="file"):
         load_digits(tmp_path / "file", download=True, mirror=mirror[0])
     assert (tmp_path / "file").read_text() == "precious"
+
+
+@pytest.mark.parametrize("count", [200, 5_000])
+def test_development_is_of_the_training_digits(count: int) -> None:
+    digits = numbered(count)
+    train, held_out = development_digits(digits)
+    outer_train, validation = split_digits(digits)
+    known, chosen = set(train.labels.tolist()), set(held_out.labels.tolist())
+    assert known.isdisjoint(chosen)
+    assert known | chosen == set(outer_train.labels.tolist())
+    assert (known | chosen).isdisjoint(validation.labels.tolist())
+    assert train.source == held_out.source
+    assert f"{len(train):,} train / {len(held_out):,} development" in train.source

@@ -71,7 +71,7 @@ def test_discrete_takes_the_head_of_least_energy(tiny_stochastic: Config) -> Non
     model.eval()
     z, measured = latents.infer(x, y)
     with torch.no_grad():
-        h_y = model.encoder(y)
+        h_y = model.encode_targets(y)
         each = torch.stack(
             [(model.predict(x, one.expand(16, -1)) - h_y).square().mean(dim=(1, 2)) for one in torch.eye(3)], dim=1
         )
@@ -93,7 +93,7 @@ def test_sparse_lowers_the_energy_and_measures_its_zeros(tiny_stochastic: Config
     means = dict(zip(latents.names, measured.tolist(), strict=True))
     assert means["zeros"] == pytest.approx((z == 0).float().mean().item())
     with torch.no_grad():
-        h_y = model.encoder(y)
+        h_y = model.encode_targets(y)
         hidden = (model.predict(x, z) - h_y).square().mean(dim=(1, 2))
         at_zero = (model.predict(x, torch.zeros_like(z)) - h_y).square().mean(dim=(1, 2))
     energy = hidden + 1e-3 * z.abs().sum(dim=1)
@@ -145,7 +145,8 @@ def test_representations_are_made_once(tiny_stochastic: Config, name: str, row: 
     for during in (False, True):
         latents, model = latents_of(config)
         inference, calls = DuringForward(latents), []
-        model.encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        for encoder in filter(None, (model.encoder, model.twin)):
+            encoder.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         z, measured = (inference, None) if during else latents.infer(x, y)
         terms = model(x, y, z)
         terms.loss.backward()
@@ -185,6 +186,7 @@ def test_validation_is_at_z_star(tiny_stochastic: Config, name: str) -> None:
     measured = loop.validate(model, videos, config, latents)
     assert model.training
     assert all(value.equal(before[key]) for key, value in model.state_dict().items()), "held-out videos left a trace"
+    model.eval()
     with torch.no_grad():
         losses = []
         for start in (0, 8):

@@ -240,7 +240,7 @@ def test_z_missing_or_not_wanted(sizes: dict[str, int], width: int | None, messa
 
 
 def by_definition(model: EnergyModel, row: str, x: Tensor, y: Tensor) -> Tensor:
-    h_x, h_y = model.encoder(x), model.encoder(y)
+    h_x, h_y = model.encoder(x), model.encode_targets(y)
     predicted = model.predictor(h_x)
     alpha, beta, gamma = WEIGHTS.values()
     if row == "vj-vcr":
@@ -321,17 +321,61 @@ def test_generative_model_without_vcr_never_encodes_y(training: bool) -> None:
 @pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative-vcr"])
 def test_other_rows_encode_x_and_y_once_each(row: str) -> None:
     model, x, y = energy(row), frames(T_X), frames(T_Y)
-    calls = Calls(model.encoder)
+    of_x, of_y = Calls(model.encoder), Calls(model.twin)
     model(x, y)
-    assert len(calls.inputs) == 2
-    assert calls.inputs[0] is x
-    assert calls.inputs[1] is y
+    assert len(of_x.inputs) == len(of_y.inputs) == 1
+    assert of_x.inputs[0] is x
+    assert of_y.inputs[0] is y
+
+
+def test_x_and_y_have_statistics_of_their_own_and_the_same_weights() -> None:
+    model, x, y = energy("vj-vcr").train(), frames(T_X), 0.2 + 0.1 * frames(T_Y)
+    assert model.twin is not None
+    of_x, of_y = (dict(encoder.named_buffers()) for encoder in (model.encoder, model.twin))
+    before = {name: buffer.clone() for name, buffer in of_x.items()}
+    model.encode_targets(y)
+    assert all(of_x[name].equal(before[name]) for name in of_x)
+    model(x, y).loss.backward()
+    assert not of_x["spatial.0.1.running_mean"].equal(of_y["spatial.0.1.running_mean"])
+    weights = [*model.encoder.parameters()]
+    assert all(a is b for a, b in zip(weights, model.twin.parameters(), strict=True))
+    assert len([*model.parameters()]) == len([*weights, *model.predictor.parameters()])
+
+
+def test_an_encoder_without_statistics_has_no_twin() -> None:
+    enc = encoder()
+    for name, module in [*enc.named_modules()]:
+        if isinstance(module, nn.BatchNorm2d):
+            enc.set_submodule(name, nn.GroupNorm(1, module.num_features))
+    model = EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 8), None, "vj-vcr", **WEIGHTS)
+    assert model.twin is None
+    y = frames(T_Y).float()
+    assert model.encode_targets(y).equal(enc(y))
+
+
+def test_a_row_that_never_encodes_y_takes_the_statistics_of_x() -> None:
+    model, y = energy("generative").eval(), frames(T_Y)
+    assert model.twin is None
+    assert model.encode_targets(y).equal(model.encoder(y))
+    twin = {f"twin.{name}": value for name, value in model.encoder.state_dict().items()}
+    model.load_state_dict({**model.state_dict(), **twin})
+
+
+def test_a_state_of_one_statistics_serves_both() -> None:
+    model = energy("vj-vcr")
+    old = {name: value for name, value in model.state_dict().items() if not name.startswith("twin.")}
+    other = energy("vj-vcr")
+    other.load_state_dict(old)
+    for name, buffer in other.twin.named_buffers():
+        assert buffer.equal(model.state_dict()[f"encoder.{name}"])
+    with pytest.raises(RuntimeError, match="encoder"):
+        other.load_state_dict({name: value for name, value in old.items() if "encoder" not in name})
 
 
 def test_hidden_term_trains_the_encoder_through_both_sides() -> None:
     model, x, y = energy("vj-vcr"), frames(T_X), frames(T_Y)
     weights = tuple(model.encoder.parameters())
-    h_x, h_y = model.encoder(x), model.encoder(y)
+    h_x, h_y = model.encoder(x), model.encode_targets(y)
     predicted = model.predictor(h_x)
     through_x = torch.autograd.grad(F.mse_loss(predicted, h_y.detach()), weights, retain_graph=True)
     through_y = torch.autograd.grad(F.mse_loss(predicted.detach(), h_y), weights)
@@ -408,7 +452,7 @@ def test_latent_energy_is_the_part_that_z_enters(row: str, gamma: float, latent:
     model, x, y = energy_with(row, latent).eval(), frames(T_X), frames(T_Y)
     model.gamma = gamma if model.terms.hidden else 1.0
     z = torch.rand(N, 4, dtype=torch.float64)
-    h_x, h_y = model.encoder(x), model.encoder(y)
+    h_x, h_y = model.encoder(x), model.encode_targets(y)
     predicted = model.predictor(h_x, z)
     right = torch.zeros(N, dtype=torch.float64)
     if model.terms.hidden:
@@ -514,3 +558,35 @@ def test_built_as_configured(tiny: Config) -> None:
     assert model(x, y).loss.isfinite()
     conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
     assert conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_distance_as_a_sum(row: str) -> None:
+    """Of a frame's elements: d times the hidden term, C H W times the pixel term, VCR as it is."""
+    of, x, y = energy(row), frames(T_X), frames(T_Y)
+    right = of(x, y)
+    of.sums = True
+    summed = of(x, y)
+    d = of.encoder.d
+    torch.testing.assert_close(summed.hidden, d * right.hidden)
+    torch.testing.assert_close(summed.pixel, SIZE * SIZE * right.pixel)
+    torch.testing.assert_close(summed.variance, right.variance)
+    weighted = summed.hidden + of.gamma * summed.pixel + of.alpha * summed.variance + of.beta * summed.covariance
+    torch.testing.assert_close(summed.loss, weighted)
+    with pytest.raises(ValueError, match="distance=sum"):
+        of.latent_energy(x, x, y)
+
+
+def test_an_unknown_distance() -> None:
+    enc = encoder()
+    with pytest.raises(ValueError, match="distance='max': must be mean or sum"):
+        EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 8), None, "vj-vcr", **WEIGHTS, distance="max")
+
+
+def test_scale_of_the_last_norm() -> None:
+    torch.manual_seed(0)
+    one = encoder()
+    torch.manual_seed(0)
+    three = encoder(norm_scale=3.0)
+    x = frames(T_X).float()
+    torch.testing.assert_close(three(x), 3 * one(x))  # ReLU and pooling keep it

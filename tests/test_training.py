@@ -172,6 +172,41 @@ def test_weight_decay_is_the_rows(
     assert seen == [decay]
 
 
+def rates(config: Config, run: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of every step of a run."""
+    step, seen = torch.optim.Adam.step, []
+
+    def record(self: torch.optim.Adam, *args: Any) -> Any:
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", record)
+        train(config, run)
+    return seen
+
+
+def test_warm_up(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(tiny, {"train.warmup": 6, "train.lr": 7e-3})
+    right = [1e-3 * min(i, 7) for i in range(1, 13)]
+    assert rates(config, tmp_path / "whole", monkeypatch) == pytest.approx(right)
+    first = rates(override(config, {"train.steps": 4}), tmp_path / "parts", monkeypatch)
+    assert first + rates(config, tmp_path / "parts", monkeypatch) == pytest.approx(right)
+    assert metrics(tmp_path / "parts")[-1] == metrics(tmp_path / "whole")[-1]
+    assert rates(tiny, tmp_path / "without", monkeypatch) == [1e-3] * 12
+
+
+def test_the_development_split_shares_nothing(tiny: Config) -> None:
+    development = override(tiny, {"data.split": "development"})
+    data = {config.data.split: build_data(config) for config in (tiny, development)}
+    assert data["development"][0].fingerprint() != data["validation"][0].fingerprint()
+    videos = [
+        build_videos(config, data["validation"][1], "validation", torch.device("cpu")).batch(0, 4)
+        for config in (tiny, development)
+    ]
+    assert not videos[0].speed.equal(videos[1].speed)  # of the same digits: other streams
+
+
 def test_bfloat16(tmp_path: Path, tiny: Config) -> None:
     for precision in ("fp32", "bf16"):
         train(override(tiny, {"train.precision": precision, "model.row": "vj-vcr-decoder"}), tmp_path / precision)

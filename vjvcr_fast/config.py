@@ -1,6 +1,7 @@
 """Every setting of a run, as typed dataclasses, and the presets. A run is reproducible from the file it writes.
 
-Marked [ours]: the paper does not say; the choice is this project's. Everything else is the paper's.
+Marked [ours]: the paper does not say; the choice is this project's. [ours, studied]: and docs/reproducing.md has what
+other choices give, on a development split. Everything else is the paper's.
 """
 
 import dataclasses
@@ -50,7 +51,10 @@ class Data:
     frames_in: int = _field(3, "T_x")
     frames_out: int = _field(12, "T_y")
     stride: int = _field(1, "of files: every so many frames is taken")
-    speed: tuple[float, float] = _field((2.0, 6.0), "pixels per frame, uniform [ours: read off figure 5]")
+    speed: tuple[float, float] = _field((2.0, 6.0), "pixels per frame, uniform [ours, studied: read off figure 5]")
+    split: Literal["validation", "development"] = _field(
+        "validation", "what is held out; development: digits of the training split, to choose settings by [ours]"
+    )
     stochastic: bool = _field(False, "right for frames_in frames, then one of five directions")
     start: Literal["switch", "center"] = _field("switch", "stochastic: where the digit is centred [ours: figure 3]")
     subpixel: bool = _field(True, "bilinear rendering at fractional positions; False rounds them [ours]")
@@ -87,9 +91,12 @@ class Model:
 
     row: Row = _field("vj-vcr", "the row of Table 1: which terms the energy has")  # noqa: RUF009
     kind: Network = _field("conv", "conv: convolutions and an MLP; simvp: SimVP and Swin")  # noqa: RUF009
-    channels: tuple[int, ...] = _field((32, 64, 128), "conv: three spatial convolutions; simvp: one a stride [ours]")
-    pool: int = _field(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours]")
+    channels: tuple[int, ...] = _field(
+        (32, 64, 128), "conv: three spatial convolutions; simvp: one a stride [ours, studied]"
+    )
+    pool: int = _field(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours, studied]")
     features: int = _field(32, "simvp: channels of the map; d = features * (canvas / 2^len(channels))^2 [ours]")
+    norm_scale: float = _field(1.0, "conv: of the encoder's last batch norm, at first; 1 is torch's [ours, studied]")
     hidden: int = _field(1024, "width of the predictor: the MLP's two hidden layers, Swin's tokens [ours]")
     depth: int = _field(8, "simvp: Swin blocks [ours]")
     heads: int = _field(8, "simvp: attention heads of a Swin block [ours]")
@@ -98,13 +105,17 @@ class Model:
     alpha: float = _field(0.5, "weight of the variance hinge")
     beta: float = _field(0.1, "weight of the covariance penalty")
     gamma: float = _field(1.0, "weight of the pixel term beside the hidden term [ours]")
+    distance: Literal["mean", "sum"] = _field(
+        "mean", "D: over the elements of a frame; over frames, mean [ours, studied]"
+    )
     threshold: float = _field(1.0, "tau")
-    eps: float = _field(1e-4, "under the root of the hinge [ours: VICReg's]")
+    eps: float = _field(1e-4, "under the root of the hinge [ours, studied: VICReg's]")
 
     def __post_init__(self) -> None:
         _need(self.row in ROWS, "model.row", self.row, f"one of {', '.join(ROWS)}")
         for name in ("alpha", "beta", "gamma", "eps"):
             _need(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "at least 0")
+        _need(self.norm_scale > 0, "model.norm_scale", self.norm_scale, "above 0")
         for name in ("hidden", "features", "depth", "heads", "window"):
             _need(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "at least 1")
 
@@ -149,6 +160,7 @@ class Train:
     steps: int = _field(21_500, "100 epochs of 55,000 digits in batches of 256")
     batch: int = _field(256, "N")
     lr: float = _field(1e-3, "Adam")
+    warmup: int = _field(0, "first steps, over which the learning rate grows linearly to lr [ours, studied]")
     weight_decay: float = _field(0.0, "of rows with a hidden term")
     weight_decay_generative: float = _field(1e-6, "of rows without")
     seed: int = _field(0, "of the weights, the videos and the probe")
@@ -176,6 +188,7 @@ class Train:
         _need(self.telemetry_every >= 0, "train.telemetry_every", self.telemetry_every, "0 (never) or more")
         _need(self.keep >= 1, "train.keep", self.keep, "at least 1")
         _need(self.lr > 0, "train.lr", self.lr, "above 0")
+        _need(self.warmup >= 0, "train.warmup", self.warmup, "0 (none) or more")
         _need(self.probe_every >= 0, "train.probe_every", self.probe_every, "0 (never) or more")
         for name in ("weight_decay", "weight_decay_generative"):
             _need(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "at least 0")
@@ -237,6 +250,15 @@ class Config:
         data, model = self.data, self.model
         conv, mnist = model.kind == "conv", data.dataset == "moving-mnist"
         _need(conv or self.latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
+        _need(
+            mnist or data.split == "validation",
+            "data.split",
+            data.split,
+            f"validation where data.dataset={data.dataset}",
+        )
+        means = self.latent.kind == "none" or model.distance == "mean"
+        _need(means, "model.distance", model.distance, f"mean where latent.kind={self.latent.kind}")
+        _need(conv or model.norm_scale == 1, "model.norm_scale", model.norm_scale, "1 where model.kind=simvp")
         fits = self.latent.kind != "actions" or data.dataset == "cater"
         _need(fits, "latent.kind", "actions", f"another for data.dataset={data.dataset}: cater has them")
         probes = self.train.probe_every

@@ -108,6 +108,13 @@ def split_digits(digits: Digits) -> tuple[Digits, Digits]:
     )
 
 
+def development_digits(digits: Digits) -> tuple[Digits, Digits]:
+    """(train, held out), both of the training digits of `split_digits`: to choose settings by, without validation's."""
+    train, held_out = split_digits(split_digits(digits)[0])
+    source = f"{digits.source}; of the training digits {len(train):,} train / {len(held_out):,} development"
+    return replace(train, source=source), replace(held_out, source=source)
+
+
 def _validation_size(count: int) -> int:
     return 5_000 if count == 60_000 else max(1, count // 10)
 

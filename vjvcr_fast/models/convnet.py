@@ -43,17 +43,21 @@ class ConvEncoder(nn.Module):
     Args:
         in_channels: C. channels: of the three spatial convolutions, the last also of the temporal ones.
         size: S, a multiple of 8. pool: side of the pooled map, at most S / 8 and a divisor of it.
+        norm_scale: the last batch norm's scale, at first.
 
     Raises: ValueError for sizes that do not fit.
     """
 
-    def __init__(self, in_channels: int, channels: Sequence[int], size: int, pool: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: Sequence[int], size: int, pool: int, norm_scale: float = 1.0
+    ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
         self.d = channels[-1] * pool * pool
         widths = [in_channels, *channels]
         self.spatial = nn.Sequential(*(_block(nn.Conv2d(a, b, 3, 2, 1, bias=False), b) for a, b in pairwise(widths)))
         self.temporal = _temporal(channels[-1])
+        nn.init.constant_(cast(Tensor, cast(nn.Sequential, self.temporal[-1])[1].weight), norm_scale)
         self.window = size // 8 // pool
 
     def forward(self, frames: Tensor) -> Tensor:

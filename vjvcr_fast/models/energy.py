@@ -1,7 +1,8 @@
 """The energy of VJ-VCR and of the generative baseline, equations (5) and (7): one model, four settings (Table 1)."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,17 +45,20 @@ class Energy(NamedTuple):
 class EnergyModel(nn.Module):
     """E(x, y, z) = [D(Pred(h_x, z), h_y)] + [alpha l_var + beta l_cov of (h_x, h_y)] + [gamma D(Dec(Pred(h_x, z)), y)].
 
-    D is the mean squared error over all elements. The brackets are the terms `row` has; in a generative row the pixel
+    D is the squared error, its mean over videos and frames, and its mean (distance="mean") or sum ("sum") over the
+    elements of a frame. The brackets are the terms `row` has; in a generative row the pixel
     term is the prediction term and its weight is 1. x and y go through the shared encoder one after the other, so that
-    no frame of y reaches h_x, not even through batch statistics. Without a hidden term and VCR, y is not encoded. The
+    no frame of y reaches h_x, not even through batch statistics; a batch norm's running statistics are kept for x and y
+    apart, since a mixture of theirs fits neither. Without a hidden term and VCR, y is not encoded. The
     latent z is optional, and the predictor's to interpret.
 
     Args:
         encoder: (N, T, C, H, W) -> (N, T, d). predictor: (N, T_x, d), and z where there is one -> (N, T_y, d).
         decoder: (N, T_y, d) -> (N, T_y, C, H, W), for rows with a pixel term; None otherwise.
         row: a key of ROWS. alpha, beta, gamma, threshold, eps: of the equation.
+        distance: "mean" or "sum".
 
-    Raises: ValueError for an unknown row, or a decoder that is missing or not wanted.
+    Raises: ValueError for an unknown row or distance, a decoder that is missing or not wanted.
     """
 
     def __init__(
@@ -68,14 +72,20 @@ class EnergyModel(nn.Module):
         gamma: float,
         threshold: float = 1.0,
         eps: float = 1e-4,
+        distance: str = "mean",
     ) -> None:
         super().__init__()
         if row not in ROWS:
             raise ValueError(f"row={row!r}: choose one of {', '.join(ROWS)}")
-        self.terms = ROWS[row]
+        if distance not in ("mean", "sum"):
+            raise ValueError(f"distance={distance!r}: must be mean or sum")
+        self.terms, self.sums = ROWS[row], distance == "sum"
         if self.terms.pixel != (decoder is not None):
             raise ValueError(f"row={row!r} {'needs a' if self.terms.pixel else 'has no pixel term, so no'} decoder")
         self.encoder, self.predictor, self.decoder = encoder, predictor, decoder
+        # Where y is never encoded while training, x's statistics have to do for it afterwards.
+        self.twin = _twin(encoder) if self.terms.hidden or self.terms.vcr else None
+        self.register_load_state_dict_pre_hook(_without_twin)
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
         self.group: Any = None  # of torch.distributed: processes whose batches, as many videos on each, are one
         self.gamma = gamma if self.terms.hidden else 1.0
@@ -87,22 +97,31 @@ class EnergyModel(nn.Module):
         Returns the Energy of the batch, in float32 at least.
         """
         h_x = self.encoder(x)
-        h_y = self.encoder(y) if self.terms.hidden or self.terms.vcr else None
+        h_y = self.encode_targets(y) if self.terms.hidden or self.terms.vcr else None
         if callable(z):
             z = z(h_x, h_y if self.terms.hidden else None, y)
         predicted = self._predicted(h_x, z)
         hidden = pixel = variance = covariance = loss = x.new_zeros(())
         if self.terms.hidden and h_y is not None:
-            hidden = F.mse_loss(predicted.to(x.dtype), h_y.to(x.dtype))
+            hidden = self.distance(predicted.to(x.dtype), h_y.to(x.dtype))
             loss = loss + hidden
         if self.terms.vcr and h_y is not None:
             vcr = self.vcr([h_x, h_y])
             variance, covariance = vcr.variance, vcr.covariance
             loss = loss + vcr.loss
         if self.decoder is not None:
-            pixel = F.mse_loss(self.decoder(predicted).to(x.dtype), y)
+            pixel = self.distance(self.decoder(predicted).to(x.dtype), y)
             loss = loss + self.gamma * pixel
         return Energy(loss, hidden, pixel, variance, covariance)
+
+    def encode_targets(self, y: Tensor) -> Tensor:
+        """h_y (N, T_y, d) of target frames: the encoder, with the running statistics of y where it has any."""
+        return cast(Tensor, (self.encoder if self.twin is None else self.twin)(y))
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """D of (N, T, ...) both: a scalar."""
+        mean = F.mse_loss(a, b)
+        return mean * b.shape[2:].numel() if self.sums else mean
 
     def vcr(self, h: Sequence[Tensor]) -> VCRTerms:
         """l_vcr of representations (N, T, d) each, over the batch of `group` where there is one."""
@@ -130,8 +149,10 @@ class EnergyModel(nn.Module):
 
         Returns a function; for an `MLPPredictor`, where it can, one that `vjvcr_fast.latents` knows more about.
 
-        Raises: ValueError where h_y or y is missing.
+        Raises: ValueError where h_y or y is missing, or D is a sum.
         """
+        if self.sums:
+            raise ValueError("distance=sum: a latent is inferred with distance=mean")
         hidden, decoder = self.terms.hidden, self.decoder if self.gamma != 0 else None
         if hidden and h_y is None:
             raise ValueError("h_y is missing: the row has a hidden term")
@@ -160,6 +181,25 @@ class EnergyModel(nn.Module):
 
     def _predicted(self, h_x: Tensor, z: Tensor | None) -> Tensor:
         return self.predictor(h_x) if z is None else self.predictor(h_x, z)
+
+
+def _twin(encoder: nn.Module) -> nn.Module | None:
+    """The encoder with the same weights and running statistics of its own; None where it has none."""
+    if not any(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in encoder.modules()):
+        return None
+    return copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
+
+
+def _without_twin(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A state of before there were two sets of statistics has one for both; one of a row without y needs no second."""
+    names = [name for name in state if name.startswith(f"{prefix}twin.")]
+    if model.twin is None:
+        for name in names:
+            del state[name]
+    elif not names:
+        of_encoder = f"{prefix}encoder."
+        found = {name: value for name, value in state.items() if name.startswith(of_encoder)}
+        state.update({f"{prefix}twin.{name.removeprefix(of_encoder)}": value for name, value in found.items()})
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:

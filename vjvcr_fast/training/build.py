@@ -14,7 +14,7 @@ from vjvcr_fast.data import cater, clevrer, folder
 from vjvcr_fast.data.cache import Filled, FrameCache, fill
 from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.decode import resolve
-from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits, split_digits
+from vjvcr_fast.data.digits import ENVIRONMENT, Digits, development_digits, load_digits, split_digits
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.data.scan import Split
 from vjvcr_fast.data.workers import Pool
@@ -70,6 +70,7 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
         gamma=model.gamma,
         threshold=model.threshold,
         eps=model.eps,
+        distance=model.distance,
     )
     return energy.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -77,7 +78,7 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
 def build_encoder(config: Config) -> nn.Module:
     model, data = config.model, config.data
     if model.kind == "conv":
-        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool)
+        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool, model.norm_scale)
     return SimVPEncoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
@@ -108,13 +109,15 @@ def build_predictor(config: Config) -> nn.Module:
 
 
 def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
-    """(training, validation) data of `config.data`. processes: that share the cores for decoding (on one machine).
+    """(training, validation) data of `config.data`; with split "development" both are of the training digits, and what
+    is held out for validation does not appear. processes: that share the cores for decoding (on one machine).
 
     Raises DigitsError, DataError, VideoError or ImportError where there are none or a file cannot be used.
     """
     data = config.data
     if data.dataset == "moving-mnist":
-        return split_digits(load_digits(data.root, download=data.download))
+        digits = load_digits(data.root, download=data.download)
+        return development_digits(digits) if data.split == "development" else split_digits(digits)
     cores = len(os.sched_getaffinity(0))
     workers = max(cores // processes, 1) if data.workers == -1 and processes > 1 else data.workers
     pool = Pool(workers, data.decode_timeout)
@@ -153,7 +156,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
         start=data.start,
         subpixel=data.subpixel,
         seed=config.train.seed,
-        stream=stream,
+        stream=stream if data.split == "validation" else f"{data.split}-{stream}",
         device=device,
     )
 

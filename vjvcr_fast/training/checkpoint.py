@@ -22,7 +22,8 @@ from vjvcr_fast.data.files import one_line, replace, write_atomic
 
 # Of what a step computes from a checkpoint: raised by every change after which a run that goes on would no longer be
 # the run that began. 2: losses of single steps instead of their sum, the place in the data apart from the step.
-GENERATION = 2
+# 3: running statistics of x and of y apart.
+GENERATION = 3
 
 LAST = "last.pt"
 EARLIER = "checkpoints"  # the folder of those before it

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.models.energy import Energy, EnergyModel
@@ -56,7 +55,7 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
         with torch.no_grad(), _uncached_autocast(device):
             for part in parts:
                 states.append(_random_state(device))
-                kept.append((model.encoder(x[part]), model.encoder(y[part])))
+                kept.append((model.encoder(x[part]), model.encode_targets(y[part])))
         h = [torch.cat(frames).requires_grad_() for frames in zip(*kept, strict=True)]
         vcr = model.vcr(h)
         gradients = torch.autograd.grad(vcr.loss, h)
@@ -67,16 +66,16 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
         if states:
             _set_random_state(states[i], device)
         h_x = model.encoder(x[part])
-        h_y = model.encoder(y[part]) if both else None
+        h_y = model.encode_targets(y[part]) if both else None
         if states:
             _set_random_state(following, device)
         predicted = model.predictor(h_x) if z is None else model.predictor(h_x, z[part])
         share, weight = x.new_zeros(()), len(x[part]) / len(x)
         if terms.hidden and h_y is not None:
-            of_chunk = weight * F.mse_loss(predicted.to(x.dtype), h_y.to(x.dtype))
+            of_chunk = weight * model.distance(predicted.to(x.dtype), h_y.to(x.dtype))
             hidden, share = hidden + of_chunk.detach(), share + of_chunk
         if model.decoder is not None:
-            of_chunk = weight * F.mse_loss(model.decoder(predicted).to(x.dtype), y[part])
+            of_chunk = weight * model.distance(model.decoder(predicted).to(x.dtype), y[part])
             pixel, share = pixel + of_chunk.detach(), share + model.gamma * of_chunk
         following = _random_state(device)
         _backward([share, h_x, h_y], [None, *dh[i]], device)

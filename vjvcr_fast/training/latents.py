@@ -89,7 +89,7 @@ class Latents:
             return Inferred(None, x.new_empty(0))
         if given is not None:
             return Inferred(given.flatten(1), x.new_empty(0))
-        h_y = self.encode(y) if self.model.terms.hidden else None
+        h_y = self.encode(y, targets=True) if self.model.terms.hidden else None
         return self.infer_from(self.encode(x), h_y, y)
 
     @torch.no_grad()
@@ -157,10 +157,12 @@ class Latents:
             return {"revived": float(self._revive(usage, step, optimizer))}
         return {}
 
-    def encode(self, frames: Tensor) -> Tensor:
-        """As the model's encoder, in its mode, but the running statistics stay as they are."""
-        buffers = {name: buffer.clone() for name, buffer in self.model.encoder.named_buffers()}
-        return torch.func.functional_call(self.model.encoder, buffers, (frames,))
+    def encode(self, frames: Tensor, targets: bool = False) -> Tensor:
+        """As the model's encoder, of x or of targets, in its mode, but the running statistics stay as they are."""
+        twin = self.model.twin
+        encoder = twin if targets and twin is not None else self.model.encoder
+        buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
+        return torch.func.functional_call(encoder, buffers, (frames,))
 
     @torch.no_grad()
     def _revive(self, usage: list[float], step: int, optimizer: torch.optim.Optimizer) -> int:

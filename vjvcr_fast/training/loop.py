@@ -163,12 +163,13 @@ def _train(
     log = Log(run, step, settings.steps, settings.tensorboard, title, quiet=not processes.main)
     telemetry = Telemetry()
     batches = videos.batches(batch, part, processes.rank, processes.world)
-    with log, telemetry, _asked_to_stop() as stop:
+    with log, telemetry, asked_to_stop() as stop:
         if moved:
             log.write(step, {"rolled_back_from": moved.failed})
         while step < settings.steps:
             with log.waiting():
                 clips = next(batches)
+            update.warm_up(step)
             history[counted] = update(clips)  # on the device: no step waits for it
             counted, step, batch = counted + 1, step + 1, batch + 1
 
@@ -208,23 +209,18 @@ def _train(
 def validate(
     model: EnergyModel, videos: VideoSource, config: Config, latents: Latents, processes: Processes | None = None
 ) -> float:
-    """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode.
-
-    In stochastic videos x and y differ, in place and spread: one set of running statistics fits neither, and by it the
-    variance hinge of a model that improves gets worse. There the batch's own statistics are used, as in training.
-    """
+    """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode."""
     processes = processes or Processes(videos.device)
     batch = min(config.train.batch, config.train.validation_videos)
     part = processes.part(batch, "train.validation_videos")
     losses = []
-    model.train(config.data.stochastic)
+    model.eval()
     for start in range(0, config.train.validation_videos - batch + 1, batch):
         with autocast(config, videos.device):
             clips = videos.batch(start + processes.rank * part, part)
             x, y = split_frames(clips, config)
-            buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
             z = latents.infer(x, y, actions(clips, config)).z
-            losses.append(torch.func.functional_call(model, buffers, (x, y, z)).loss)
+            losses.append(model(x, y, z).loss)
     model.train()
     return processes.mean(torch.stack(losses).mean()).item()
 
@@ -306,7 +302,7 @@ def _set_rng(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
     """Ctrl-C and SIGTERM become a question asked between steps; a second one interrupts at once. Of several processes
     each may hear of the first twice, from the terminal and from the launcher: that counts as one."""
     received: list[float] = []

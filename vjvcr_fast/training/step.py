@@ -41,6 +41,13 @@ class Step:
         self.skipping = Skipping(self.model, self.optimizer, processes) if settings.on_nonfinite == "skip" else None
         self.names = (*Energy._fields, *self.latents.names)
 
+    def warm_up(self, step: int) -> None:
+        """Sets the learning rate of the update that follows `step` others: lr, or of the first `train.warmup` less."""
+        settings = self.config.train
+        if step <= settings.warmup:
+            for group in self.optimizer.param_groups:
+                group["lr"] = settings.lr * (step + 1) / (settings.warmup + 1)
+
     def __call__(self, clips: Batch) -> Tensor:
         """The terms of the energy, what `latents` measured and whether the update was skipped, (len(names) + 1,)."""
         config, model, chunk = self.config, self.model, self.config.train.chunk
