@@ -142,7 +142,7 @@ def test_z_star_lowers_the_energy_and_stays_in_the_box(config: Config, row: str)
     assert z is not None
     assert 0 <= z.min() < z.max() <= 1
     with torch.no_grad():
-        h_y = model.encoder(y) if model.terms.hidden else None
+        h_y = model.encode_targets(y) if model.terms.hidden else None
         energy = model.latent_energy(model.encoder(x), h_y, y)
         assert (energy(z) < energy(torch.zeros_like(z))).all()
     if row == "generative":
@@ -180,7 +180,7 @@ def test_the_spectrum_is_that_of_the_rows(config: Config) -> None:
     found = module.spectrum(model, held_out, config)
     x, y = split_frames(held_out.batch(0, len(held_out)), config)
     with torch.no_grad():
-        rows = torch.cat([model.encoder(x).flatten(0, 1), model.encoder(y).flatten(0, 1)])
+        rows = torch.cat([model.encoder(x).flatten(0, 1), model.encode_targets(y).flatten(0, 1)])
     right = reference.singular_values(rows.double())
     torch.testing.assert_close(found[: len(right)], right, rtol=1e-6, atol=1e-4)
 

@@ -313,5 +313,5 @@ def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypat
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(["info", "--data.root", "nowhere"]) == 0
     shown = capsys.readouterr().out
-    assert "lacks matplotlib, mlxtend, tensorboard, tqdm: pip install 'vjvcr_fast[train]'" in shown
+    assert "lacks matplotlib, mlxtend, tensorboard, tqdm, yaml: pip install 'vjvcr_fast[train]'" in shown
     assert "none: nowhere: no such directory." in shown

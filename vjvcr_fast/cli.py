@@ -35,6 +35,7 @@ from vjvcr_fast.data.cache import CacheError
 from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
 from vjvcr_fast.data.scan import DataError
+from vjvcr_fast.evaluation import ReproduceError, SweepError
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
@@ -44,7 +45,7 @@ from vjvcr_fast.training.processes import LostProcessError
 INTERRUPTED = 130  # as a shell reports Ctrl-C: at once, with nothing written
 REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
 EXTRAS = {
-    "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm"),
+    "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm", "yaml"),
     "video": ("av", "decord", "pebble"),
     "simulate": ("av", "mujoco"),
     "torchcodec": ("torchcodec",),
@@ -52,7 +53,7 @@ EXTRAS = {
 }
 ERRORS = (
     *(DigitsError, DataError, VideoError, CacheError, CheckpointError, DivergedError, LostProcessError),
-    *(ImportError, OSError),
+    *(SweepError, ReproduceError, ImportError, OSError),
 )
 
 
@@ -85,7 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     try:
-        if processes.launched() > 1 and arguments.name != "train":
+        alone = arguments.name != "train" and vars(arguments).get("entry") is None
+        if processes.launched() > 1 and alone:
             raise ConfigError(f"{arguments.name} is for one process: {processes.launched()} were started, as for train")
         arguments.command(arguments)
     except ConfigError as error:
@@ -145,14 +147,27 @@ def _parser() -> _Parser:
 
     summary = "make a table or figure of the paper, ours beside the paper's"
     sub = add("reproduce", summary, _reproduce, "Resumes what it finds; table2 and fig3 share their runs.")
-    sub.usage = f"{sub.prog} {{{','.join(TARGETS)}}} [OPTIONS]"
-    sub.add_argument("target", choices=[*TARGETS], help="; ".join(f"{k}: {t.about}" for k, t in TARGETS.items()))
+    sub.usage = f"{sub.prog} {{{','.join(TARGETS)},all}} [OPTIONS]"
+    about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
+    sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, and a page of it")
     _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
     several = "several give mean and standard deviation; fig3 shows the first"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=several)
-    folders = "runs/table1-PRESET, runs/table2-PRESET"
+    folders = "runs/table1-PRESET, runs/table2-PRESET, ..., runs/all"
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"results and runs (default: {folders})")
+    for name in ("clevrer", "cater"):
+        text = f"all: the folder of {name.upper()}'s videos (default: on a CPU simulated, on a GPU left out)"
+        sub.add_argument(f"--{name}", metavar="DIR", help=text)
     _add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
+
+    about = "A grid or a list of changes to a preset, several seeds, one table; goes on where it was stopped."
+    sub = add("sweep", "train and evaluate the settings of a YAML file", _sweep, about)
+    sub.usage = f"{sub.prog} FILE [OPTIONS]"
+    sub.add_argument("file", type=Path, metavar="FILE", help="what to change: docs/guides/sweeps.md")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="results and runs (default: runs/sweep-FILE)")
+    sub.add_argument("--processes", default="1", metavar="N", help="runs beside each other (default: 1)")
+    sub.add_argument("--entry", metavar="K", help="run this one alone, from 0; torchrun may start it")
+    sub.add_argument("--list", action="store_true", help="show the entries and run none")
 
     about = "Every frame at training size, in a file that training maps into memory. Goes on where it was stopped."
     sub = add("cache", "decode a data set's videos once", _cache, about)
@@ -246,23 +261,29 @@ def _train(arguments: argparse.Namespace) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from vjvcr_fast.evaluation.actions import evaluate_actions
-    from vjvcr_fast.evaluation.evaluate import evaluate_run
-    from vjvcr_fast.evaluation.latents import evaluate_latents
+    from vjvcr_fast.evaluation.sweep import evaluation_of
 
     config = _config_of_run(arguments)
-    # The z* of any videos has no classes to be told by; the rest is measured at it.
-    kind = "none" if config.data.dataset == "folder" else config.latent.kind
-    kinds: dict[str, tuple[Any, str]] = {
-        "none": (evaluate_run, "evaluation.json"),
-        "actions": (evaluate_actions, "actions.json"),
-    }
-    evaluate, file = kinds.get(kind, (evaluate_latents, "latents.json"))
+    evaluate, file = evaluation_of(config)
     result = evaluate(arguments.run, config)
     for key, value in result.items():
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
     print(f"these and more are in {arguments.run / file}")
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from vjvcr_fast.evaluation import sweep
+
+    out = arguments.out or Path("runs") / f"sweep-{arguments.file.stem}"
+    if arguments.list:
+        for number, entry in enumerate(sweep.read(arguments.file).entries):
+            print(f"{number:4} {out / entry.folder}")
+    elif arguments.entry is not None:
+        sweep.run_entry(sweep.read(arguments.file), parse("--entry", int, arguments.entry), out)
+    else:
+        text = sweep.run_all(arguments.file, out, parse("--processes", int, arguments.processes))
+        print(f"\n{text}\nwrote {', '.join(str(out / name) for name in sweep.SWEEP_FILES)}")
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -335,17 +356,35 @@ TARGETS = {
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    target = TARGETS[arguments.target]
-    module = importlib.import_module(f"vjvcr_fast.evaluation.{target.module}")
-    config = _config(arguments, target.preset)
     seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
+    if arguments.target == "all":
+        _reproduce_all(arguments, seeds)
+        return
+    target = TARGETS[arguments.target]
+    module = importlib.import_module(f"vjvcr_fast.evaluation.{target.module}")
+    config = _config(arguments, target.preset)
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
     print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
     text = getattr(module, target.function)(config, out, seeds)
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
+
+
+def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> None:
+    from vjvcr_fast.evaluation.everything import PAGE, everything
+
+    if arguments.preset or arguments.config:
+        raise ConfigError("reproduce all has presets of its own: leave out --preset and --config")
+    out = arguments.out or Path("runs") / "all"
+    roots = {name: given for name in ("clevrer", "cater") if (given := getattr(arguments, name))}
+    for name, given in roots.items():
+        if not Path(given).is_dir():
+            raise ConfigError(f"--{name}={given}: no such folder")
+    override(Config(), _overrides(arguments))  # a wrong value is said now
+    text = everything(out, seeds, _overrides(arguments), roots)
+    print(f"\n{text}\nwrote {out / PAGE}")
 
 
 def _info(arguments: argparse.Namespace) -> None:

@@ -154,7 +154,7 @@ def extract(model: EnergyModel, videos: VideoClips | Any, config: Config) -> Cod
             x, y = split_frames(clips, config)
             truth = actions(clips, config)
             assert truth is not None
-            h_x, h_y = model.encoder(x), model.encoder(y) if model.terms.hidden else None
+            h_x, h_y = model.encoder(x), model.encode_targets(y) if model.terms.hidden else None
             energy, z = model.latent_energy(h_x, h_y, y), latents.infer(x, y).z
             assert z is not None
             found = (z, truth.flatten(1), truth.any(dim=2), energy(z), energy(truth.flatten(1)))
@@ -192,8 +192,8 @@ def spectrum(model: EnergyModel, videos: VideoClips | Any, config: Config) -> Te
     product, size = torch.zeros(config.d, config.d, dtype=torch.float64), config.evaluate.probe_batch
     for at in range(0, len(videos), size):
         x, y = split_frames(videos.batch(at, min(size, len(videos) - at)), config)
-        for frames in (x, y):
-            rows = model.encoder(frames).flatten(0, 1).double()
+        for h in (model.encoder(x), model.encode_targets(y)):
+            rows = h.flatten(0, 1).double()
             product = product.to(rows.device) + rows.mT @ rows
     return torch.linalg.eigvalsh(product).clamp_min(0).sqrt().flip(0)
 

@@ -178,7 +178,11 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
 def _features(trained: Trained, frames: Tensor) -> dict[str, Tensor]:
     prepared = trained.prepare(frames)
     x, y = prepared[:, : trained.config.data.frames_in], prepared[:, trained.config.data.frames_in :]
-    return {"h_x": trained.encode(x), "h_y": trained.encode(y), "predicted": trained.predict(x, y)}
+    return {
+        "h_x": trained.encode(x),
+        "h_y": trained.model.encode_targets(trained.prepare(y)),
+        "predicted": trained.predict(x, y),
+    }
 
 
 def _sources(

@@ -24,6 +24,8 @@ from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import check_data
 from vjvcr_fast.training.step import autocast, split_frames
 
+MEASURES = 2  # the generation of what is measured: a file of an earlier one is made again
+
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
     """The config and the model of least validation loss of a run, in evaluation mode.
@@ -63,6 +65,7 @@ def measured_once(
     config, model = load_run(run, config)
     best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
     made_from = {
+        "measures": MEASURES,
         "evaluate": dataclasses.asdict(config.evaluate),
         "best": checkpoint.digest(run / "best.pt"),
         "step": best["step"],
@@ -106,9 +109,13 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
     if config.data.has_speed:
         train = probes.extract(model, fitted, settings.probe_videos, config)
         curve = probes.adam_probe(train, validation, config, config.train.seed)
+        scaled = probes.adam_probe(*probes.standardised(train, validation), config, config.train.seed)
         probed = {
             "speed_mse": curve[-1],
             "speed_mse_by_epoch": curve,
+            "speed_mse_standardised": scaled[-1],
+            "speed_mse_standardised_by_epoch": scaled,
+            "feature_std": train.values.std(dim=0).mean().item(),
             "speed_mse_least_squares": probes.least_squares_probe(train, validation),
             "speed_mse_of_the_mean": probes.mean_predictor(train, validation),
         }

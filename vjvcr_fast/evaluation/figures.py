@@ -83,6 +83,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         "covariance": "covariance penalty",
         "validation_loss": "validation energy, of each its own",
         "speed_mse": "speed MSE, training data",
+        "rank_me": "RankMe of h_x, a batch",
         "zeros": "fraction of zeros in z*",
         "latent_weight": "L1 weight",
     }
@@ -131,6 +132,51 @@ def bars(path: Path, values: Mapping[str, tuple[Sequence[float], float]], label:
     axis.set(ylabel=label)
     axis.margins(y=0.15)
     axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def probes(path: Path, curves: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], mean: float) -> None:
+    """Probes' validation MSE against their epochs: a panel for each protocol, a line for each model.
+
+    curves: {protocol: {model: for every seed the MSE after each epoch, or one number where there are no epochs}}; lines
+    are means over seeds, bands the least and the most. mean: MSE of predicting the mean.
+    """
+    figure = _figure((3.4 * len(curves), 3.1))
+    axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    epochs = max(len(curve) for models in curves.values() for found in models.values() for curve in found)
+    for axis, (protocol, models) in zip(axes, curves.items(), strict=True):
+        for i, (title, found) in enumerate(models.items()):
+            repeated = [list(curve) * (epochs if len(curve) == 1 else 1) for curve in found]
+            by_epoch = list(zip(*repeated, strict=True))
+            x = range(1, len(by_epoch) + 1)
+            axis.plot(x, [statistics.mean(values) for values in by_epoch], f"C{i}", label=title, linewidth=1.2)
+            axis.fill_between(x, [min(v) for v in by_epoch], [max(v) for v in by_epoch], color=f"C{i}", alpha=0.15)
+        axis.axhline(mean, color="0.5", linewidth=0.8, linestyle="--", label="predicting the mean")
+        axis.set(title=protocol, xlabel="epochs of the probe", yscale="log")
+        axis.title.set_fontsize(9)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("speed MSE, validation")
+    axes[-1].legend(fontsize=6)
+    _save(figure, path)
+
+
+def settings(path: Path, columns: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
+    """A panel for each quantity, a line for each setting: a dot a seed and a bar at their mean.
+
+    columns: {quantity: {setting: values, one a seed}}.
+    """
+    lines = max(len(values) for values in columns.values())
+    figure = _figure((2.2 + 2.4 * len(columns), 0.9 + 0.26 * lines))
+    for axis, (name, values) in zip(figure.subplots(1, len(columns), squeeze=False)[0], columns.items(), strict=True):
+        for line, (_, found) in enumerate(values.items()):
+            axis.plot(found, [line] * len(found), "o", color="C0", markersize=3.5, alpha=0.7)
+            if found:
+                axis.plot([statistics.mean(found)], [line], "|", color="C3", markersize=11)
+        axis.set_yticks(range(len(values)), [*values] if axis.get_subplotspec().is_first_col() else [], fontsize=7)
+        axis.set_ylim(len(values) - 0.5, -0.5)
+        axis.grid(axis="x", linewidth=0.4)
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(name, fontsize=8)
     _save(figure, path)
 
 

@@ -43,7 +43,7 @@ def extract_codes(model: EnergyModel, videos: MovingMNIST, count: int, config: C
         batch = videos.batch(at, min(config.evaluate.probe_batch, count - at))
         x, y = split_frames(batch, config)
         z = latents.infer(x, y).z
-        predicted, h_y = model.predict(x, z).flatten(1), model.encoder(y).flatten(1)
+        predicted, h_y = model.predict(x, z).flatten(1), model.encode_targets(y).flatten(1)
         hidden = (predicted - h_y).square().mean(dim=1)
         found = (x.new_empty(len(x), 0) if z is None else z, batch.direction, batch.digit, hidden, h_y)
         for column, part in zip(columns, found, strict=True):

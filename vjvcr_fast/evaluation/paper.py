@@ -1,14 +1,19 @@
 """The paper's tables and figures, one call each: train what is missing, evaluate, write ours beside the paper's."""
 
+import contextlib
+import functools
 import json
 import platform
+import re
 import statistics
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import vjvcr_fast
 from vjvcr_fast import __version__
 from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, override, resolve_device
 from vjvcr_fast.data.files import write_atomic
@@ -24,7 +29,7 @@ from vjvcr_fast.training.step import split_frames
 
 Evaluation = Callable[[Path, Config], dict[str, Any]]
 
-TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png")
+TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png", "probes.png")
 
 # Table 1: speed MSE, and of MovingMNIST the PSNR (dB), of CLEVRER the RankMe.
 PAPER_TABLE1: dict[str, dict[str, dict[str, float]]] = {
@@ -49,19 +54,24 @@ def finish_run(config: Config, run: Path, evaluate: Evaluation = evaluate_run) -
 
     Raises ConfigError where `run` holds a run of another config, or a longer one.
     """
+    train_run(config, run)
+    return evaluate(run, config)
+
+
+def train_run(config: Config, run: Path) -> None:
+    """Trains what is missing of a run. Raises: as `finish_run`."""
     trained = load_last(run)[1]["step"] if exists(run) else 0
     if trained > config.train.steps:
         raise ConfigError(f"{run} has {trained} steps, train.steps={config.train.steps}; choose another --out")
     claim(run, config)
     if trained < config.train.steps:
-        train(config, run, probe=training_probe)
-    return evaluate(run, config)
+        train(config, run, probe=training_probe if config.data.has_speed else None)
 
 
 def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
     """Table 1, the half of `config.data.dataset`: all four rows, every seed; returns the table as Markdown.
 
-    Writes to `out`: a run folder for each row and seed, table1.md, table1.json, figure5.png, curves.png, spectrum.png.
+    Writes to `out`: a run folder for each row and seed, and TABLE1_FILES.
     Rows and seeds that are finished are not run again.
 
     Video files are decoded once, into the cache, where `data.cache` is not off.
@@ -92,7 +102,23 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
     figure5(runs, out / "figure5.png")
     figures.curves(out / "curves.png", {row: read_metrics(run / "metrics.jsonl") for row, run in runs.items()})
     figures.spectrum(out / "spectrum.png", {row: results[row][0]["singular_values"] for row in ROWS})
+    mean = statistics.mean(e["speed_mse_of_the_mean"] for e in results["vj-vcr"])
+    figures.probes(out / "probes.png", probe_curves(results), mean)
     return text
+
+
+def probe_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[list[float]]]]:
+    """Of evaluations by row: the probes' MSE by epoch, for `figures.probes`."""
+    protocols = {
+        "Adam, features as they are": lambda e: e["speed_mse_by_epoch"],
+        "Adam, features standardised": lambda e: e["speed_mse_standardised_by_epoch"],
+        "least squares": lambda e: [e["speed_mse_least_squares"]],
+    }
+    rows = {row: ROWS[row].title for row in results}
+    return {
+        name: {title: [curve(e) for e in results[row]] for row, title in rows.items()}
+        for name, curve in protocols.items()
+    }
 
 
 def figure5(runs: dict[str, Path], path: Path) -> None:
@@ -112,8 +138,38 @@ def machine(config: Config) -> dict[str, str]:
     """What the numbers were made on."""
     device = resolve_device(config.train.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    versions = {"torch": torch.__version__, "python": platform.python_version(), "vjvcr_fast": __version__}
+    name = f"{name}, {processor()}"
+    versions = {
+        "commit": checkout(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "vjvcr_fast": __version__,
+    }
     return {"device": device.type, "name": name, **versions}
+
+
+def processor() -> str:
+    """The CPU's name, as Linux says it."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.machine()
+
+
+@functools.cache
+def checkout() -> str:
+    """The commit of the checkout that this package runs from, "-dirty" with changes on top; else its version."""
+    root = Path(vjvcr_fast.__file__).parents[1]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        git = ["git", "--no-optional-locks", "-C", str(root)]
+        top, commit, changes = (
+            subprocess.run([*git, *asked], capture_output=True, text=True, check=True).stdout.strip()
+            for asked in (["rev-parse", "--show-toplevel"], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"])
+        )
+        if Path(top).resolve() == root.resolve():
+            return f"{commit[:10]}-dirty" if changes else commit[:10]
+    return f"of version {__version__}"
 
 
 def run_folder(out: Path, row: str, seed: int) -> Path:
@@ -121,8 +177,8 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
 
 
 def _summary(config: Config, row: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
-    measured = ("speed_mse", "speed_mse_least_squares", "speed_mse_of_the_mean", "psnr", "rank_me")
-    keys = (*measured, "step", "train_seconds", "evaluate_seconds")
+    measured = ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares", "speed_mse_of_the_mean")
+    keys = (*measured, "psnr", "rank_me", "feature_std", "step", "train_seconds", "evaluate_seconds")
     ours = {key: [e[key] for e in evaluations] for key in keys}
     first = evaluations[0]
     about = {key: first[key] for key in ("data", "validation_data", "decoder", "rank_me_rows")}
@@ -132,7 +188,8 @@ def _summary(config: Config, row: str, evaluations: list[dict[str, Any]]) -> dic
 def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
     paper = PAPER_TABLE1[config.data.dataset]
     # Columns: heading, digits after the point; a quantity that the paper has too is followed by the paper's.
-    columns = {"speed_mse": ("speed MSE", 3), "speed_mse_least_squares": ("least squares", 3)}
+    columns = {"speed_mse": ("speed MSE", 3), "speed_mse_standardised": ("standardised", 3)}
+    columns |= {"speed_mse_least_squares": ("least squares", 3)}
     columns |= {"psnr": ("PSNR", 1), "rank_me": ("RankMe", 1)}
     head, lines = ["model", "D(h_y)", "D(y)", "VCR"], []
     for name, (title, _) in columns.items():
@@ -172,8 +229,9 @@ def _notes(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequ
         f"{about(config)}; {named_seeds(seeds)}.",
         f"{source}. Speeds: {speeds}; predicting the mean gives {mean}. The paper does not state its unit: compare "
         "orderings.",
-        f"Speed MSE: linear probe on the predicted target frames, {rates}, {settings.probe_epochs} epochs; least "
-        f"squares: the exact linear probe. PSNR in dB per frame, clipped to [0, 1], averaged; {trivial}. RankMe: "
+        f"Speed MSE: linear probe on the predicted target frames, {rates}, {settings.probe_epochs} epochs; "
+        "standardised: the same on features of mean 0 and variance 1; least squares: the exact linear probe. PSNR in "
+        f"dB per frame, clipped to [0, 1], averaged; {trivial}. RankMe: "
         f"{first['rank_me_rows']}.",
         f"{len(seeds) * len(results)} runs on {machine(config)['name']}: {seconds['train']:.0f} s of training, "
         f"{seconds['evaluate']:.0f} s of evaluation.",

@@ -38,7 +38,7 @@ def extract(
         x, y = split_frames(batch, config)
         values.append(latents.predict(x, y).flatten(1))
         if encoded:
-            rows.append(model.encoder(y).flatten(0, 1))
+            rows.append(model.encode_targets(y).flatten(0, 1))
         speeds.append(batch.speed)
     model.train(training)
     features = Features(torch.cat(values), torch.cat(speeds), torch.cat(rows) if encoded else torch.empty(0))
@@ -48,7 +48,7 @@ def extract(
 
 
 def adam_probe(train: Features, validation: Features, config: Config, seed: int) -> list[float]:
-    """The paper's probe: a linear map to the speed, mean squared error, Adam, on the features as they are.
+    """The paper's probe: a linear map to the speed, mean squared error, Adam, on the features as they are given.
 
     Returns the validation MSE after every epoch, in squares of the speed's unit.
     """
@@ -70,20 +70,27 @@ def adam_probe(train: Features, validation: Features, config: Config, seed: int)
     return torch.stack(curve).tolist()
 
 
+def standardised(train: Features, validation: Features) -> tuple[Features, Features]:
+    """Both with the values shifted and scaled so that each of train's features has mean 0 and variance 1, and the
+    speeds shifted by their mean in train: no error changes, but Adam need not take the bias there step by step."""
+    mean, std = train.values.mean(dim=0), train.values.std(dim=0).clamp_min(1e-12)
+    speed = train.speed.mean()
+    moved = (f._replace(values=(f.values - mean) / std, speed=f.speed - speed) for f in (train, validation))
+    return next(moved), next(moved)
+
+
 def least_squares_probe(train: Features, validation: Features) -> float:
     """The exact linear probe: least squares on standardised features, minimum norm where they are dependent.
 
     Returns the validation MSE, in squares of the speed's unit. In float64; directions with less than 1e-10 of the
     largest variance are noise and left out.
     """
-    x, x_validation = train.values.double(), validation.values.double()
-    mean, std = x.mean(dim=0), x.std(dim=0).clamp_min(1e-12)
-    x, x_validation = (x - mean) / std, (x_validation - mean) / std
-    target = train.speed.double()
+    both = (f._replace(values=f.values.double(), speed=f.speed.double()) for f in (train, validation))
+    (x, target, _), (x_validation, speed, _) = standardised(*both)
     variances, directions = torch.linalg.eigh(x.mT @ x)
     inverse = torch.where(variances > 1e-10 * variances[-1], 1 / variances, 0)
-    weights = directions @ (inverse * (directions.mT @ (x.mT @ (target - target.mean()))))
-    return F.mse_loss(x_validation @ weights + target.mean(), validation.speed.double()).item()
+    weights = directions @ (inverse * (directions.mT @ (x.mT @ target)))
+    return F.mse_loss(x_validation @ weights, speed).item()
 
 
 def mean_predictor(train: Features, validation: Features) -> float:
