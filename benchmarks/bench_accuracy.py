@@ -42,8 +42,10 @@ CPU = Grid(
     {"N": (4, 16, 64, 256, 1024, 4096, 16384), "d": (2, 8, 32, 128, 512, 2048), "T": (1, 4, 16, 64, 256)},
     seeds=4,
 )
+QUICK = Grid(BASE, {"N": (4, 16, 64, 256, 1024), "d": (2, 8, 32, 128, 512), "T": (1, 4, 16)}, seeds=2)
 # The interpreter takes its time, and a GPU compiles for every shape.
 INTERPRETER = Grid(BASE, {"N": (4, 16, 64, 256, 1024), "d": (2, 8, 32, 128, 512, 2048), "T": (1, 4, 16)}, seeds=2)
+INTERPRETER_QUICK = Grid(BASE, {"N": (4, 64, 256), "d": (2, 32, 128), "T": (1, 4)}, seeds=1)
 CUDA = Grid({"N": 256, "d": 512, "T": 8}, {"N": (64, 256, 1024, 16384), "d": (64, 512, 2048), "T": (1, 8, 64)}, seeds=4)
 
 
@@ -82,8 +84,10 @@ def _check(rows: Sequence[Row]) -> None:
 # -- The benchmarks -------------------------------------------------------------------------------------------------
 
 
-def test_torch(report):
-    device, grid = (torch.device("cuda"), CUDA) if torch.cuda.is_available() else (torch.device("cpu"), CPU)
+def test_torch(report, full):
+    device, grid = torch.device("cpu"), CPU if full else QUICK
+    if torch.cuda.is_available():
+        device, grid = torch.device("cuda"), CUDA
     yardstick = measured(providers.eager_reference, "reference in float32", grid, device)
     rows = [*measured(providers.ours_in_torch, "torch", grid, device)]
     report([*yardstick, *rows])
@@ -92,7 +96,7 @@ def test_torch(report):
 
 def test_triton(report, full):
     pytest.importorskip("triton")
-    rows = _on_cuda(full) if torch.cuda.is_available() else _interpreted()
+    rows = _on_cuda(full) if torch.cuda.is_available() else _interpreted(full)
     report(rows)
     _check(rows)
 
@@ -103,13 +107,20 @@ def _on_cuda(full: bool) -> list[Row]:
     return [row for name, title in names.items() for row in measured(in_triton, title, CUDA, device, name)]
 
 
-def _interpreted() -> list[Row]:
+def _interpreted(full: bool) -> list[Row]:
     """In a process of its own: TRITON_INTERPRET is read where triton is imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, *(["--full"] if full else [])],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 if __name__ == "__main__":
-    print(json.dumps([*measured(in_triton, "Triton, interpreted", INTERPRETER, torch.device("cpu"))]))
+    asked = INTERPRETER if "--full" in sys.argv else INTERPRETER_QUICK
+    print(json.dumps([*measured(in_triton, "Triton, interpreted", asked, torch.device("cpu"))]))

@@ -28,7 +28,7 @@ from vjvcr_fast.data.workers import Pool
 from vjvcr_fast.training import loop
 
 WIDTH, HEIGHT, FRAMES, WINDOW, VIDEOS, BATCH, SIZE = 480, 320, 128, 26, 8, 16, (64, 64)
-SECONDS, ROUNDS = 8.0, (5, 40)
+SECONDS, SECONDS_FULL, ROUNDS = 3.0, 8.0, (5, 40)
 DIRECT, CACHE, WAIT = 0.9, 100.0, 0.01  # targets: of the library's own rate, of streaming's, of the time of a step
 
 pytest.importorskip("av", reason="the extra video is not installed")
@@ -97,7 +97,7 @@ assert {*DIRECT_CALLS, "dali"} == {*BACKENDS}, "a backend that nothing measures"
 
 
 @pytest.mark.parametrize("backend", DIRECT_CALLS)
-def test_backend(backend: str, videos: list[Path], benchmark, report) -> None:
+def test_backend(backend: str, videos: list[Path], full: bool, benchmark, report) -> None:
     pytest.importorskip(backend)
     asked = windows(videos, 4)
 
@@ -114,7 +114,9 @@ def test_backend(backend: str, videos: list[Path], benchmark, report) -> None:
     busy = BusyElsewhere()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = take_turns(Host(), {"ours": Region(ours), "directly": Region(directly)}, SECONDS, *ROUNDS)
+    times = take_turns(
+        Host(), {"ours": Region(ours), "directly": Region(directly)}, SECONDS_FULL if full else SECONDS, *ROUNDS
+    )
     torch.set_num_threads(threads)
     rows = []
     for name, of_one in times.items():
@@ -125,7 +127,7 @@ def test_backend(backend: str, videos: list[Path], benchmark, report) -> None:
     report([judged(rows[0], "x directly", DIRECT), rows[1]])
 
 
-def test_clips(sources: list[Source], tmp_path: Path, benchmark, report) -> None:
+def test_clips(sources: list[Source], tmp_path: Path, full: bool, benchmark, report) -> None:
     """Batches from the cache against batches decoded by all cores."""
     with Pool() as pool:
         options = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench"}
@@ -138,7 +140,7 @@ def test_clips(sources: list[Source], tmp_path: Path, benchmark, report) -> None
             return
         busy = BusyElsewhere()
         regions = {name: Region(next_batch(clips)) for name, clips in {"stream": streaming, "cache": cached}.items()}
-        times = take_turns(Host(), regions, 4 * SECONDS, 5, 10)
+        times = take_turns(Host(), regions, 4 * (SECONDS_FULL if full else SECONDS), 5, 10)
         rows = []
         for name, of_one in times.items():
             median = spread(of_one).median
@@ -153,11 +155,11 @@ def next_batch(clips: VideoClips) -> Callable[[], object]:
     return lambda: clips.batch(next(starts), BATCH)
 
 
-def test_training(sources: list[Source], tmp_path: Path, monkeypatch, benchmark, report) -> None:
+def test_training(sources: list[Source], tmp_path: Path, full: bool, monkeypatch, benchmark, report) -> None:
     """The share of its time that the training loop waits for data, and its videos/s: decoders use the same cores."""
-    steps = 40
+    steps, batch = (40, 32) if full else (16, 8)
     changes = {"train.steps": steps, "train.validate_every": steps, "train.log_every": steps // 2}
-    changes |= {"train.tensorboard": False, "train.validation_videos": 32}
+    changes |= {"train.tensorboard": False, "train.validation_videos": 32, "train.batch": batch}
     config = override(preset("clevrer-mini"), changes)
     size, frames = (config.data.canvas,) * 2, config.data.frames_in + config.data.frames_out
     rows: list[Row] = []

@@ -84,7 +84,10 @@ def _step(h: torch.Tensor, route: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return terms.loss.detach(), torch.autograd.grad(terms.loss, h)[0]
 
 
-@pytest.mark.parametrize("world", [2, 4])
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize("world", [2, 4] if metafunc.config.getoption("--full") else [2])
+
+
 def test_bytes(world: int, report: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_process, (world, folder), nprocs=world)

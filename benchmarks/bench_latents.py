@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from records import Row
-from timing import BusyElsewhere, Cuda, Host, Region, spread, take_turns
+from records import Row, achieved, latent_floor_bytes, latent_floor_flops
+from timing import BusyElsewhere, Cuda, Host, Region, peak_bytes, spread, take_turns
 
 from vjvcr_fast import latents, native
 from vjvcr_fast.latents import HeadEnergy, LatentResult, MLPEnergy, SparseLatent
 
 N, LATENT, STEPS, WEIGHT, HEADS = 256, 20, 100, 1e-3, 5
-SECONDS, ROUNDS = 6.0, (3, 30)
+SECONDS, SECONDS_FULL, ROUNDS = 2.0, 8.0, (3, 30)
 FLOAT32, BFLOAT16 = 1e-4, 1e-2  # mean energies against the eager loop's
 COMPARED = "eager autograd"
 
@@ -42,7 +42,8 @@ class Case(NamedTuple):
 
 
 CASES = [Case(hidden, frames, d) for frames, d in ((3, 256), (12, 512)) for hidden in (256, 512, 1024)]
-CPU_CASES = [Case(256, 3, 256), Case(512, 3, 256), Case(512, 12, 512)]
+CPU_CASES = [Case(256, 3, 256), Case(512, 3, 256)]
+MORE_CPU_CASES = [Case(512, 12, 512)]  # with --full
 
 # (provider, metric, least or most, of which hidden sizes)
 Target = tuple[str, str, float, tuple[int, ...]]
@@ -114,13 +115,15 @@ def compared(energy: MLPEnergy, case: Case, cuda: bool) -> dict[str, Callable[[]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = CASES if torch.cuda.is_available() else CPU_CASES
+        cases = CPU_CASES + (MORE_CPU_CASES if metafunc.config.getoption("--full") else [])
+        if torch.cuda.is_available():
+            cases = CASES
         metafunc.parametrize("case", cases, ids=lambda case: str(case).replace(", ", "-"))
 
 
 @pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
 class TestLatents:
-    def test_infer(self, case, device, benchmark, report):
+    def test_infer(self, case, device, benchmark, report, full, request):
         torch._dynamo.reset()
         cuda = isinstance(device, Cuda)
         with device.stream():
@@ -130,11 +133,20 @@ class TestLatents:
             check(functions, rows)
             if benchmark.disabled:
                 return
+            for name, function in functions.items():
+                rows[name]["_peak_mb"] = peak_bytes(function, device)[1] / 1e6
+            found = request.getfixturevalue("ceilings")
             busy = BusyElsewhere()
-            times = take_turns(device, regions(functions, device), SECONDS, *ROUNDS)
+            times = take_turns(device, regions(functions, device), SECONDS_FULL if full else SECONDS, *ROUNDS)
             elsewhere = 0.0 if cuda else busy.share()
         put_times(rows, times, elsewhere)
+        sizes = N, LATENT, case.hidden, case.frames * case.d
         for name in rows:
+            # Of all steps: where converged samples are frozen there are fewer, and no rate.
+            if "tolerance" not in name:
+                work = latent_floor_bytes(*sizes), latent_floor_flops(*sizes, STEPS)
+                product = found.products["bf16" if "bf16" in name else "fp32"]
+                rows[name] |= achieved(rows[name]["_median_ms"], *work, found.copy, product)
             if cuda:
                 rows[name]["us a step"] = 1e3 * rows[name]["_median_ms"] / STEPS
             judge(rows[name], name, case, GPU_TARGETS if cuda else CPU_TARGETS)

@@ -14,16 +14,16 @@ import providers
 import pytest
 import torch
 from providers import ALPHA, BETA, SIGMA, Parts, Provider
-from records import Row
+from records import Row, achieved, floor_bytes, floor_flops
 from timing import BusyElsewhere, Cuda, Host, Region, peak_bytes, spread, take_turns
 from torch import Tensor
 
 from vjvcr_fast.losses import vcr_loss
 
-SWEEPS = {"d": (64, 256, 1024, 4096, 16_384), "N": (32, 128, 512, 1024, 4096), "T": (1, 4, 16, 64, 128)}
-MORE = {"d": (128, 512, 2048, 8192), "N": (64, 256, 2048), "T": (2, 8, 32)}  # with --full
+SWEEPS = {"d": (64, 256, 1024, 4096), "N": (32, 128, 512, 1024, 4096), "T": (1, 4, 16, 64, 128)}
+MORE = {"d": (128, 512, 2048, 8192, 16_384), "N": (64, 256, 2048), "T": (2, 8, 32)}  # with --full
 FIXED = {"d": {"N": 256, "T": 1}, "N": {"d": 512, "T": 2}, "T": {"N": 128, "d": 256}}
-SECONDS, ROUNDS = 1.5, (3, 40)
+SECONDS, SECONDS_FULL, ROUNDS = 0.5, 2.0, (5, 60)
 CHOICE = 1.10
 
 
@@ -48,7 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("sweep", "value"), points)
 
 
-def test_scaling(sweep: str, value: int, benchmark: Any, report: Any) -> None:
+def test_scaling(sweep: str, value: int, full: bool, benchmark: Any, report: Any, request: Any) -> None:
     device = Cuda() if torch.cuda.is_available() else Host()
     sizes = FIXED[sweep] | {sweep: value}
     with device.stream():
@@ -69,12 +69,16 @@ def test_scaling(sweep: str, value: int, benchmark: Any, report: Any) -> None:
         del loss, gradient
         if benchmark.disabled:
             return
-        busy = BusyElsewhere()
-        times = take_turns(device, {name: Region(step) for name, step in steps.items()}, SECONDS, *ROUNDS)
+        found, busy = request.getfixturevalue("ceilings"), BusyElsewhere()
+        seconds = SECONDS_FULL if full else SECONDS
+        times = take_turns(device, {name: Region(step) for name, step in steps.items()}, seconds, *ROUNDS)
         elsewhere = busy.share() if isinstance(device, Host) else 0.0
     medians = {name: spread(of_one).median for name, of_one in times.items()}
     for name, row in rows.items():
         row |= {"x reference": medians["eager reference"] / medians[name], "_median_ms": medians[name]}
+        shape = sizes["N"], sizes["T"], sizes["d"]
+        work = floor_bytes(*shape, 4), floor_flops(*shape)
+        row |= achieved(medians[name], *work, found.copy, found.products["fp32"])
         row |= {"_iqr_ms": spread(times[name]).iqr, "_rounds": len(times[name]), "_busy_elsewhere": elsewhere}
     faster = min(("ours, Gram form", "ours, covariance form"), key=medians.__getitem__)
     # `ours` runs the same code as one of its forms: theirs are two measurements of one thing.

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 import torch
 from records import Row
-from timing import BusyElsewhere, Cuda, Host, Region, spread, take_turns
+from timing import BusyElsewhere, Cuda, Host, Region, peak_bytes, spread, take_turns
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -37,7 +37,8 @@ from vjvcr_fast.training.processes import Processes
 from vjvcr_fast.training.step import Step
 from vjvcr_fast.training.telemetry import Telemetry
 
-SECONDS, ROUNDS, WARM = 12.0, (5, 60), 3
+SECONDS, SECONDS_FULL, ROUNDS, WARM = 3.0, 15.0, (4, 60), 3
+BUDGET = 120.0  # seconds of the GPU that begin nothing new after
 SAME = {"fp32": 1e-4, "bf16": 0.02}  # losses of the first step
 # (preset, latent) -> our goals: against the eager reference on a CPU; against (eager, compiled) on a GPU.
 CPU_GOALS = {"moving-mnist": 1.15, "moving-mnist-stochastic sparse-high": 3.0}
@@ -54,6 +55,20 @@ pytest.importorskip("mlxtend", reason="the extra train is not installed")
 @pytest.fixture(scope="module")
 def device() -> Cuda | Host:
     return Cuda() if torch.cuda.is_available() else Host()
+
+
+@pytest.fixture(scope="module")
+def began() -> float:
+    return time.monotonic()
+
+
+@pytest.fixture
+def in_time(began: float, full: bool, report: Any, request: pytest.FixtureRequest) -> None:
+    """On a GPU, where compiling takes its time, what does not fit into BUDGET is left out and says so."""
+    if torch.cuda.is_available() and not full and time.monotonic() - began > BUDGET:
+        note = f"left out: the benchmarks' {BUDGET:.0f} s were over"
+        report([{"preset": request.node.name, "provider": "ours", "note": note}])
+        pytest.skip(note)
 
 
 def config_of(name: str, device: Cuda | Host) -> Config:
@@ -204,7 +219,9 @@ def steps_of(config: Config, device: torch.device, folder: Path, compile: bool) 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_videos_per_second(name: str, device: Any, tmp_path: Path, full: bool, benchmark: Any, report: Any) -> None:
+def test_videos_per_second(
+    name: str, device: Any, in_time: None, tmp_path: Path, full: bool, benchmark: Any, report: Any
+) -> None:
     if name == "clevrer":
         pytest.importorskip("av", reason="the extra video is not installed")
     torch._dynamo.reset()
@@ -214,20 +231,34 @@ def test_videos_per_second(name: str, device: Any, tmp_path: Path, full: bool, b
         compile = full or isinstance(device, Cuda) or config.data.dataset == "moving-mnist"
         steps = steps_of(config, device.torch_device, tmp_path, compile)
         first = {}
-        for provider, step in steps.items():
+        for provider, step in [*steps.items()]:
             started = time.perf_counter()
-            first[provider] = float(step())
+            try:
+                first[provider] = float(step())
+            except torch.OutOfMemoryError:  # the reference's activations of cater fit no GPU
+                del steps[provider]
+                torch.cuda.empty_cache()
+                continue
+            if "reference" not in first:
+                continue
             bf16 = device.torch_device.type == "cuda" and provider != "reference"
             assert abs(first[provider] / first["reference"] - 1) <= SAME["bf16" if bf16 else "fp32"], (provider, first)
             first[provider, "seconds"] = time.perf_counter() - started
+        if "reference" not in steps:
+            report(
+                [{"preset": config.preset, "latent": config.latent.kind, "provider": "reference", "note": "too large"}]
+            )
+            pytest.skip("the reference does not fit this device")
         if benchmark.disabled:
             return
-        for step in steps.values():
-            for _ in range(WARM):
+        peaks = {}
+        for provider, step in steps.items():
+            for _ in range(WARM - 1):
                 step()
+            peaks[provider] = peak_bytes(step, device)[1]
         busy = BusyElsewhere()
         regions = {provider: Region(step) for provider, step in steps.items()}
-        times = take_turns(device, regions, SECONDS, *ROUNDS)
+        times = take_turns(device, regions, SECONDS_FULL if full else SECONDS, *ROUNDS)
         elsewhere = busy.share() if isinstance(device, Host) else 0.0
     medians = {provider: spread(of_one).median for provider, of_one in times.items()}
     rows: list[Row] = []
@@ -236,6 +267,7 @@ def test_videos_per_second(name: str, device: Any, tmp_path: Path, full: bool, b
         row["x reference"] = medians["reference"] / medians[provider]
         if "compiled reference" in medians:
             row["x compiled reference"] = medians["compiled reference"] / medians[provider]
+        row["peak MB"] = peaks[provider] / 1e6
         row |= {"_median_ms": spread(of_one).median, "_iqr_ms": spread(of_one).iqr, "_rounds": len(of_one)}
         row |= {"_videos_per_second": 1e3 * config.train.batch / medians[provider], "_busy_elsewhere": elsewhere}
         row |= {"_first_loss": first[provider], "_first_seconds": first[provider, "seconds"]}
@@ -256,9 +288,9 @@ def judged(name: str, provider: str, row: Row, device: Any) -> Row:
     return {"target": "; ".join(said)} if said else {}
 
 
-@pytest.mark.parametrize("every", [100])
-def test_telemetry(every: int, device: Any, benchmark: Any, report: Any) -> None:
+def test_telemetry(device: Any, in_time: None, full: bool, benchmark: Any, report: Any) -> None:
     """As many steps as lie between two measurements of collapse, with one and without."""
+    every = 100 if full or isinstance(device, Cuda) else 25
     config = config_of("moving-mnist", device)
     with device.stream():
         videos, _ = sources_of(config, device.torch_device, Path())
@@ -334,7 +366,7 @@ class Parts:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_parts(name: str, device: Any, tmp_path: Path, benchmark: Any, report: Any) -> None:
+def test_parts(name: str, device: Any, in_time: None, tmp_path: Path, benchmark: Any, report: Any) -> None:
     """Eager, so that parts are there to be told apart."""
     if name == "clevrer":
         pytest.importorskip("av", reason="the extra video is not installed")
@@ -350,6 +382,7 @@ def test_parts(name: str, device: Any, tmp_path: Path, benchmark: Any, report: A
         model = step.model
         for owner, method, part in (
             (model.encoder, "forward", "encoder"),
+            *([(model.twin, "forward", "encoder")] if model.twin is not None else []),
             (model.predictor, "forward", "predictor"),
             (model, "vcr", "VCR"),
             (step.latents, "infer_from", "z*"),

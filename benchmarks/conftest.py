@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import records
 import report as reports
+import timing
 import torch
 
 from vjvcr_fast.data.files import write_atomic
@@ -29,7 +30,9 @@ MACHINE = pytest.StashKey[dict[str, Any]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="more rounds and a larger grid (many minutes)")
+    parser.addoption(
+        "--full", action="store_true", help="more rounds, the paper's shapes, a larger grid (many minutes)"
+    )
     parser.addoption(
         "--results",
         type=Path,
@@ -62,6 +65,19 @@ def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
     return request.config.stash[MACHINE]
 
 
+@pytest.fixture(scope="session")
+def ceilings(machine: dict[str, Any]) -> timing.Ceilings:
+    """The rates of this machine, measured once; in the files, too."""
+    if torch.cuda.is_available():
+        copied = min(timing.COPIED, torch.cuda.mem_get_info()[0] // 8)
+        found = timing.ceilings(timing.Cuda(), copied)
+    else:
+        found = timing.ceilings(timing.Host(), timing.HOST_COPIED, timing.HOST_SIDE, ("fp32",))
+    machine["copy_gb_per_s"] = records.rounded(found.copy / 1e9)
+    machine["product_tflop_per_s"] = {name: records.rounded(rate / 1e12) for name, rate in found.products.items()}
+    return found
+
+
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[[list[records.Row]], None]:
     """report(rows): one call per test. A row is a flat dict of text and numbers; keys that start with an underscore
@@ -85,6 +101,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             continue
         results = records.results(name, machine, rows)
         path = config.getoption("--results") / records.file_name(name, machine)
+        if not machine["full"] and records.of_a_full_run(path):
+            terminalreporter.write_line(f"{path} is of a --full run: left as it is")
+            continue
         path.parent.mkdir(exist_ok=True)
         write_atomic(path, records.dumps(results))
         terminalreporter.write_line(f"written: {path}")
@@ -123,6 +142,7 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
         "commit": records.commit(),
         "dirty": records.dirty(),
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "full": bool(config.getoption("--full")),
         "load_before": records.rounded(os.getloadavg()[0]),
         "command": " ".join(["pytest", *config.invocation_params.args]),
     } | (_gpu() if cuda else {})

@@ -33,6 +33,24 @@ def floor_flops(n: int, t: int, d: int) -> int:
     return 3 * n * d * min(n, d) * t
 
 
+def latent_floor_bytes(n: int, latent: int, hidden: int, width: int) -> int:
+    """Inference of z* through the MLP: its weights, what it starts from and the targets read once, z* written."""
+    return 4 * (n * (hidden + width + latent) + hidden * (hidden + width + latent) + width)
+
+
+def latent_floor_flops(n: int, latent: int, hidden: int, width: int, steps: int) -> int:
+    """Three products a step, G and r once; G is symmetric."""
+    return 2 * n * hidden * (3 * hidden + 2 * latent) * steps + width * hidden * (hidden + 2 * n)
+
+
+def achieved(milliseconds: float, nbytes: float, flops: float, copy: float, product: float) -> Row:
+    """What a time means: the floor's bytes and flops a second, whatever the code really moved and computed, and their
+    shares of the machine's own rates (bytes/s of a copy, flop/s of a product)."""
+    bytes_s, flops_s = (1e3 * work / milliseconds for work in (nbytes, flops))
+    rates = {"_gb_per_s": bytes_s / 1e9, "_tflop_per_s": flops_s / 1e12, "_flop_per_byte": flops / nbytes}
+    return rates | {"of copy": bytes_s / copy, "of product": flops_s / product}
+
+
 # -- Targets --------------------------------------------------------------------------------------------------------
 
 CATER, CLEVRER, MOVING_MNIST, TALL = "160, 100, 2048", "256, 26, 2048", "256, 15, 512", "2600000, 1, 64"
@@ -124,6 +142,11 @@ def file_name(what: str, machine: dict[str, Any]) -> str:
     versions = f"torch{slug(machine['torch'])}-triton{slug(machine['triton'] or 'none')}"
     what = "gpu" if what == "losses_cuda" else f"{what}-gpu"
     return f"{what}-{slug(machine['device'])}-{versions}-{short(machine['commit'])}.json"
+
+
+def of_a_full_run(path: Path) -> bool:
+    """Whether path holds the results of a --full run, which a quick one, of fewer points, is not to replace."""
+    return path.is_file() and bool(json.loads(path.read_text()).get("full"))
 
 
 def results(what: str, machine: dict[str, Any], rows: Sequence[Row]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ that pages and files agree.
 
 import json
 import re
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,9 @@ SCALING = RESULTS / "scaling-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
 SCALED = DOCS / "scaling-cpu.png"
+ROOFLINE = DOCS / "roofline-cpu.png"
+SHARED = DOCS / "study-shared-statistics.json"
+STUDY = DOCS / "study-moving-mnist-mini.json"
 
 Results = Row = dict[str, Any]
 
@@ -47,7 +51,42 @@ def losses() -> str:
         copies = f"{ours['copies']:.1f} copies of h"
         lines.append(f"| ({shape}) | {ours['x eager']:.1f}x | {against} | {ours['x plain']:.1f}x | {copies} |")
     machine = f"{results['processor']}, {results['threads']} threads, torch {results['torch']}"
-    return "\n".join([*lines, "", f"Forward and backward, float32, medians of one run on {machine}."])
+    missed = [
+        f"({row['N, T, d']}) reaches {row['x eager']:.1f}x, its goal was {row['target']:g}x"
+        for row in results["rows"]
+        if row.get("met") == "no"
+    ]
+    goals = f" Short of their goals: {'; '.join(missed)}." if missed else " All goals are met."
+    where = f"[{LOSSES.name}]({LOSSES.relative_to(ROOT).as_posix()})"
+    return "\n".join([*lines, "", f"Forward and backward, float32, medians of one run on {machine}, {where}.{goals}"])
+
+
+def losses_rates() -> str:
+    """Of ours, a line a shape: ratios, spread, memory and the shares of the machine's own rates."""
+    results = json.loads(LOSSES.read_text())
+    cells = []
+    for row in results["rows"]:
+        if row["provider"] in ("ours", "ours compiled"):
+            ratios = (f"{row['x eager']:.2f}x", f"{row['x plain']:.2f}x", f"{row['iqr_ms'] / row['median_ms']:.0%}")
+            shares = (f"{row['copies']:.1f}", f"{row['of copy']:.0%}", f"{row['of product']:.0%}")
+            goal = f">= {row['target']:g}x: {'met' if row['met'] == 'yes' else 'missed'}" if "target" in row else ""
+            cells.append((f"({row['N, T, d']})", row["provider"], *ratios, *shares, goal))
+    titles = (
+        "(N, T, d)",
+        "provider",
+        "vs reference",
+        "vs best plain",
+        "spread",
+        "copies of h",
+        "of copy",
+        "of product",
+    )
+    about = (
+        "Spread: interquartile range over median; copies: peak memory beyond h, in copies of it; of copy, of product: "
+        "bytes and flops of the floor (two reads of h and "
+        "a write; the smaller form's products) a second, over this machine's rate of a copy and of a float32 product."
+    )
+    return f"{_markdown((*titles, 'goal, vs reference'), cells)}\n\n{about} {_measured(results, LOSSES)}"
 
 
 def losses_gpu(path: Path) -> str:
@@ -80,9 +119,7 @@ def decode() -> str:
         ("videos/s of training", "from the cache, against decoding on the same cores", f"{training['x stream']:.1f}x")
     )
     lines.append(("share of a training step", "waiting for data from the cache", f"{training['waits']:.1%}"))
-    machine = f"{results['processor']}, {results['threads']} threads"
-    where = f"[{DECODE.name}]({DECODE.relative_to(ROOT).as_posix()})"
-    about = f"480x320 H.264 with one keyframe, as CLEVRER's; `pytest benchmarks/bench_decode.py` on {machine}: {where}."
+    about = f"480x320 H.264 with one keyframe, as CLEVRER's. {_measured(results, DECODE)}"
     return f"{_markdown(['what', 'how', 'measured'], lines)}\n\n{about}"
 
 
@@ -122,8 +159,9 @@ def training() -> str:
         if "x reference" in row:
             compiled = f"{row['x compiled reference']:.2f}x" if "x compiled reference" in row else ""
             who = (row["preset"], row["latent"], row["provider"])
-            cells.append((*who, f"{row['x reference']:.2f}x", compiled, row.get("target", "")))
-    titles = ("preset", "latent", "provider", "vs reference", "vs compiled reference", "goal")
+            ratios = (f"{row['x reference']:.2f}x", compiled, f"{row['iqr_ms'] / row['median_ms']:.0%}")
+            cells.append((*who, *ratios, f"{row['peak MB']:.0f} MB", row.get("target", "")))
+    titles = ("preset", "latent", "provider", "vs reference", "vs compiled reference", "spread", "peak memory", "goal")
     (telemetry,) = (row for row in results["rows"] if "x without" in row)
     speed = f"{telemetry['x without']:.2f}"
     about = f"With {telemetry['provider']} training has {speed} of its speed without; what differs from 1 is noise."
@@ -143,6 +181,121 @@ def training_in_short() -> str:
     )
 
 
+def latents_in_short() -> str:
+    """What of `latents` the README says."""
+    results = json.loads(LATENTS.read_text())
+    found = {(row["hidden, T_y x d"], row["provider"]): row["x eager"] for row in results["rows"]}
+    case = "512, 12x512"
+    where = f"[{LATENTS.name}]({LATENTS.relative_to(ROOT).as_posix()})"
+    return (
+        "With 512 hidden units, 12 x 512 outputs, 256 samples and 100 steps the operator is "
+        f"{found[case, 'ours']:.1f}x as fast on {results['threads']} CPU\nthreads as the same steps through autograd, "
+        f"{found[case, 'ours, tolerance 1e-4']:.1f}x where samples that have converged are frozen ({where}; smaller\n"
+        "sizes and the closed form in plain torch are in [docs/benchmarks.md](docs/benchmarks.md))."
+    )
+
+
+def figure4() -> str:
+    """The share of the singular values' sum that the first quarter of them holds, at the end of training."""
+    results = json.loads((DOCS / "figure4-cater-mini.json").read_text())
+    held = {title: sum(v[: len(v) // 4]) / sum(v) for title, v in results["ours"].items()}
+    ours = {row: share for row in ("VJ-VCR", "generative") for title, share in held.items() if title.startswith(row)}
+    paper = {row: results["paper"][key]["first_500"] for row, key in (("VJ-VCR", "vj-vcr"), ("generative",) * 2)}
+    said = " and ".join(f"{ours[row]:.0%} for {row} (the paper's {paper[row]:.0%})" for row in ours)
+    return (
+        "The spectra (fig4) look as in the paper: the first quarter of the singular values holds this part of their "
+        f"sum:\n{said}, where 25% is no collapse."
+    )
+
+
+def study() -> str:
+    """The settings of docs/studies/settings.yaml: speed MSE of both models, a line a setting."""
+    results = json.loads(STUDY.read_text())
+    names = list(dict.fromkeys(name.rsplit(", row=", 1)[0] for name in results["settings"]))
+    cells = []
+    for name in names:
+        line = [name]
+        for row in ("vj-vcr", "generative"):
+            found = results["settings"][f"{name}, row={row}"]["evaluations"]
+            for key in ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares"):
+                line.append(_seeds([e[key] for e in found]))
+        mean = statistics.mean(e["speed_mse_of_the_mean"] for e in found)
+        cells.append((*line, f"{mean:.2f}"))
+    titles = ["setting", *(f"{model}: {how}" for model in ("VJ-VCR", "gen.") for how in ("Adam", "std.", "l. sq."))]
+    machine = results["machine"]
+    about = (
+        "Speed MSE on the development split, mean and in brackets the seeds' range, 2 seeds: the paper's probe (Adam), "
+        "the same on standardised features, least squares; last, what predicting the mean gives. gen.: generative "
+        f"without VCR. {machine['name']}, torch {machine['torch']}, commit {machine['commit']}: "
+        "`vjvcr-fast sweep docs/studies/settings.yaml --processes 2`, [the file](results/study-moving-mnist-mini.json)."
+    )
+    return f"{_markdown((*titles, 'mean'), cells)}\n\n{about}"
+
+
+def against_steps() -> str:
+    """VJ-VCR's MSE over the generative model's as training goes on, and the paper's."""
+    settings = json.loads(STUDY.read_text())["settings"]
+    steps = {300: "steps 300", 600: "steps 600", 1_200: "as it is", 2_400: "steps 2400", 4_800: "steps 4800"}
+    cells = []
+    for name, key in (("Adam", "speed_mse"), ("Adam, standardised", "speed_mse_standardised"), ("least squares",) * 2):
+        key = "speed_mse_least_squares" if key == "least squares" else key
+        ours, theirs = (
+            [statistics.mean(e[key] for e in settings[f"{of}, row={row}"]["evaluations"]) for of in steps.values()]
+            for row in ("vj-vcr", "generative")
+        )
+        cells.append((name, *(f"{a:.3f} / {b:.3f} = {a / b:.2f}" for a, b in zip(ours, theirs, strict=True))))
+    paper = json.loads((DOCS / "table1-moving-mnist-mini.json").read_text())["rows"]
+    a, b = (paper[row]["paper"]["speed_mse"] for row in ("vj-vcr", "generative"))
+    titles = ("probe", *(f"{count:,} steps" for count in steps))
+    about = f"VJ-VCR's speed MSE / the generative model's, development split. The paper's: {a} / {b} = {a / b:.2f}."
+    return f"{_markdown(titles, cells)}\n\n{about}"
+
+
+def statistics_apart() -> str:
+    """VJ-VCR with one set of running statistics for x and y, and with two."""
+    one, two = (json.loads(path.read_text())["settings"] for path in (SHARED, STUDY))
+    cells = []
+    for name, before in one.items():
+        after = two[name]["evaluations"]
+        chosen = ", ".join(f"{e['step']:,}" for e in before), ", ".join(f"{e['step']:,}" for e in after)
+        errors = (_seeds([e["speed_mse"] for e in found]) for found in (before, after))
+        cells.append((name.rsplit(", row=", 1)[0], *errors, *chosen))
+    titles = ("setting", "one set: speed MSE", "two sets", "one set: steps of the checkpoint taken", "two sets")
+    where = f"[{SHARED.name}](results/{SHARED.name})"
+    return f"{_markdown(titles, cells)}\n\nThe first, whose code is no more, is in {where}."
+
+
+def _seeds(values: Sequence[float]) -> str:
+    """Mean (least to most)."""
+    return f"{statistics.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})"
+
+
+def reproduced(name: str) -> str:
+    """A table of the paper as in the README, and what it was made on."""
+    machine = json.loads((DOCS / f"{name}.json").read_text())["machine"]
+    where = f"{machine['name']}, torch {machine['torch']}, commit {machine['commit']}"
+    made = f"Made on {where}: [{name}.json](results/{name}.json)."
+    return f"{table(DOCS / f'{name}.md')}\n{made}"
+
+
+def in_one_sentence() -> str:
+    """What `make train` shows."""
+    results = json.loads((DOCS / "table1-moving-mnist-mini.json").read_text())
+    ours = {row: of["ours"] for row, of in results["rows"].items()}
+    mse = {row: statistics.mean(of["speed_mse"]) for row, of in ours.items()}
+    worst = {row: max(of["speed_mse"]) for row, of in ours.items()}
+    least = min(min(ours[row]["speed_mse"]) for row in ("generative", "generative-vcr"))
+    order = "in every seed" if worst["vj-vcr"] < least and worst["vj-vcr-decoder"] < least else "on average"
+    mean = statistics.mean(ours["vj-vcr"]["speed_mse_of_the_mean"])
+    shown = {row: f"{value:.2f}" for row, value in mse.items()}
+    return (
+        f"In one sentence: after {results['config']['train']['steps']:,} small steps a linear probe tells a digit's "
+        f"speed {order} better from VJ-VCR's\npredictions (MSE {shown['vj-vcr']}, with a decoder "
+        f"{shown['vj-vcr-decoder']}) than from the generative model's (with VCR {shown['generative-vcr']},\n"
+        f"without {shown['generative']}), where predicting the mean gives {mean:.2f}."
+    )
+
+
 def parts() -> str:
     """What share of our step each part takes."""
     results = json.loads(TRAINING.read_text())
@@ -156,11 +309,11 @@ def latents() -> str:
     """Inference of z*, ours against loops in plain torch."""
     results, cells = json.loads(LATENTS.read_text()), []
     for row in results["rows"]:
-        ratio = row.get("x G and r")
-        cells.append(
-            (row["hidden, T_y x d"], row["provider"], f"{row['x eager']:.2f}x", f"{ratio:.2f}x" if ratio else "")
-        )
-    titles = ("hidden, T_y x d", "provider", "vs the first of its shape", "vs G and r")
+        who = (row["hidden, T_y x d"], row["provider"], f"{row['x eager']:.2f}x")
+        ratio, share, peak = (row.get(name) for name in ("x G and r", "of product", "peak_mb"))
+        shown = (f"{ratio:.2f}x" if ratio else "", f"{share:.0%}" if share else "", f"{peak:.1f} MB" if peak else "")
+        cells.append((*who, *shown))
+    titles = ("hidden, T_y x d", "provider", "vs the first of its shape", "vs G and r", "of product", "peak memory")
     return f"{_markdown(titles, cells)}\n\n{_measured(results, LATENTS)}"
 
 
@@ -201,15 +354,31 @@ def table(path: Path) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "losses": losses,
     "table1": lambda: table(DOCS / "table1-moving-mnist-mini.md"),
+    "one-sentence": in_one_sentence,
     "table1-clevrer": lambda: table(DOCS / "table1-clevrer-mini.md"),
     "figure2": lambda: table(DOCS / "figure2-cater-mini.md"),
-    "decode": decode,
     "training": training_in_short,
+    "latents": latents_in_short,
+    "figure4": figure4,
     "table2": lambda: table(DOCS / "table2-moving-mnist-stochastic-mini.md"),
 }
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "guides" / "several-gpus.md": {"distributed": distributed},
-    ROOT / "docs" / "benchmarks.md": {"training": training, "scaling": scaling, "parts": parts, "latents": latents},
+    ROOT / "docs" / "reproducing.md": {
+        "table1": lambda: reproduced("table1-moving-mnist-mini"),
+        "table2": lambda: reproduced("table2-moving-mnist-stochastic-mini"),
+        "study": study,
+        "statistics-apart": statistics_apart,
+        "against-steps": against_steps,
+    },
+    ROOT / "docs" / "benchmarks.md": {
+        "losses-rates": losses_rates,
+        "training": training,
+        "scaling": scaling,
+        "parts": parts,
+        "latents": latents,
+        "decode": decode,
+    },
 }
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)
 
@@ -395,6 +564,42 @@ def scaling_figure(path: Path, out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def roofline(paths: Sequence[Path], out: Path) -> None:
+    """What a provider reaches of the machine's product rate against the flops that a byte allows; the roof is the rate
+    of a copy, then that of a product. A panel a file; work is the floor's, whatever a provider really does."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6 * len(paths), 4.6), layout="constrained")
+    for axis, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
+        results = json.loads(path.read_text())
+        rows = [row for row in results["rows"] if "of product" in row]
+        names = list(dict.fromkeys(row["provider"] for row in rows))
+        ridge = 1e3 * results["product_tflop_per_s"]["fp32"] / results["copy_gb_per_s"]
+        most = 2 * max(row["flop_per_byte"] for row in rows)
+        least = min(ridge, *(row["flop_per_byte"] for row in rows)) / 2
+        axis.plot([least, ridge, most], [least / ridge, 1, 1], "k-", linewidth=1, label="copy, product of this machine")
+        labelled: list[tuple[float, float]] = []
+        for i, name in enumerate(names):
+            points = [row for row in rows if row["provider"] == name]
+            x, y = [row["flop_per_byte"] for row in points], [row["of product"] for row in points]
+            ours = name == "ours"
+            axis.plot(x, y, "o" if ours else ".", color=f"C{i}", markersize=7 if ours else 5, label=name)
+            for row in points if ours else []:
+                shape = row.get("N, T, d") or row.get("hidden, T_y x d")
+                at = (row["flop_per_byte"], row["of product"])
+                # Of points that lie on one another the first has its label.
+                if all(max(at[0] / x, x / at[0]) > 1.2 or max(at[1] / y, y / at[1]) > 1.15 for x, y in labelled):
+                    labelled.append(at)
+                    axis.annotate(f"({shape})", at, (5, -2), textcoords="offset points", fontsize=6)
+        axis.set(xscale="log", yscale="log", xlabel="flops a byte, both of the floor", title=path.stem)
+        axis.grid(alpha=0.3)
+        axis.margins(x=0.12)
+        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
+    figure.axes[0].set_ylabel("share of the rate of a product, float32")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+
+
 if __name__ == "__main__":
     README.write_text(render(README.read_text(), newest=True))
     for page, parts in PAGES.items():
@@ -402,3 +607,4 @@ if __name__ == "__main__":
     if files := sorted(RESULTS.glob("accuracy-*.json")):
         accuracy(files, ACCURACY)
     scaling_figure(SCALING, SCALED)
+    roofline([LOSSES, LATENTS], ROOFLINE)

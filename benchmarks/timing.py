@@ -11,7 +11,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -22,6 +22,7 @@ from torch import Tensor
 PRECISIONS = ("fp32", "tf32", "bf16")  # float32 "highest", float32 with TF32 products, bfloat16 input
 MOST_COPIES = 64  # of the inputs, however small
 COPIED, SIDE = 2 << 30, 8192  # ceilings: bytes of the tensor that is copied, side of the matrices that are multiplied
+HOST_COPIED, HOST_SIDE = 256 << 20, 2048  # the same for a CPU
 
 
 class Region(NamedTuple):
@@ -235,21 +236,23 @@ def precision(name: str) -> Iterator[torch.dtype]:
 
 
 class Ceilings(NamedTuple):
-    """What this GPU reaches: bytes/s, read and written together, of a copy within its memory; flop/s of a product of
-    two matrices of SIDE x SIDE for each of PRECISIONS."""
+    """What this machine reaches: bytes/s, read and written together, of a copy within its memory; flop/s of the product
+    of two matrices of SIDE x SIDE for each of PRECISIONS."""
 
     copy: float
     products: dict[str, float]
 
 
-def ceilings(device: Device, copied: int = COPIED, side: int = SIDE) -> Ceilings:
+def ceilings(
+    device: Device, copied: int = COPIED, side: int = SIDE, precisions: Sequence[str] = PRECISIONS
+) -> Ceilings:
     """Measured on random numbers: zeros are faster. Medians."""
     source = torch.randint(-128, 128, (copied,), dtype=torch.int8, device=device.torch_device)
     target = torch.empty_like(source)
     products = {}
     copy = _rate(device, functools.partial(target.copy_, source), 2 * copied)
     del source, target
-    for name in PRECISIONS:
+    for name in precisions:
         with precision(name) as dtype:
             a, b = (torch.randn(side, side, device=device.torch_device).to(dtype) for _ in range(2))
             products[name] = _rate(device, functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * side**3)

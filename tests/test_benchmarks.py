@@ -146,6 +146,14 @@ def test_file_names():
     assert named == f"accuracy-gpu-{key.replace('3.6.0', 'none')}-0123456789.json"
 
 
+def test_a_quick_run_knows_the_results_of_a_full_one(tmp_path):
+    path = tmp_path / "losses-cpu.json"
+    assert not records.of_a_full_run(path)
+    for machine, full in ((MACHINE, False), (MACHINE | {"full": False}, False), (MACHINE | {"full": True}, True)):
+        path.write_text(records.dumps(records.results("losses", machine, [])))
+        assert records.of_a_full_run(path) == full
+
+
 def test_a_row_is_a_line():
     rows = rows_of(records.CATER, "bf16", ours=160.00001)
     rows[0]["_least_us"] = 159.87654
