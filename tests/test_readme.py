@@ -1,6 +1,7 @@
 """The README's code runs, its two ways agree, and its numbers are those of the committed files."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -67,6 +68,31 @@ def test_numbers_of_the_guides_are_those_of_the_committed_files() -> None:
     report = _report()
     for page, parts in report.PAGES.items():
         assert report.rendered(page.read_text(), parts, page.name) == page.read_text(), "run `benchmarks/report.py`"
+
+
+# What a measured number looks like: a ratio, a share, a time, a size, a decimal. Sizes of frames and arrays do not.
+MEASURED = re.compile(r"\b\d[\d.,]*x(?!\w)|\d ?%|\d (?:s|ms|us|dB|GiB|MiB|MB|GB|TFLOP/s)\b|(?<![\w.,-])0\.\d+\b")
+PROSE = {  # numbers that no benchmark has measured, and where they come from
+    "paper's 79.7% is about four of five": "the paper",
+    "128x128 in bfloat16 needs 7 GiB instead of 104": "tests/test_chunked.py counts it, on tensors without content",
+}
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))], ids=lambda p: p.name)
+def test_no_measured_number_stands_outside_the_rendered_parts(page: Path) -> None:
+    if page.parent.name == "results":  # written by the commands that measured
+        return
+    text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->|```.*?```", "", page.read_text(), flags=re.DOTALL)
+    lines = [line for line in text.splitlines() if MEASURED.search(line) and not any(known in line for known in PROSE)]
+    assert not lines, f"{page.name}: render these from a committed file (benchmarks/report.py)"
+
+
+def test_every_rendered_file_is_of_a_clean_commit() -> None:
+    """The tables of benchmarks come from a commit, without changes on top of it."""
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        measured = json.loads(file.read_text())
+        assert re.fullmatch(r"[0-9a-f]{40}|tree-[0-9a-f]{10}", measured["commit"]), file.name
+        assert not measured["dirty"], file.name
 
 
 def test_a_missing_marker_is_named() -> None:
