@@ -110,7 +110,9 @@ def latents(draw: st.DrawFn, m: int, steps: st.SearchStrategy[int], rates: st.Se
     lr = 10.0 ** draw(rates)
     if draw(st.booleans()):
         weight = draw(st.sampled_from((0.0, 1e-4, 1e-2, 1.0, 1e10)))
-        method, nonnegative = draw(st.sampled_from(("fista", "ista"))), draw(st.booleans())
+        method, nonnegative = draw(st.sampled_from(("fista", "ista", "newton"))), draw(st.booleans())
+        if method == "newton":
+            common["step_rule"] = "backtracking"
         return SparseLatent(m, weight, draw(steps), method=method, nonnegative=nonnegative, lr=lr, **common)
     clamp = draw(st.sampled_from((None, (0, 1), (-0.3, 0.1), (-1e-30, 1e30))))
     return ContinuousLatent((m,), draw(steps), lr, momentum=draw(st.sampled_from((0.0, 0.9))), clamp=clamp, **common)

@@ -21,7 +21,7 @@ from tolerances import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vjvcr_fast import native, reference
+from vjvcr_fast import native, newton, reference
 from vjvcr_fast.latents import (
     ContinuousLatent,
     DiscreteLatent,
@@ -37,6 +37,7 @@ from vjvcr_fast.models.energy import EnergyModel
 
 N, T_X, T_Y, D, DIM = 8, 2, 3, 24, 6
 SPARSE = SparseLatent(DIM, 2e-3, 100)
+NEWTON = SparseLatent(DIM, 2e-3, 100, method="newton")
 CONTINUOUS = ContinuousLatent((DIM,), 100, 1.0)
 HOW = {"device": "cpu", "dtype": torch.float64}
 
@@ -121,6 +122,32 @@ def test_is_the_plain_loop_for_every_sample(method: str, rule: str, route: str) 
         assert relative(found.z[i], z) < LATENT_PLAIN
 
 
+@pytest.mark.parametrize("nonnegative", [False, True])
+@pytest.mark.parametrize("closed", [True, False])
+def test_newton_is_the_plain_method_for_every_sample(closed: bool, nonnegative: bool) -> None:
+    model = make_model()
+    h_x, h_y, _ = make_targets(model)
+    latent = SparseLatent(DIM, 2e-3, 40, method="newton", nonnegative=nonnegative, lr=3.0, tolerance=1e-4)
+    energy = model.latent_energy(h_x, h_y)
+    zeros = torch.zeros(N, DIM, dtype=torch.float64)
+    with torch.no_grad():
+        curvature = energy.expand(zeros).curvature() if closed else torch.eye(DIM, dtype=torch.float64) / 3.0
+    found = latent.infer(energy if closed else by_autograd(energy), N, **HOW)
+    for i in range(N):
+        own = by_autograd(make_energy_of_one(model, h_x, h_y, i))
+        z, steps = reference.proximal_newton(
+            lambda z, own=own: own(z[None])[0],
+            zeros[i],
+            weight=2e-3,
+            curvature=curvature,
+            steps=40,
+            tolerance=1e-4,
+            low=0.0 if nonnegative else -torch.inf,
+        )
+        assert int(found.steps[i]) == steps
+        assert relative(found.z[i], z) < LATENT_PLAIN
+
+
 def make_energy_of_one(model: EnergyModel, h_x: Tensor, h_y: Tensor, i: int) -> Energy:
     return model.latent_energy(h_x[i : i + 1], h_y[i : i + 1])
 
@@ -164,7 +191,7 @@ def orthogonal() -> Tensor:
 
 
 @pytest.mark.parametrize("nonnegative", [False, True])
-@pytest.mark.parametrize("method", ["fista", "ista"])
+@pytest.mark.parametrize("method", ["fista", "ista", "newton"])
 @pytest.mark.parametrize("lr", [1e-3, 1.0, 1e5])
 def test_lasso(lr: float, method: str, nonnegative: bool) -> None:
     energy, weight = Quadratic(), 0.01
@@ -200,7 +227,7 @@ def test_momentum_pays() -> None:
 
 
 @pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative"])
-@pytest.mark.parametrize("latent", [SPARSE, SparseLatent(DIM, 2e-3, nonnegative=True), CONTINUOUS], ids=name)
+@pytest.mark.parametrize("latent", [SPARSE, SparseLatent(DIM, 2e-3, nonnegative=True), NEWTON, CONTINUOUS], ids=name)
 def test_no_worse_than_a_long_run(latent: Any, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
@@ -266,12 +293,12 @@ def test_closed_form_keeps_its_digits_beside_large_targets() -> None:
     weight=st.sampled_from([0.0, 1e-4, 1e-2, 1.0]),
     options=st.fixed_dictionaries(
         {
-            "method": st.sampled_from(["fista", "ista"]),
+            "method": st.sampled_from(["fista", "ista", "newton"]),
             "nonnegative": st.booleans(),
             "step_rule": st.sampled_from(["backtracking", "fixed"]),
             "tolerance": st.sampled_from([0.0, 1e-4, 0.1]),
         }
-    ),
+    ).filter(lambda options: options["method"] != "newton" or options["step_rule"] == "backtracking"),
     closed=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -300,36 +327,38 @@ def test_never_ends_above_the_start(
 
 
 @pytest.mark.parametrize("row", ["vj-vcr", "generative"])
-def test_samples_are_independent(row: str) -> None:
+@pytest.mark.parametrize("latent", [SPARSE, NEWTON], ids=name)
+def test_samples_are_independent(latent: SparseLatent, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
-    whole = SPARSE.infer_from(model, h_x, h_y, y)
+    whole = latent.infer_from(model, h_x, h_y, y)
     order = torch.randperm(N)
-    shuffled = SPARSE.infer_from(model, h_x[order], h_y[order], y[order])
+    shuffled = latent.infer_from(model, h_x[order], h_y[order], y[order])
     assert relative(shuffled.z, whole.z[order]) < LATENT_PLAIN
     assert shuffled.steps.equal(whole.steps[order])
     for i in (0, N - 1):
-        alone = SPARSE.infer_from(model, *(t[i : i + 1] for t in (h_x, h_y, y)))
+        alone = latent.infer_from(model, *(t[i : i + 1] for t in (h_x, h_y, y)))
         assert relative(alone.z[0], whole.z[i]) < LATENT_PLAIN
         assert alone.steps[0] == whole.steps[i]
 
 
 @pytest.mark.parametrize("closed", [True, False])
-@pytest.mark.parametrize("latent", [SPARSE, CONTINUOUS], ids=name)
+@pytest.mark.parametrize("latent", [SPARSE, NEWTON, CONTINUOUS], ids=name)
 def test_frozen_samples_stay(latent: Any, closed: bool) -> None:
     model = make_model()
     h_x, h_y, _ = make_targets(model)
     energy = model.latent_energy(h_x, h_y)
     energy = energy if closed else by_autograd(energy)
+    few = 17 if latent is NEWTON and closed else 25
     runs = [
         type(latent)(**{**vars(latent), "steps": steps, "tolerance": 1e-3}).infer(energy, N, **HOW)
-        for steps in (25, 200)
+        for steps in (few, 200)
     ]
-    frozen = runs[0].steps < 25
+    frozen = runs[0].steps < few
     assert 0 < int(frozen.sum()) < N
     for short, long in zip(runs[0], runs[1], strict=True):
         assert short[frozen].equal(long[frozen])
-    assert (runs[1].steps[~frozen] > 25).any()
+    assert (runs[1].steps[~frozen] > few).any()
 
 
 def test_one_evaluation_a_step_and_one_at_the_start() -> None:
@@ -341,6 +370,9 @@ def test_one_evaluation_a_step_and_one_at_the_start() -> None:
 
     SparseLatent(DIM, 0.01, 17).infer(counted, N, **HOW)
     assert len(calls) == 18
+    calls.clear()
+    SparseLatent(DIM, 0.01, 5, method="newton").infer(counted, N, **HOW)
+    assert len(calls) == 6
 
 
 def test_a_converged_start_is_kept() -> None:
@@ -479,12 +511,16 @@ class NoSynchronisation(TorchDispatchMode):
     [
         SparseLatent(DIM, 2e-3, 10, check=False),
         SparseLatent(DIM, 2e-3, 10, nonnegative=True, method="ista", step_rule="fixed", check=False),
+        SparseLatent(DIM, 2e-3, 10, method="newton", check=False),
         ContinuousLatent((DIM,), 10, 1.0, clamp=(0, 1), check=False),
         DiscreteLatent(DIM, check=False),
     ],
     ids=name,
 )
-def test_nothing_waits_for_the_device(latent: Any, row: str) -> None:
+def test_nothing_waits_for_the_device(latent: Any, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The quasi-Newton method looks at the device on a CPU alone, to leave samples out."""
+    whole = newton.minimise
+    monkeypatch.setattr(newton, "minimise", lambda *given: whole(*given[:-1], narrow=None))
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
     with NoSynchronisation():
@@ -545,7 +581,9 @@ def test_not_finite_after_a_step() -> None:
         (lambda: SparseLatent(2, -0.1), "weight=-0.1"),
         (lambda: SparseLatent(2, float("nan")), "weight=nan"),
         (lambda: SparseLatent(2, 0.1, 0), "steps=0"),
-        (lambda: SparseLatent(2, 0.1, method="adam"), "method='adam': choose 'fista' or 'ista'"),
+        (lambda: SparseLatent(2, 0.1, method="adam"), "method='adam': choose fista, ista, newton"),
+        (lambda: SparseLatent(2, 0.1, method="newton", step_rule="fixed"), "method='newton': has no step size to fix"),
+        (lambda: SparseLatent(2, 0.1, method="newton", compile=True), "method='newton': .* not compiled"),
         (lambda: SparseLatent(2, 0.1, step_rule="none"), "step_rule='none': choose 'backtracking' or 'fixed'"),
         (lambda: SparseLatent(2, 0.1, lr=0.0), "lr=0.0"),
         (lambda: SparseLatent(2, 0.1, lr=float("inf")), "lr=inf"),

@@ -133,7 +133,9 @@ class Latent:
     zeros: float = _field(0.8, "sparse: the fraction of z's components that are to be zero")
     decay: float = _field(1e-3, "sparse: weight decay of the predictor, or it grows and z shrinks, unpenalised [ours]")
     iterations: int = _field(50, "sparse, actions: at most so many steps an inference [ours]")
-    method: Literal["fista", "ista"] = _field("fista", "sparse: with or without momentum")
+    method: Literal["fista", "ista", "newton"] = _field(
+        "fista", "sparse: with or without momentum; newton: quasi-Newton, the same minimum sooner, for a CPU [ours]"
+    )
     step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse, actions: of the step size [ours]")
     step_size: float = _field(1.0, "sparse, actions: the first, or the fixed, step size [ours]")
     tolerance: float = _field(1e-4, "sparse, actions: a sample that changes less, relatively, is frozen [ours]")
@@ -318,10 +320,12 @@ PRESETS: dict[str, Config] = {
         preset="moving-mnist-stochastic",
         data=Data(frames_out=3, stochastic=True),
     ),
+    # The same for two CPU cores, where FISTA would be two thirds of a step: z* by a quasi-Newton method [ours].
     "moving-mnist-stochastic-mini": Config(
         preset="moving-mnist-stochastic-mini",
         data=Data(canvas=32, digit=14, frames_out=3, speed=(1.0, 3.0), stochastic=True),
         model=Model(channels=(16, 32, 64), hidden=512),
+        latent=Latent(method="newton"),
         train=Train(steps=1_000, batch=64, validate_every=250, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
     ),

@@ -18,6 +18,9 @@ as it is, to the bit.
 
 Nothing in the loop waits for the device; the one look at a flag, for energies that are not finite, comes at the end.
 
+`SparseLatent(method="newton")` has another loop, vjvcr_fast/newton.py: for an MLP predictor on a CPU, of which a
+trained one takes a small part of the evaluations.
+
 Where the operators of csrc/ are built, the loop for an MLP predictor is one of them, `fista_mlp`, in which samples that
 are frozen cost nothing, and so is the choice among an MLP predictor's heads; else both run in torch operations.
 """
@@ -26,19 +29,20 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
+from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast import native
+from vjvcr_fast import native, newton
 from vjvcr_fast.analytic import compute_dtype, full_precision
 from vjvcr_fast.reference import GROWTH, GROWTH_AT_FIRST, SHRINKAGE, soft_threshold
 
 LatentEnergy: TypeAlias = Callable[[Tensor], Tensor]
-Method = Literal["fista", "ista"]
+Method = Literal["fista", "ista", "newton"]
 StepRule = Literal["backtracking", "fixed"]
 
 
@@ -130,6 +134,16 @@ class ExpandedMLPEnergy(NamedTuple):
     r: Tensor
     start: Tensor
     scale: float
+
+    def rows(self, at: Tensor) -> "ExpandedMLPEnergy":
+        """Of the samples `at` alone."""
+        mlp = replace(self.mlp, p=self.mlp.p[at], target=self.mlp.target[at])
+        return self._replace(mlp=mlp, u0=self.u0[at], r=self.r[at], start=self.start[at])
+
+    def curvature(self) -> Tensor:
+        """(m, m): the Hessian in z where every unit of both layers is active, the same for all samples."""
+        slopes = self.mlp.w2 @ self.mlp.w1z
+        return 2 * self.scale * (slopes.mT @ (self.G @ slopes))
 
     def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """z (N, m) -> energies (N,), gradients (N, m)."""
@@ -291,9 +305,11 @@ class SparseLatent(_Descended):
     Args:
         dim: components of z. weight: of the L1 term, summed over z and not divided by anything.
         steps: at most; the cost does not shrink where samples are frozen earlier.
-        method: "ista" is the same without momentum. nonnegative: z >= 0.
+        method: "ista" is the same without momentum; "newton" the quasi-Newton method of `reference.proximal_newton`,
+            for a CPU. nonnegative: z >= 0.
         step_rule: "backtracking", or "fixed": always lr, trials that fail are still left out.
-        lr: the (first) step size. tolerance: of convergence, relative; 0 runs on until nothing moves.
+        lr: the (first) step size; of "newton", for energies whose curvature is not known.
+        tolerance: of convergence, relative, of z, "newton": of the energy; 0 runs on until nothing moves.
         compile: the step through torch.compile(fullgraph=True); for energies that it can trace.
         bf16: products in bfloat16 where `fista_mlp` runs on a GPU, several times as fast; elsewhere it changes nothing.
         check: raise where energies are not finite, the one synchronisation; without, such samples keep z0.
@@ -315,15 +331,18 @@ class SparseLatent(_Descended):
     def __post_init__(self) -> None:
         _require(self.dim >= 1, f"dim={self.dim}: must be at least 1")
         _require(0 <= self.weight < float("inf"), f"weight={self.weight}: must be finite and not negative")
-        _require(self.method in get_args(Method), f"method={self.method!r}: choose 'fista' or 'ista'")
+        _require(self.method in get_args(Method), f"method={self.method!r}: choose {', '.join(get_args(Method))}")
         _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
+        plain = self.method != "newton" or (self.step_rule == "backtracking" and not self.compile)
+        _require(plain, "method='newton': has no step size to fix, and is not compiled")
 
     def _rule(self) -> "_Rule":
         return _Rule(
             shape=(self.dim,),
             weight=self.weight,
             low=0.0 if self.nonnegative else None,
-            momentum=None if self.method == "fista" else 0.0,
+            momentum=0.0 if self.method == "ista" else None,
+            newton=self.method == "newton",
             step_rule=self.step_rule,
             lr=self.lr,
             tolerance=self.tolerance,
@@ -388,6 +407,7 @@ class _Rule(NamedTuple):
     low: float | None = None
     high: float | None = None
     bf16: bool = False
+    newton: bool = False
 
     @property
     def box(self) -> tuple[float, float]:
@@ -459,7 +479,9 @@ def _minimise(
         if isinstance(energy, MLPEnergy):
             energy = energy.to(z0.dtype)
             inner = energy.expand(z0)
-        if isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
+        if rule.newton:
+            state = _newton(inner, rule, z0, steps)
+        elif isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
             state = _fused(inner, rule, z0, steps)
         else:
             at = _start(inner, rule, z0)
@@ -494,6 +516,17 @@ def _fused(energy: ExpandedMLPEnergy, rule: _Rule, z0: Tensor, steps: int) -> "_
         rule.step_rule == "backtracking", rule.lr, rule.tolerance, steps, rule.bf16 and z0.is_cuda,
     )  # fmt: skip
     return _Found(found[0], *(of_sample.unsqueeze(1) for of_sample in found[1:]))
+
+
+def _newton(energy: LatentEnergy | ExpandedMLPEnergy, rule: _Rule, z0: Tensor, steps: int) -> "_Found":
+    """All steps of the quasi-Newton method. On a CPU samples that are frozen are left out, where the energy allows."""
+    curvature, narrow = torch.eye(z0.shape[1]).to(z0) / rule.lr, None
+    if isinstance(energy, ExpandedMLPEnergy):
+        curvature, closed = energy.curvature(), energy
+        narrow = (lambda rows: partial(_evaluate, closed.rows(rows), rule)) if z0.device.type == "cpu" else None
+    evaluate = partial(_evaluate, energy, rule)
+    at = newton.minimise(evaluate, z0, curvature, rule.weight, rule.box[0], rule.tolerance, steps, narrow)
+    return _Found(at.z, at.energy, 1 / at.damping, at.steps, at.lost)
 
 
 def _start(energy: LatentEnergy | ExpandedMLPEnergy, rule: _Rule, z0: Tensor) -> _State:

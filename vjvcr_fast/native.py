@@ -21,6 +21,10 @@ float32 alone, in the sizes that `plan` serves, one launch for all steps.
 discrete_argmin(u, w3, b3, target) -> (energies, index): the mean over M of (W3_k u + b3_k - target)^2, (N, k), and the
 first least of those that are not NaN or infinite, (N,) int64, 0 without any; for u (N, H), w3 (k, M, H), b3 (k, M),
 target (N, M). No prediction is held as a whole.
+
+newton_trial(v, gradient, B, damping, active, weight, low, sweeps, settled) -> (): v, z at first, becomes the trial
+`newton.trial` of the samples that are active. newton_update(*newton.State, v, value, gradient_v, weight,
+tolerance, damped, least, most) -> (): `newton.update`, in place. Both on a CPU alone.
 """
 
 import functools
@@ -57,6 +61,14 @@ if MISSING is None:
     def _(z0, p, w1z, w2, b2, gram, u0, r, start, *options):  # type: ignore[no-untyped-def]
         steps, lost = (start.new_empty(start.shape, dtype=dtype) for dtype in (torch.int64, torch.bool))
         return torch.empty_like(z0), torch.empty_like(start), torch.empty_like(start), steps, lost
+
+    @torch.library.register_fake("vjvcr::newton_trial")
+    def _(v, gradient, B, damping, active, weight, low, sweeps, settled):  # type: ignore[no-untyped-def]
+        return None
+
+    @torch.library.register_fake("vjvcr::newton_update")
+    def _(*tensors_and_options):  # type: ignore[no-untyped-def]
+        return None
 
     @torch.library.register_fake("vjvcr::discrete_argmin")
     def _(u, w3, b3, target):  # type: ignore[no-untyped-def]
