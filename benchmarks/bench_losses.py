@@ -4,7 +4,8 @@
     pytest benchmarks/bench_losses.py --benchmark-disable    checks alone
 
 Every provider's loss and gradient are checked against the reference in float64 before anything is timed. Then the
-providers take turns, one step each per round, and pytest-benchmark times ours: a slow spell meets all of them. Columns:
+providers take turns, one step each per round, and pytest-benchmark times ours: a slow spell meets all of them. Every
+step finds its input out of the cache, as far as 64 copies of it reach. Columns:
 `x eager` is the eager reference's median over the provider's, `x plain` that of the fastest plain PyTorch; `copies` is
 the peak of memory beyond the input, gradient included, in copies of h; `others` is the share of the machine that other
 processes used meanwhile, which from a few percent on spoils the ratios too: many small operations suffer most.
@@ -22,7 +23,7 @@ import pytest
 import records
 import torch
 from providers import SIGMA, Case, Outputs, Provider, compiled
-from timing import BusyElsewhere, Host, peak_bytes
+from timing import BusyElsewhere, Host, Rotating, copies, peak_bytes
 
 SECONDS, SECONDS_FULL = 2.0, 10.0  # a case's rounds take about this long ...
 ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
@@ -86,9 +87,14 @@ def test_vcr_loss(case, benchmark, report, full, request):
     h_bytes = sum(part.nbytes for part in parts)
     loss, gradient = providers.judge(parts)
 
+    host = Host()
+    sets = [
+        [part.detach().clone().requires_grad_() for part in parts] for _ in range(copies(h_bytes, host.cache_bytes))
+    ]
     steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, function in compared(case).items():
+    functions = compared(case)
+    for number, (name, function) in enumerate(functions.items()):
         rows[name] = {"N, T, d": str(case), "provider": name}
         if isinstance(function, str):
             rows[name]["note"] = function
@@ -97,7 +103,7 @@ def test_vcr_loss(case, benchmark, report, full, request):
         if "compiled" in name:
             step()
         started = time.perf_counter()
-        outputs, peak = peak_bytes(step, Host())
+        outputs, peak = peak_bytes(step, host)
         seconds = time.perf_counter() - started
         error = max(providers.errors(outputs, loss, gradient))
         assert error <= max(providers.tolerance("fp32", case.n)), (
@@ -107,7 +113,8 @@ def test_vcr_loss(case, benchmark, report, full, request):
         if name == "compiled reference" and (seconds > MOST_SECONDS or peak > MOST_BYTES):
             rows[name]["note"] = f"not timed: {seconds:.0f} s and {peak / 1e9:.1f} GB for a step"
         else:
-            steps[name] = step
+            # Each starts elsewhere, so that none finds in the cache what the one before it has read.
+            steps[name] = Rotating(partial(providers.step, function), sets, number * len(sets) // len(functions))
     if benchmark.disabled:
         return
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from providers import ALPHA, BETA, SIGMA, Parts, Provider
 from records import Row, achieved, floor_bytes, floor_flops
-from timing import BusyElsewhere, Cuda, Host, Region, peak_bytes, spread, take_turns
+from timing import BusyElsewhere, Cuda, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
 from torch import Tensor
 
 from vjvcr_fast.losses import vcr_loss
@@ -55,16 +55,18 @@ def test_scaling(sweep: str, value: int, full: bool, benchmark: Any, report: Any
         generator = torch.Generator().manual_seed(0)
         h = SIGMA * torch.randn(sizes["N"], sizes["T"], sizes["d"], generator=generator)
         parts = [h.to(device.torch_device).requires_grad_()]
+        count = copies(h.nbytes, device.cache_bytes)
+        sets = [[part.detach().clone().requires_grad_() for part in parts] for _ in range(count)]
         loss, gradient = providers.judge(parts)
         rows, steps = dict[str, Row](), {}
-        for name, function in PROVIDERS.items():
+        for number, (name, function) in enumerate(PROVIDERS.items()):
             step = partial(providers.step, function, parts)
             step()
             outputs, peak = peak_bytes(step, device)
             errors = providers.errors(outputs, loss, gradient)
             assert max(errors) <= max(providers.tolerance("fp32", sizes["N"])), (name, sizes, errors)
             rows[name] = {"sweep": sweep, **sizes, "provider": name, "copies": peak / h.nbytes, "error": max(errors)}
-            steps[name] = step
+            steps[name] = Rotating(partial(providers.step, function), sets, number * count // len(PROVIDERS))
             del outputs
         del loss, gradient
         if benchmark.disabled:

@@ -7,7 +7,8 @@
 from a DataLoader (MovingMNIST renders them, files are decoded). `compiled reference` has model and losses compiled, and
 on a GPU bfloat16 autocast. `ours` is what `vjvcr-fast train` does, eager on a CPU, compiled on a GPU; `ours compiled`
 is compiled on a CPU as well. All start from the same weights; their losses on the same batch are compared before
-anything is timed.
+anything is timed. With a sparse latent those weights have been trained for BEGUN steps, since z* of random weights is
+another problem than what all but the first steps of a training meet; --full has both.
 
 `parts`: what share of our step each part takes. A part's own time, without that of parts inside it.
 """
@@ -38,6 +39,7 @@ from vjvcr_fast.training.step import Step
 from vjvcr_fast.training.telemetry import Telemetry
 
 SECONDS, SECONDS_FULL, ROUNDS, WARM = 3.0, 15.0, (4, 60), 3
+BEGUN = 100
 BUDGET = 120.0  # seconds of the GPU that begin nothing new after
 SAME = {"fp32": 1e-4, "bf16": 0.02}  # losses of the first step
 # (preset, latent) -> our goals: against the eager reference on a CPU; against (eager, compiled) on a GPU.
@@ -140,15 +142,30 @@ def sources_of(config: Config, device: torch.device, folder: Path) -> tuple[Any,
 # -- Steps ----------------------------------------------------------------------------------------------------------
 
 
-def ours(config: Config, videos: Any, device: torch.device, compile: str) -> Callable[[], Tensor]:
+Weights = dict[str, Tensor] | None
+
+
+def begun(config: Config, videos: Any, device: torch.device) -> Weights:
+    """Those of a model that has been trained for BEGUN steps."""
+    step, batches = Step(config, Processes(device)), videos.batches(1_000, config.train.batch)
+    for _ in range(BEGUN):
+        step(next(batches))
+    return step.model.state_dict()
+
+
+def ours(config: Config, videos: Any, device: torch.device, compile: str, weights: Weights) -> Callable[[], Tensor]:
     step = Step(override(config, {"train.compile": compile}), Processes(device))
+    if weights:
+        step.model.load_state_dict(weights)
     batches = videos.batches(0, config.train.batch)
     return lambda: step(next(batches))[0]
 
 
-def plain(config: Config, videos: Any, device: torch.device, compiled: bool) -> Callable[[], Tensor]:
+def plain(config: Config, videos: Any, device: torch.device, compiled: bool, weights: Weights) -> Callable[[], Tensor]:
     """The reference way, written out."""
     model = build_model(config, device).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    if weights:
+        model.load_state_dict(weights)
     optimizer = torch.optim.Adam(model.parameters(), config.train.lr)
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(OneByOne(videos, 1 << 40), config.train.batch, num_workers=workers)
@@ -208,19 +225,34 @@ def in_torch() -> Iterator[None]:
         native.MISSING = before
 
 
-def steps_of(config: Config, device: torch.device, folder: Path, compile: bool) -> dict[str, Callable[[], Tensor]]:
+def steps_of(
+    config: Config, device: torch.device, folder: Path, compile: bool, trained: bool
+) -> dict[str, Callable[[], Tensor]]:
     cached, read = sources_of(config, device, folder)
-    found = {"reference": plain(config, read, device, compiled=False), "ours": ours(config, cached, device, "auto")}
+    weights = begun(config, cached, device) if trained else None
+    found = {
+        "reference": plain(config, read, device, compiled=False, weights=weights),
+        "ours": ours(config, cached, device, "auto", weights),
+    }
     if compile:
-        found["compiled reference"] = plain(config, read, device, compiled=True)
+        found["compiled reference"] = plain(config, read, device, compiled=True, weights=weights)
         if device.type == "cpu":
-            found["ours compiled"] = ours(config, cached, device, "on")
+            found["ours compiled"] = ours(config, cached, device, "on", weights)
     return found
 
 
-@pytest.mark.parametrize("name", NAMES)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "trained" in metafunc.fixturenames:
+        latents = [name for name in NAMES if "sparse" in name]
+        more = [(name, False) for name in latents] if metafunc.config.getoption("--full") else []
+        cases = [*((name, name in latents) for name in NAMES), *more]
+        metafunc.parametrize(
+            ("name", "trained"), cases, ids=[f"{n}{' trained' * t}".replace(" ", "-") for n, t in cases]
+        )
+
+
 def test_videos_per_second(
-    name: str, device: Any, in_time: None, tmp_path: Path, full: bool, benchmark: Any, report: Any
+    name: str, trained: bool, device: Any, in_time: None, tmp_path: Path, full: bool, benchmark: Any, report: Any
 ) -> None:
     if name == "clevrer":
         pytest.importorskip("av", reason="the extra video is not installed")
@@ -229,7 +261,7 @@ def test_videos_per_second(
     with device.stream():
         # On a CPU compiling the networks for video files takes longer than all the rest.
         compile = full or isinstance(device, Cuda) or config.data.dataset == "moving-mnist"
-        steps = steps_of(config, device.torch_device, tmp_path, compile)
+        steps = steps_of(config, device.torch_device, tmp_path, compile, trained)
         first = {}
         for provider, step in [*steps.items()]:
             started = time.perf_counter()
@@ -263,7 +295,9 @@ def test_videos_per_second(
     medians = {provider: spread(of_one).median for provider, of_one in times.items()}
     rows: list[Row] = []
     for provider, of_one in times.items():
-        row: Row = {"preset": config.preset, "latent": config.latent.kind, "provider": provider}
+        untrained = config.latent.kind == "sparse" and not trained
+        row: Row = {"preset": config.preset, "latent": config.latent.kind + ", untrained" * untrained}
+        row["provider"] = provider
         row["x reference"] = medians["reference"] / medians[provider]
         if "compiled reference" in medians:
             row["x compiled reference"] = medians["compiled reference"] / medians[provider]
@@ -271,7 +305,7 @@ def test_videos_per_second(
         row |= {"_median_ms": spread(of_one).median, "_iqr_ms": spread(of_one).iqr, "_rounds": len(of_one)}
         row |= {"_videos_per_second": 1e3 * config.train.batch / medians[provider], "_busy_elsewhere": elsewhere}
         row |= {"_first_loss": first[provider], "_first_seconds": first[provider, "seconds"]}
-        rows.append(row | judged(name, provider, row, device))
+        rows.append(row | ({} if untrained else judged(name, provider, row, device)))
     report(rows)
 
 
@@ -374,7 +408,7 @@ def test_parts(name: str, device: Any, in_time: None, tmp_path: Path, benchmark:
     with device.stream():
         videos, _ = sources_of(config, device.torch_device, tmp_path)
         step, batches = Step(config, Processes(device.torch_device)), videos.batches(0, config.train.batch)
-        for _ in range(WARM):
+        for _ in range(BEGUN if config.latent.kind == "sparse" else WARM):
             step(next(batches))
         if benchmark.disabled:
             return

@@ -96,7 +96,7 @@ class Host:
     """The CPU, whose calls return when they are done."""
 
     def __init__(self) -> None:
-        self.torch_device, self.cache_bytes = torch.device("cpu"), 0
+        self.torch_device, self.cache_bytes = torch.device("cpu"), _largest_cache()
 
     def stream(self) -> AbstractContextManager[object]:
         return nullcontext()
@@ -113,6 +113,15 @@ class Host:
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
         return function, function()
+
+
+def _largest_cache() -> int:
+    """Bytes of the largest cache of a core, shared or not; 0 where Linux does not say."""
+    found = [0]
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(size.read_text().strip().removesuffix("K")) << 10)
+    return max(found)
 
 
 class BusyElsewhere:
@@ -150,6 +159,18 @@ def _ticks_of_children() -> int:
 def copies(nbytes: int, cache_bytes: int) -> int:
     """Of inputs of nbytes, for one region: together twice the cache, but MOST_COPIES at most."""
     return min(max(1, math.ceil(2 * cache_bytes / nbytes)), MOST_COPIES)
+
+
+class Rotating:
+    """Calls function(inputs) with one set of inputs after the other, from the `first` on: more than the cache holds."""
+
+    def __init__(self, function: Callable[[Any], Any], sets: Sequence[Any], first: int = 0) -> None:
+        self.function, self.sets, self.next = function, sets, first
+
+    def __call__(self) -> Any:
+        inputs = self.sets[self.next % len(self.sets)]
+        self.next += 1
+        return self.function(inputs)
 
 
 def take_turns(
