@@ -4,7 +4,7 @@
     pytest benchmarks/bench_latents.py --benchmark-disable    checks alone
 
 N = 256, z of 20, K = 100 steps of the same rule everywhere (latents.py). With a tolerance of 0, so that nobody wins by
-stopping early; the last lines of each shape have the default tolerance and show what freezing converged samples saves,
+stopping early; the last lines of each shape have a tolerance and show what freezing converged samples saves,
 and on a CPU what another method does, whose energies must not be higher.
 `eager autograd` is the loop through autograd of the energy, `compiled autograd` the same with its step through
 torch.compile, `G and r` the closed form in plain torch operations. On a GPU all are replayed as CUDA graphs but the
@@ -113,7 +113,7 @@ def compared(energy: MLPEnergy, case: Case, cuda: bool) -> dict[str, Callable[[]
         found["ours in bf16"] = partial(ours, tolerance=0.0, bf16=True)
     found["ours, tolerance 1e-4"] = partial(ours, tolerance=1e-4)
     if not cuda:
-        found["ours, quasi-Newton, tolerance 1e-4"] = partial(ours, tolerance=1e-4, method="newton")
+        found["ours, quasi-Newton, tolerance 1e-3"] = partial(ours, tolerance=1e-3, method="newton")
     return found
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from vjvcr_fast import native, reference
-from vjvcr_fast.config import Config, latent, override, preset
+from vjvcr_fast.config import Config, Latent, latent, override, preset
 from vjvcr_fast.data.cache import FrameCache, fill
 from vjvcr_fast.data.clips import Clips, Source, VideoClips
 from vjvcr_fast.data.workers import Pool
@@ -170,7 +170,7 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(OneByOne(videos, 1 << 40), config.train.batch, num_workers=workers)
     batches, settings, weight = iter(loader), config.latent, config.latent.weight
-    search = SparseLatent(settings.dim, weight, settings.iterations, tolerance=settings.tolerance, check=False)
+    search = SparseLatent(settings.dim, weight, Latent().iterations, check=False)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=compiled and device.type == "cuda")
     given = videos.actions.to(device)[:, :, config.data.frames_in :].flatten(1) if settings.kind == "actions" else None
 

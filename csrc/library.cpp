@@ -16,5 +16,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
       "newton_update(Tensor(a!) z, Tensor(b!) energy, Tensor(c!) gradient, Tensor(d!) B, Tensor(e!) damping, "
       "Tensor(f!) active, Tensor(g!) lost, Tensor(h!) steps, Tensor v, Tensor value, Tensor gradient_v, "
       "float weight, float tolerance, float damped, float least, float most) -> ()");
+  m.def(
+      "newton_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start, "
+      "Tensor B, float scale, float weight, float low, float tolerance, int steps, int sweeps, float settled, "
+      "float damped, float least, float most) -> (Tensor z, Tensor energy, Tensor damping, Tensor steps, Tensor lost)");
   m.def("discrete_argmin(Tensor u, Tensor w3, Tensor b3, Tensor target) -> (Tensor energies, Tensor index)");
 }

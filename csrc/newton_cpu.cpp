@@ -1,22 +1,18 @@
-// A step of the proximal quasi-Newton method, in two parts, on the CPU: the trial of every sample, by coordinate descent
-// on its model, and what the trial changes. What both are stands in vjvcr_fast/reference.py.
+// The proximal quasi-Newton method on the CPU: newton_trial, the trial of every sample, by coordinate descent on its model;
+// newton_update, what the trial changes; newton_mlp, all steps for an MLP predictor. What they are stands in
+// vjvcr_fast/reference.py.
 #include <algorithm>
 #include <cmath>
+#include <tuple>
 #include <vector>
 
 #include "latent_math.h"
-#include "sums.h"
-#include "tensors.h"
+#include "mlp_energy_cpu.h"
 
 namespace vjvcr {
 namespace {
 
 constexpr int64_t kGrain = 4;  // samples a thread takes at least
-
-template <typename T>
-T* data(const Tensor& tensor) {
-  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
 
 // Of one sample: v, gradient, slope (m,); B (m, m), symmetric. v is z, and becomes the trial; slope is overwritten.
 template <typename T>
@@ -44,13 +40,16 @@ void descend(T* __restrict__ v, const T* __restrict__ gradient, const T* __restr
 }
 
 struct Constants {
-  double weight, tolerance, damped, least, most;
+  double weight, low, tolerance;
+  int64_t sweeps;
+  double settled, damped, least, most;
 };
 
-// Of one sample, as `update` of vjvcr_fast/newton.py.
+// Of one sample, as `update` of vjvcr_fast/newton.py. room: (3 m,), overwritten.
 template <typename T>
 void learn(T* z, T* energy, T* gradient, T* B, T* damping, bool* active, bool* lost, int64_t* steps, const T* v,
-           T value, const T* gradient_v, int64_t m, const Constants& at, T* s, T* y, T* Bs) {
+           T value, const T* gradient_v, int64_t m, const Constants& at, T* room) {
+  T *s = room, *y = room + m, *Bs = room + 2 * m;
   for (int64_t k = 0; k < m; ++k) s[k] = v[k] - z[k], y[k] = gradient_v[k] - gradient[k];
   for (int64_t k = 0; k < m; ++k) Bs[k] = sum<T>(m, [&](int64_t j) { return B[k * m + j] * s[j]; });
   const auto inner = [m](const T* a, const T* b) { return sum<T>(m, [&](int64_t k) { return a[k] * b[k]; }); };
@@ -130,11 +129,12 @@ void newton_trial(Tensor v, Tensor gradient, Tensor B, Tensor damping, Tensor ac
   const int64_t n = v.size(0), m = v.size(1);
   by_type(v, [&](auto zero) {
     using T = decltype(zero);
+    T* trials = mutable_data<T>(v);
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
       std::vector<T> slope(m);
       for (int64_t i = begin; i < end; ++i) {
         if (!data<bool>(active)[i]) continue;
-        descend(data<T>(v) + i * m, data<T>(gradient) + i * m, data<T>(B) + i * m * m, slope.data(), m,
+        descend(trials + i * m, data<T>(gradient) + i * m, data<T>(B) + i * m * m, slope.data(), m,
                 data<T>(damping)[i], T(weight), T(low), sweeps, T(settled));
       }
     });
@@ -148,20 +148,114 @@ void newton_update(Tensor z, Tensor energy, Tensor gradient, Tensor B, Tensor da
   const int64_t n = z.size(0), m = z.size(1);
   STD_TORCH_CHECK(is_shaped(steps, {n, 1}) && steps.scalar_type() == ScalarType::Long && steps.is_contiguous(),
                   "newton_update: steps must be (N, 1), int64, contiguous");
-  const Constants at{weight, tolerance, damped, least, most};
+  const Constants at{weight, 0.0, tolerance, 0, 0.0, damped, least, most};
   by_type(z, [&](auto zero) {
     using T = decltype(zero);
+    T *z_data = mutable_data<T>(z), *of_gradient = mutable_data<T>(gradient), *of_B = mutable_data<T>(B);
+    T *energies = mutable_data<T>(energy), *damped_by = mutable_data<T>(damping);
+    bool *on = mutable_data<bool>(active), *gone = mutable_data<bool>(lost);
+    int64_t* taken = mutable_data<int64_t>(steps);
     torch::stable::parallel_for(0, n, kGrain, [&](int64_t begin, int64_t end) {
       std::vector<T> room(3 * m);
       for (int64_t i = begin; i < end; ++i) {
-        if (!data<bool>(active)[i]) continue;
-        learn(data<T>(z) + i * m, data<T>(energy) + i, data<T>(gradient) + i * m, data<T>(B) + i * m * m,
-              data<T>(damping) + i, data<bool>(active) + i, data<bool>(lost) + i, data<int64_t>(steps) + i,
-              data<T>(v) + i * m, data<T>(value)[i], data<T>(gradient_v) + i * m, m, at, room.data(), room.data() + m,
-              room.data() + 2 * m);
+        if (!on[i]) continue;
+        learn(z_data + i * m, energies + i, of_gradient + i * m, of_B + i * m * m, damped_by + i, on + i, gone + i,
+              taken + i, data<T>(v) + i * m, data<T>(value)[i], data<T>(gradient_v) + i * m, m, at, room.data());
       }
     });
   });
+}
+
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// What changes of a sample from step to step besides z, its gradient and B. `at`: which it is.
+template <typename T>
+struct Searching {
+  T energy, damping;
+  bool active, lost;
+  int64_t steps, at;
+};
+
+template <typename T>
+void search(MlpEnergy<T>& energy, const Tensor& z0, const Tensor& B0, const Constants& at, int64_t steps,
+            Result& result) {
+  const int64_t m = z0.size(1), n = z0.size(0);
+  Tensor z = torch::stable::clone(z0), v = torch::stable::clone(z0), gradient = energy.gradient(z0);
+  std::vector<T> B(n * m * m);
+  std::vector<Searching<T>> samples(n);
+  for (int64_t i = 0; i < n; ++i) {
+    std::copy_n(data<T>(B0), m * m, B.data() + i * m * m);
+    samples[i] = {energy.value(i), T(1), true, false, 0, i};
+  }
+  const auto write = [&](int64_t i) {
+    auto& [found, least, damping, taken, lost] = result;
+    const Searching<T>& sample = samples[i];
+    std::copy_n(data<T>(z) + i * m, m, mutable_data<T>(found) + sample.at * m);
+    mutable_data<T>(least)[sample.at] = sample.energy;
+    mutable_data<T>(damping)[sample.at] = sample.damping;
+    mutable_data<int64_t>(taken)[sample.at] = sample.steps;
+    mutable_data<bool>(lost)[sample.at] = sample.lost;
+  };
+  for (int64_t k = 0; k < steps && energy.size() > 0; ++k) {
+    T *of_z = mutable_data<T>(z), *of_v = mutable_data<T>(v), *of_gradient = mutable_data<T>(gradient);
+    const auto each = [&](const auto& body) {
+      torch::stable::parallel_for(0, energy.size(), kGrain, [&](int64_t begin, int64_t end) {
+        std::vector<T> room(3 * m);
+        for (int64_t i = begin; i < end; ++i) {
+          if (samples[i].active) body(i, room.data());
+        }
+      });
+    };
+    each([&](int64_t i, T* room) {
+      std::copy_n(of_z + i * m, m, of_v + i * m);
+      descend(of_v + i * m, of_gradient + i * m, B.data() + i * m * m, room, m, samples[i].damping, T(at.weight),
+              T(at.low), at.sweeps, T(at.settled));
+    });
+    Tensor gradient_v = energy.gradient(v);
+    each([&](int64_t i, T* room) {
+      Searching<T>& sample = samples[i];
+      learn(of_z + i * m, &sample.energy, of_gradient + i * m, B.data() + i * m * m, &sample.damping, &sample.active,
+            &sample.lost, &sample.steps, of_v + i * m, energy.value(i), data<T>(gradient_v) + i * m, m, at, room);
+    });
+    const int64_t now = energy.size();
+    const int64_t leaving =
+        std::count_if(samples.begin(), samples.begin() + now, [](const Searching<T>& s) { return !s.active; });
+    if (leaving == 0 || (leaving < now && leaving * kWorthIt < now)) continue;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < now; ++i) {
+      if (!samples[i].active) {
+        write(i);
+        continue;
+      }
+      energy.move(i, kept);
+      for (Tensor* rows : {&z, &gradient}) move_row<T>(*rows, m, i, kept);
+      if (i != kept) std::copy_n(B.data() + i * m * m, m * m, B.data() + kept * m * m);
+      samples[kept++] = samples[i];
+    }
+    energy.narrow(kept);
+    for (Tensor* rows : {&z, &v, &gradient}) *rows = torch::stable::narrow(*rows, 0, 0, kept);
+  }
+  for (int64_t i = 0; i < energy.size(); ++i) write(i);
+}
+
+Result newton_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start,
+                  Tensor B, double scale, double weight, double low, double tolerance, int64_t steps, int64_t sweeps,
+                  double settled, double damped, double least, double most) {
+  check_fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start);
+  const int64_t n = z0.size(0), m = z0.size(1);
+  STD_TORCH_CHECK(is_shaped(B, {m, m}), "newton_mlp: B must be (m, m), m = ", m);
+  check_alike("newton_mlp", {&z0, &B});
+  Result result{torch::stable::empty_like(z0), torch::stable::empty_like(start), torch::stable::empty_like(start),
+                torch::stable::new_empty(start, {n}, ScalarType::Long),
+                torch::stable::new_empty(start, {n}, ScalarType::Bool)};
+  if (n == 0) return result;
+  const Constants at{weight, low, tolerance, sweeps, settled, damped, least, most};
+  by_type(z0, [&](auto zero) {
+    using T = decltype(zero);
+    MlpEnergy<T> energy(p, w1z, w2, b2, gram, u0, r, start, T(scale), T(weight));
+    search(energy, z0, B, at, steps, result);
+  });
+  return result;
 }
 
 }  // namespace
@@ -170,4 +264,5 @@ void newton_update(Tensor z, Tensor energy, Tensor gradient, Tensor B, Tensor da
 STABLE_TORCH_LIBRARY_IMPL(vjvcr, CPU, m) {
   m.impl("newton_trial", TORCH_BOX(&vjvcr::newton_trial));
   m.impl("newton_update", TORCH_BOX(&vjvcr::newton_update));
+  m.impl("newton_mlp", TORCH_BOX(&vjvcr::newton_mlp));
 }

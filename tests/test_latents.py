@@ -21,7 +21,7 @@ from tolerances import (
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vjvcr_fast import native, newton, reference
+from vjvcr_fast import native, reference
 from vjvcr_fast.latents import (
     ContinuousLatent,
     DiscreteLatent,
@@ -517,10 +517,7 @@ class NoSynchronisation(TorchDispatchMode):
     ],
     ids=name,
 )
-def test_nothing_waits_for_the_device(latent: Any, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The quasi-Newton method looks at the device on a CPU alone, to leave samples out."""
-    whole = newton.minimise
-    monkeypatch.setattr(newton, "minimise", lambda *given: whole(*given[:-1], narrow=None))
+def test_nothing_waits_for_the_device(latent: Any, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
     with NoSynchronisation():

@@ -6,11 +6,11 @@ import pytest
 import torch
 from test_latents import relative
 from test_operators import mlp
-from tolerances import LATENT_CONVEX, LATENT_PLAIN
+from tolerances import LATENT_CONVEX, LATENT_PLAIN, LATENT_ROUTES
 from torch import Tensor
 
 from vjvcr_fast import native, newton, reference
-from vjvcr_fast.latents import SparseLatent
+from vjvcr_fast.latents import LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent
 
 N, M = 7, 5
 needs_operators = pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
@@ -107,6 +107,71 @@ def test_opcheck() -> None:
     trial = (state.z, state.gradient, state.B, state.damping, state.active, 0.3, 0.0, 20, 1e-3)
     torch.library.opcheck(torch.ops.vjvcr.newton_trial.default, trial)
     torch.library.opcheck(torch.ops.vjvcr.newton_update.default, (*state, *met(state), 0.3, 1e-3, 0.2, 0.01, 100.0))
+
+
+def infer(method: str, energy: MLPEnergy, dtype: torch.dtype = torch.float64, **options: object) -> LatentResult:
+    latent = SparseLatent(energy.w1z.shape[1], 1e-2, **{"steps": 30, "method": method, **options})  # type: ignore[arg-type]
+    return latent.infer(energy.to(dtype), len(energy.p), device="cpu", dtype=dtype)
+
+
+def infer_in_torch(energy: MLPEnergy, **options: object) -> LatentResult:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "MISSING", "not wanted")
+        return infer("newton", energy, **options)
+
+
+@needs_operators
+@pytest.mark.parametrize("options", [{}, {"nonnegative": True}, {"tolerance": 0.0}, {"steps": 1}], ids=str)
+@pytest.mark.parametrize(
+    "size", [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}], ids=str
+)
+def test_newton_mlp_is_the_loop_in_torch(size: dict[str, int], options: dict[str, object]) -> None:
+    found, right = infer("newton", mlp(**size), **options), infer_in_torch(mlp(**size), **options)
+    assert found.steps.equal(right.steps)
+    assert (found.z == 0).equal(right.z == 0)
+    assert relative(found.z, right.z) < LATENT_PLAIN
+    assert relative(found.energy, right.energy) < LATENT_PLAIN
+
+
+@needs_operators
+def test_samples_leave_the_batch_as_they_are() -> None:
+    """Samples that froze after different steps, in a batch that shrinks, and each alone; in float32 by their energy."""
+    energy = mlp(n=64, seed=1)
+    together = infer("newton", energy, steps=200)
+    assert len(together.steps.unique()) > 8
+    for i in (0, 17, 63):
+        one = dataclasses.replace(energy, p=energy.p[i : i + 1], target=energy.target[i : i + 1])
+        alone = infer("newton", one, steps=200)
+        assert relative(alone.z[0], together.z[i]) < LATENT_PLAIN
+        assert alone.steps[0] == together.steps[i]
+    short = infer("newton", energy, torch.float32, steps=200)
+    assert relative(short.energy.mean(), together.energy.mean()) < LATENT_ROUTES
+
+
+@needs_operators
+def test_what_newton_mlp_cannot_take_is_named() -> None:
+    z0, energy = torch.zeros(9, 5, dtype=torch.float64), mlp()
+    made = energy.expand(z0)
+    tensors = [z0, energy.p, energy.w1z, energy.w2, energy.b2, made.G, made.u0, made.r, made.start]
+    numbers = (made.scale, 1e-2, -torch.inf, 1e-3, 7, *newton.CONSTANTS)
+    torch.library.opcheck(torch.ops.vjvcr.newton_mlp.default, (*tensors, made.curvature(), *numbers))
+    with pytest.raises(RuntimeError, match=r"B must be \(m, m\), m = 5"):
+        torch.ops.vjvcr.newton_mlp(*tensors, made.curvature()[:4], *numbers)
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.ops.vjvcr.newton_mlp(*tensors, made.curvature().float(), *numbers)
+
+
+@needs_operators
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_is_not_finite_is_lost(value: float) -> None:
+    energy = mlp()
+    energy.target[4, 2] = value
+    with pytest.raises(NonFiniteEnergyError, match="1 of 9 samples, before the first step"):
+        infer("newton", energy)
+    quiet, right = infer("newton", energy, check=False), infer("newton", mlp())
+    assert quiet.z[4].count_nonzero() == 0
+    others = torch.arange(9) != 4
+    assert relative(quiet.z[others], right.z[others]) < LATENT_PLAIN
 
 
 def test_a_lasso_takes_one_step() -> None:

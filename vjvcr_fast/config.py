@@ -138,7 +138,9 @@ class Latent:
     )
     step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse, actions: of the step size [ours]")
     step_size: float = _field(1.0, "sparse, actions: the first, or the fixed, step size [ours]")
-    tolerance: float = _field(1e-4, "sparse, actions: a sample that changes less, relatively, is frozen [ours]")
+    tolerance: float = _field(
+        1e-4, "sparse, actions: a sample that changes less, relatively, is frozen; newton: its energy [ours]"
+    )
     momentum: float = _field(0.9, "actions: of the gradient descent, which starts at 0 and stays in [0, 1] [ours]")
     nonnegative: bool = _field(False, "sparse: z >= 0 [ours]")
 
@@ -325,7 +327,7 @@ PRESETS: dict[str, Config] = {
         preset="moving-mnist-stochastic-mini",
         data=Data(canvas=32, digit=14, frames_out=3, speed=(1.0, 3.0), stochastic=True),
         model=Model(channels=(16, 32, 64), hidden=512),
-        latent=Latent(method="newton"),
+        latent=Latent(method="newton", iterations=20, tolerance=1e-3),
         train=Train(steps=1_000, batch=64, validate_every=250, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
     ),

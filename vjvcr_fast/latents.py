@@ -29,7 +29,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Literal, NamedTuple, Protocol, TypeAlias, get_args
 
@@ -98,7 +98,7 @@ class MLPEnergy:
 
     def activations(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """The hidden layers a and u, (N, H) each."""
-        a = torch.relu(F.linear(z, self.w1z) + self.p)
+        a = torch.relu(torch.addmm(self.p, z, self.w1z.mT))
         return a, torch.relu(F.linear(a, self.w2, self.b2))
 
     def residual(self, u: Tensor) -> Tensor:
@@ -135,11 +135,6 @@ class ExpandedMLPEnergy(NamedTuple):
     start: Tensor
     scale: float
 
-    def rows(self, at: Tensor) -> "ExpandedMLPEnergy":
-        """Of the samples `at` alone."""
-        mlp = replace(self.mlp, p=self.mlp.p[at], target=self.mlp.target[at])
-        return self._replace(mlp=mlp, u0=self.u0[at], r=self.r[at], start=self.start[at])
-
     def curvature(self) -> Tensor:
         """(m, m): the Hessian in z where every unit of both layers is active, the same for all samples."""
         slopes = self.mlp.w2 @ self.mlp.w1z
@@ -149,10 +144,10 @@ class ExpandedMLPEnergy(NamedTuple):
         """z (N, m) -> energies (N,), gradients (N, m)."""
         a, u = self.mlp.activations(z)
         change = u - self.u0
-        gradient = change @ self.G - self.r
-        value = self.start + self.scale * ((gradient - self.r) * change).sum(dim=1)
-        gradient = torch.where(u > 0, gradient, 0) @ self.mlp.w2
-        return value, 2 * self.scale * (torch.where(a > 0, gradient, 0) @ self.mlp.w1z)
+        gradient = torch.addmm(self.r, change, self.G, beta=-1)
+        value = self.start + self.scale * torch.linalg.vecdot(gradient - self.r, change)
+        gradient = torch.ops.aten.threshold_backward(gradient, u, 0) @ self.mlp.w2
+        return value, 2 * self.scale * (torch.ops.aten.threshold_backward(gradient, a, 0) @ self.mlp.w1z)
 
 
 @dataclass(frozen=True)
@@ -509,23 +504,36 @@ def _is_fused(energy: ExpandedMLPEnergy, z0: Tensor, rule: _Rule) -> bool:
 
 def _fused(energy: ExpandedMLPEnergy, rule: _Rule, z0: Tensor, steps: int) -> "_Found":
     """All steps of `_step` in one operator."""
-    mlp, momentum = energy.mlp, -1.0 if rule.momentum is None else rule.momentum
-    tensors = (z0, mlp.p, mlp.w1z, mlp.w2, mlp.b2, energy.G, energy.u0, energy.r, energy.start)
+    momentum = -1.0 if rule.momentum is None else rule.momentum
     found = torch.ops.vjvcr.fista_mlp(
-        *(tensor.contiguous() for tensor in tensors), energy.scale, rule.weight, *rule.box, momentum,
+        *_tensors(energy, z0), energy.scale, rule.weight, *rule.box, momentum,
         rule.step_rule == "backtracking", rule.lr, rule.tolerance, steps, rule.bf16 and z0.is_cuda,
     )  # fmt: skip
     return _Found(found[0], *(of_sample.unsqueeze(1) for of_sample in found[1:]))
 
 
+def _tensors(energy: ExpandedMLPEnergy, z0: Tensor) -> list[Tensor]:
+    """What the operators for an MLP predictor take."""
+    mlp = energy.mlp
+    tensors = (z0, mlp.p, mlp.w1z, mlp.w2, mlp.b2, energy.G, energy.u0, energy.r, energy.start)
+    return [tensor.contiguous() for tensor in tensors]
+
+
 def _newton(energy: LatentEnergy | ExpandedMLPEnergy, rule: _Rule, z0: Tensor, steps: int) -> "_Found":
-    """All steps of the quasi-Newton method. On a CPU samples that are frozen are left out, where the energy allows."""
-    curvature, narrow = torch.eye(z0.shape[1]).to(z0) / rule.lr, None
+    """All steps of the quasi-Newton method."""
+    low = rule.box[0]
     if isinstance(energy, ExpandedMLPEnergy):
-        curvature, closed = energy.curvature(), energy
-        narrow = (lambda rows: partial(_evaluate, closed.rows(rows), rule)) if z0.device.type == "cpu" else None
+        curvature = energy.curvature()
+        if native.serves(z0) and z0.device.type == "cpu":
+            rules = energy.scale, rule.weight, low, rule.tolerance, steps
+            tensors = (*_tensors(energy, z0), newton.with_ridge(curvature))
+            found = torch.ops.vjvcr.newton_mlp(*tensors, *rules, *newton.CONSTANTS)
+            z, least, damping, taken, lost = found
+            return _Found(z, *(of_sample.unsqueeze(1) for of_sample in (least, 1 / damping, taken, lost)))
+    else:
+        curvature = torch.eye(z0.shape[1]).to(z0) / rule.lr
     evaluate = partial(_evaluate, energy, rule)
-    at = newton.minimise(evaluate, z0, curvature, rule.weight, rule.box[0], rule.tolerance, steps, narrow)
+    at = newton.minimise(evaluate, z0, curvature, rule.weight, low, rule.tolerance, steps)
     return _Found(at.z, at.energy, 1 / at.damping, at.steps, at.lost)
 
 

@@ -23,8 +23,10 @@ first least of those that are not NaN or infinite, (N,) int64, 0 without any; fo
 target (N, M). No prediction is held as a whole.
 
 newton_trial(v, gradient, B, damping, active, weight, low, sweeps, settled) -> (): v, z at first, becomes the trial
-`newton.trial` of the samples that are active. newton_update(*newton.State, v, value, gradient_v, weight,
-tolerance, damped, least, most) -> (): `newton.update`, in place. Both on a CPU alone.
+`newton.trial` of the samples that are active. newton_update(*newton.State, v, value, gradient_v, weight, tolerance,
+damped, least, most) -> (): `newton.update`, in place. newton_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, B, scale,
+weight, low, tolerance, steps, sweeps, settled, damped, least, most) -> (z, energy, damping, steps, lost): all steps for
+an MLP predictor, as `fista_mlp`, from the first B (m, m) of all samples. All three on a CPU alone.
 """
 
 import functools
@@ -57,6 +59,7 @@ if MISSING is None:
     def _(z, v, gradient, step, momentum, weight, lower, upper):  # type: ignore[no-untyped-def]
         return None
 
+    @torch.library.register_fake("vjvcr::newton_mlp")
     @torch.library.register_fake("vjvcr::fista_mlp")
     def _(z0, p, w1z, w2, b2, gram, u0, r, start, *options):  # type: ignore[no-untyped-def]
         steps, lost = (start.new_empty(start.shape, dtype=dtype) for dtype in (torch.int64, torch.bool))

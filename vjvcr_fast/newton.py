@@ -2,8 +2,9 @@
 
 For energies that are nearly quadratic in z over the distance that z moves, as those of a trained MLP predictor, whose
 ReLUs then seldom switch: a few evaluations take the place of FISTA's fifty. It keeps an m x m matrix a sample, so m is
-to be small. Steps are made by the operators `newton_trial` and `newton_update` where they were built, on a CPU; else by
-the same in torch operations, a launch for every coordinate of every sweep, which on a GPU takes far longer than FISTA.
+to be small. On a CPU, where they were built, operators make the steps: `newton_mlp` all of them, for an MLP predictor,
+whose samples leave once they are frozen; `newton_trial` and `newton_update` a step's two parts, for any energy. Else
+the same is done in torch operations, a launch for every coordinate of every sweep: on a GPU far slower than FISTA.
 """
 
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor
 from vjvcr_fast import native
 from vjvcr_fast.reference import DAMPED, SCALES, SETTLED, SWEEPS, soft_threshold, with_ridge
 
-WORTH_IT = 8  # samples leave the batch once every eighth is frozen
+CONSTANTS = (SWEEPS, SETTLED, DAMPED, *SCALES)  # of the operators
 
 # z (N, m) -> energies with the penalty (N, 1), gradients without (N, m).
 Evaluate = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -42,35 +43,16 @@ def minimise(
     low: float,
     tolerance: float,
     steps: int,
-    narrow: Callable[[Tensor], Evaluate] | None = None,
 ) -> State:
-    """z0: (N, m), at least `low`. curvature: (m, m), the first B of all samples. narrow: evaluate for those samples of
-    all whose numbers it gets, (n,): frozen ones then leave the batch, which waits for the device."""
+    """z0: (N, m), at least `low`. curvature: (m, m), the first B of all samples."""
     n, m = z0.shape
     value, gradient = evaluate(z0)
     ones = torch.ones_like(value)
     B = with_ridge(curvature).expand(n, m, m).contiguous()
-    whole = State(z0.clone(), value, gradient.contiguous(), B, ones, ones > 0, ones < 0, torch.zeros_like(ones).long())
-    state, rows = whole, torch.arange(n, device=z0.device)
+    state = State(z0.clone(), value, gradient.contiguous(), B, ones, ones > 0, ones < 0, torch.zeros_like(ones).long())
     for _ in range(steps):
         _step(evaluate, state, weight, low, tolerance)
-        if narrow is None:
-            continue
-        left = state.active.squeeze(1).nonzero().squeeze(1)
-        if len(left) == 0:
-            break
-        if (len(rows) - len(left)) * WORTH_IT >= len(rows):
-            _put(whole, state, rows)
-            rows, state = rows[left], State(*(of[left] for of in state))
-            evaluate = narrow(rows)
-    _put(whole, state, rows)
-    return whole
-
-
-def _put(whole: State, state: State, rows: Tensor) -> None:
-    if state is not whole:
-        for to, of in zip(whole, state, strict=True):
-            to[rows] = of
+    return state
 
 
 def _step(evaluate: Evaluate, state: State, weight: float, low: float, tolerance: float) -> None:
