@@ -140,7 +140,7 @@ def test_clips(sources: list[Source], tmp_path: Path, full: bool, benchmark, rep
             return
         busy = BusyElsewhere()
         regions = {name: Region(next_batch(clips)) for name, clips in {"stream": streaming, "cache": cached}.items()}
-        times = take_turns(Host(), regions, 4 * (SECONDS_FULL if full else SECONDS), 5, 10)
+        times = take_turns(Host(), regions, 4 * SECONDS_FULL if full else SECONDS, 3, 10)
         rows = []
         for name, of_one in times.items():
             median = spread(of_one).median

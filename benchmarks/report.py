@@ -1,4 +1,4 @@
-"""Puts measured numbers into the README and the guides and draws the accuracy figure, from the files that hold them:
+"""Puts measured numbers into the README and the pages of docs/ and draws their figures, from the files that hold them:
 
     python benchmarks/report.py
 
@@ -28,6 +28,7 @@ SCALED = DOCS / "scaling-cpu.png"
 ROOFLINE = DOCS / "roofline-cpu.png"
 SHARED = DOCS / "study-shared-statistics.json"
 STUDY = DOCS / "study-moving-mnist-mini.json"
+STUDY_OF_VCR = DOCS / "study-generative-with-vcr.json"
 
 Results = Row = dict[str, Any]
 
@@ -171,13 +172,14 @@ def training() -> str:
 def training_in_short() -> str:
     """What of `training` the README says."""
     results = json.loads(TRAINING.read_text())
-    ours = {(r["preset"], r["latent"]): r["x reference"] for r in results["rows"] if r["provider"] == "ours"}
+    ours = {(r["preset"], r["latent"]): r for r in results["rows"] if r["provider"] == "ours"}
     plain, sparse = ours["moving-mnist-mini", "none"], ours["moving-mnist-stochastic-mini", "sparse"]
+    goals = [row["target"].removeprefix("x reference ") for row in (plain, sparse)]
     return (
-        f"A whole training step is {plain:.2f}x as fast as the same written plainly (eager, reference losses, a "
-        f"DataLoader) for\n`moving-mnist-mini` on {results['threads']} CPU threads, {sparse:.1f}x for "
-        "`moving-mnist-stochastic-mini` with a sparse latent (the goal was 3x):\n"
-        "[docs/benchmarks.md](docs/benchmarks.md)."
+        f"A whole training step is {plain['x reference']:.1f}x as fast as the same written plainly (eager, reference "
+        f"losses, a DataLoader) for\n`moving-mnist-mini` on {results['threads']} CPU threads, "
+        f"{sparse['x reference']:.1f}x for `moving-mnist-stochastic-mini` with a sparse latent (goals: {goals[0]}, "
+        f"{goals[1]}):\n[docs/benchmarks.md](docs/benchmarks.md)."
     )
 
 
@@ -249,6 +251,36 @@ def against_steps() -> str:
     titles = ("probe", *(f"{count:,} steps" for count in steps))
     about = f"VJ-VCR's speed MSE / the generative model's, development split. The paper's: {a} / {b} = {a / b:.2f}."
     return f"{_markdown(titles, cells)}\n\n{about}"
+
+
+def vcr_of_generative() -> str:
+    """The settings of docs/studies/generative-with-vcr.yaml, and the models it is to lie between."""
+    results, cells = json.loads(STUDY_OF_VCR.read_text()), []
+    others = json.loads(STUDY.read_text())["settings"]
+    settings = {name: of["evaluations"] for name, of in results["settings"].items()}
+    settings |= {
+        f"{title}, {length}": others[f"{name}, row={row}"]["evaluations"]
+        for length, name in (("as it is", "as it is"), ("steps 4800", "steps 4800"))
+        for title, row in (("VJ-VCR", "vj-vcr"), ("generative without VCR", "generative"))
+    }
+    for name, found in settings.items():
+        keys = ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares")
+        rank = statistics.mean(e["rank_me"] for e in found)
+        cells.append((name, *(_seeds([e[key] for e in found]) for key in keys), f"{rank:.0f}"))
+    machine = results["machine"]
+    about = (
+        "Generative with VCR, speed MSE on the development split, mean and the seeds' range, 2 seeds, as in the table "
+        f"above, which has the last lines. {machine['name']}, torch {machine['torch']}, commit {machine['commit']}: "
+        "`vjvcr-fast sweep docs/studies/generative-with-vcr.yaml --processes 2`, "
+        f"[the file](results/{STUDY_OF_VCR.name})."
+    )
+    return f"{_markdown(('setting', 'Adam', 'standardised', 'least squares', 'RankMe'), cells)}\n\n{about}"
+
+
+def everything() -> str:
+    """What `reproduce all` made and what it took: the head of its page."""
+    head, *_ = (DOCS / "all" / "summary.md").read_text().split("\n## ", 1)
+    return head.split("\n", 2)[2].strip()
 
 
 def statistics_apart() -> str:
@@ -369,6 +401,8 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "table2": lambda: reproduced("table2-moving-mnist-stochastic-mini"),
         "study": study,
         "statistics-apart": statistics_apart,
+        "vcr-of-generative": vcr_of_generative,
+        "everything": everything,
         "against-steps": against_steps,
     },
     ROOT / "docs" / "benchmarks.md": {
@@ -500,111 +534,13 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
-# -- The accuracy figure --------------------------------------------------------------------------------------------
-
-
-def accuracy(paths: Sequence[Path], out: Path) -> None:
-    """Relative errors of loss and gradient against N, d and T, log-log, one panel each; a column of panels a file."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.4 * len(paths)), layout="constrained")
-    axes = figure.subplots(len(paths), 3, squeeze=False, sharey=True)
-    for line, path in zip(axes, paths, strict=True):
-        results = json.loads(path.read_text())
-        for axis, size in zip(line, "NdT", strict=True):
-            rows = [row for row in results["rows"] if row["sweep"] == size]
-            for i, series in enumerate(dict.fromkeys(row["provider"] for row in rows)):
-                points = [row for row in rows if row["provider"] == series]
-                for what, style in (("gradient", "-o"), ("loss", "--^")):
-                    x, y = [row[size] for row in points], [row[f"{what} error"] for row in points]
-                    axis.plot(x, y, style, color=f"C{i}", markersize=3, linewidth=1, label=f"{series}: {what}")
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.set_xlabel(f"{size}  ({rows[0]['fixed']})")
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel(f"relative error, {'CPU' if results['cuda'] is None else results['device']}")
-        line[2].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=130)
-
-
-def scaling_figure(path: Path, out: Path) -> None:
-    """Time, over ours at the smallest size, memory and error against d, N and T, log-log."""
-    from matplotlib.figure import Figure
-
-    rows = json.loads(path.read_text())["rows"]
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    axes = figure.subplots(3, 3, sharex="col")
-    for column, sweep in enumerate(("d", "N", "T")):
-        of_sweep = [row for row in rows if row["sweep"] == sweep]
-        unit = min((row for row in of_sweep if row["provider"] == "ours"), key=lambda row: row[sweep])["median_ms"]
-        for i, name in enumerate(dict.fromkeys(row["provider"] for row in of_sweep)):
-            points = sorted((row for row in of_sweep if row["provider"] == name), key=lambda row: row[sweep])
-            x = [row[sweep] for row in points]
-            lines = (
-                [row["median_ms"] / unit for row in points],
-                [r["copies"] for r in points],
-                [r["error"] for r in points],
-            )
-            for axis, y in zip(axes[:, column], lines, strict=True):
-                style = {"linewidth": 2.5, "alpha": 0.5} if name == "ours" else {"linewidth": 1}
-                axis.plot(x, y, "-o", color=f"C{i}", markersize=3, label=name, **style)
-        for axis, what in zip(
-            axes[:, column], ("time, ours at the left = 1", "peak memory, copies of h", "error"), strict=True
-        ):
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
-            axis.grid(alpha=0.3)
-            if column == 0:
-                axis.set_ylabel(what)
-        fixed = ", ".join(f"{size} = {of_sweep[0][size]}" for size in "NTd" if size != sweep)
-        axes[2, column].set_xlabel(f"{sweep}  ({fixed})")
-    axes[0, 0].legend(fontsize=8)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-
-
-def roofline(paths: Sequence[Path], out: Path) -> None:
-    """What a provider reaches of the machine's product rate against the flops that a byte allows; the roof is the rate
-    of a copy, then that of a product. A panel a file; work is the floor's, whatever a provider really does."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6 * len(paths), 4.6), layout="constrained")
-    for axis, path in zip(figure.subplots(1, len(paths), squeeze=False)[0], paths, strict=True):
-        results = json.loads(path.read_text())
-        rows = [row for row in results["rows"] if "of product" in row]
-        names = list(dict.fromkeys(row["provider"] for row in rows))
-        ridge = 1e3 * results["product_tflop_per_s"]["fp32"] / results["copy_gb_per_s"]
-        most = 2 * max(row["flop_per_byte"] for row in rows)
-        least = min(ridge, *(row["flop_per_byte"] for row in rows)) / 2
-        axis.plot([least, ridge, most], [least / ridge, 1, 1], "k-", linewidth=1, label="copy, product of this machine")
-        labelled: list[tuple[float, float]] = []
-        for i, name in enumerate(names):
-            points = [row for row in rows if row["provider"] == name]
-            x, y = [row["flop_per_byte"] for row in points], [row["of product"] for row in points]
-            ours = name == "ours"
-            axis.plot(x, y, "o" if ours else ".", color=f"C{i}", markersize=7 if ours else 5, label=name)
-            for row in points if ours else []:
-                shape = row.get("N, T, d") or row.get("hidden, T_y x d")
-                at = (row["flop_per_byte"], row["of product"])
-                # Of points that lie on one another the first has its label.
-                if all(max(at[0] / x, x / at[0]) > 1.2 or max(at[1] / y, y / at[1]) > 1.15 for x, y in labelled):
-                    labelled.append(at)
-                    axis.annotate(f"({shape})", at, (5, -2), textcoords="offset points", fontsize=6)
-        axis.set(xscale="log", yscale="log", xlabel="flops a byte, both of the floor", title=path.stem)
-        axis.grid(alpha=0.3)
-        axis.margins(x=0.12)
-        axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=3)
-    figure.axes[0].set_ylabel("share of the rate of a product, float32")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
-
-
 if __name__ == "__main__":
     README.write_text(render(README.read_text(), newest=True))
     for page, parts in PAGES.items():
         page.write_text(rendered(page.read_text(), parts, page.name))
+    import plots  # not needed to check the pages, and needs matplotlib
+
     if files := sorted(RESULTS.glob("accuracy-*.json")):
-        accuracy(files, ACCURACY)
-    scaling_figure(SCALING, SCALED)
-    roofline([LOSSES, LATENTS], ROOFLINE)
+        plots.accuracy(files, ACCURACY)
+    plots.scaling(SCALING, SCALED)
+    plots.roofline([LOSSES, LATENTS], ROOFLINE)

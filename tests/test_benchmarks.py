@@ -250,13 +250,28 @@ def test_the_readme_shows_a_gpu_where_it_has_markers(gpu_files):
         report.render(older)
 
 
-def test_accuracy_figure(tmp_path):
+def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
-    row = {"provider": "torch", "fixed": "", "N": 4, "d": 8, "T": 2, "loss error": 1e-7, "gradient error": 2e-7}
-    file = tmp_path / "accuracy-cpu.json"
-    file.write_text(json.dumps({"device": "cpu", "cuda": None, "rows": [row | {"sweep": size} for size in "NdT"]}))
-    report.accuracy([file], tmp_path / "out" / "accuracy.png")
-    assert (tmp_path / "out" / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    import plots
+
+    row = {"provider": "ours", "N": 4, "d": 8, "T": 2, "median_ms": 1.0, "copies": 2.0, "error": 1e-7}
+    row |= {"fixed": "", "loss error": 1e-7, "gradient error": 2e-7}
+    row |= {"N, T, d": "4, 2, 8", "of product": 0.1, "flop_per_byte": 3.0}
+    machine = {"device": "cpu", "cuda": None, "copy_gb_per_s": 10.0, "product_tflop_per_s": {"fp32": 0.1}}
+    file = tmp_path / "made-cpu.json"
+    file.write_text(json.dumps({**machine, "rows": [row | {"sweep": size} for size in "NdT"]}))
+    for name, files in (("accuracy", [file]), ("scaling", file), ("roofline", [file])):
+        getattr(plots, name)(files, tmp_path / "out" / f"{name}.png")
+        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inputs_rotate():
+    seen = []
+    run = timing.Rotating(seen.append, "abc", first=2)
+    for _ in range(4):
+        run()
+    assert seen == ["c", "a", "b", "c"]
+    assert timing.Host().cache_bytes >= 0
 
 
 # -- Timing ---------------------------------------------------------------------------------------------------------
