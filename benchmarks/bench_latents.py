@@ -5,7 +5,7 @@
 
 N = 256, z of 20, K = 100 steps of the same rule everywhere (latents.py). With a tolerance of 0, so that nobody wins by
 stopping early; the last lines of each shape have a tolerance and show what freezing converged samples saves,
-and on a CPU what another method does, whose energies must not be higher.
+and on a CPU what another method does, whose energies may be 1% higher at most.
 `eager autograd` is the loop through autograd of the energy, `compiled autograd` the same with its step through
 torch.compile, `G and r` the closed form in plain torch operations. On a GPU all are replayed as CUDA graphs but the
 first, whose launches count. Mean energies at z*, from the true residual, are compared with the first one's.

@@ -8,7 +8,8 @@ from a DataLoader (MovingMNIST renders them, files are decoded). `compiled refer
 on a GPU bfloat16 autocast. `ours` is what `vjvcr-fast train` does, eager on a CPU, compiled on a GPU; `ours compiled`
 is compiled on a CPU as well. All start from the same weights; their losses on the same batch are compared before
 anything is timed. With a sparse latent those weights have been trained for BEGUN steps, since z* of random weights is
-another problem than what all but the first steps of a training meet; --full has both.
+another problem than what all but the first steps of a training meet; --full has both. The weight of the L1 term is the
+one that training begins with. `energy of z*` is how far ours is above the reference's, relatively: it must not be.
 
 `parts`: what share of our step each part takes. A part's own time, without that of parts inside it.
 """
@@ -35,14 +36,15 @@ from vjvcr_fast.data.workers import Pool
 from vjvcr_fast.latents import SparseLatent
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.processes import Processes
-from vjvcr_fast.training.step import Step
+from vjvcr_fast.training.step import Step, split_frames
 from vjvcr_fast.training.telemetry import Telemetry
 
 SECONDS, SECONDS_FULL, ROUNDS, WARM = 3.0, 15.0, (3, 60), 3
 SLOW = 2.0  # seconds of a step that needs no warming up
 BEGUN = 100
 BUDGET = 120.0  # seconds of the GPU that begin nothing new after
-SAME = {"fp32": 1e-4, "bf16": 0.02}  # losses of the first step
+SAME = {"fp32": 1e-4, "other z*": 2e-3, "bf16": 0.02}  # losses of the first step
+ENERGY = 1e-3  # by how much that of our z* may be higher
 # (preset, latent) -> our goals: against the eager reference on a CPU; against (eager, compiled) on a GPU.
 CPU_GOALS = {"moving-mnist": 1.15, "moving-mnist-stochastic sparse-high": 3.0}
 GPU_GOALS = {
@@ -148,7 +150,8 @@ Weights = dict[str, Tensor] | None
 
 def begun(config: Config, videos: Any, device: torch.device) -> Weights:
     """Those of a model that has been trained for BEGUN steps."""
-    step, batches = Step(config, Processes(device)), videos.batches(1_000, config.train.batch)
+    step = Step(override(config, {"train.compile": "off"}), Processes(device))
+    batches = videos.batches(1_000, config.train.batch)
     for _ in range(BEGUN):
         step(next(batches))
     return step.model.state_dict()
@@ -170,8 +173,8 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
     optimizer = torch.optim.Adam(model.parameters(), config.train.lr)
     workers = 4 if device.type == "cuda" else 0
     loader = DataLoader(OneByOne(videos, 1 << 40), config.train.batch, num_workers=workers)
-    batches, settings, weight = iter(loader), config.latent, config.latent.weight
-    search = SparseLatent(settings.dim, weight, Latent().iterations, check=False)
+    batches, settings = iter(loader), config.latent
+    search = fista(config)
     autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=compiled and device.type == "cuda")
     given = videos.actions.to(device)[:, :, config.data.frames_in :].flatten(1) if settings.kind == "actions" else None
 
@@ -207,6 +210,24 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
     return step
 
 
+def fista(config: Config) -> SparseLatent:
+    """The reference's: as many steps as the full preset takes."""
+    return SparseLatent(config.latent.dim, config.latent.weight, Latent().iterations, check=False)
+
+
+@torch.no_grad()
+def energy_of_z(config: Config, videos: Any, device: torch.device, weights: Weights) -> float:
+    """Mean energy, L1 term included, of our z* over that of the reference's, less 1, for a batch."""
+    step = Step(override(config, {"train.compile": "off"}), Processes(device))
+    if weights:
+        step.model.load_state_dict(weights)
+    x, y = split_frames(videos.batch(0, config.train.batch), config)
+    h_x, h_y = step.latents.encode(x), step.latents.encode(y, targets=True)
+    ours = step.latents.infer_from(h_x, h_y, y).measured[0]
+    theirs = fista(config).infer_from(step.model, h_x, h_y).energy.mean()
+    return float(ours / theirs) - 1
+
+
 def encode_frozen(model: Any, frames: Tensor) -> Tensor:
     """In training mode, as the update will see it, the running statistics put back."""
     kept = {name: buffer.clone() for name, buffer in model.encoder.named_buffers()}
@@ -227,10 +248,9 @@ def in_torch() -> Iterator[None]:
 
 
 def steps_of(
-    config: Config, device: torch.device, folder: Path, compile: bool, trained: bool
+    config: Config, device: torch.device, sources: tuple[Any, Any], compile: bool, weights: Weights
 ) -> dict[str, Callable[[], Tensor]]:
-    cached, read = sources_of(config, device, folder)
-    weights = begun(config, cached, device) if trained else None
+    cached, read = sources
     found = {
         "reference": plain(config, read, device, compiled=False, weights=weights),
         "ours": ours(config, cached, device, "auto", weights),
@@ -262,7 +282,13 @@ def test_videos_per_second(
     with device.stream():
         # On a CPU compiling the networks for video files takes longer than all the rest.
         compile = full or isinstance(device, Cuda) or config.data.dataset == "moving-mnist"
-        steps = steps_of(config, device.torch_device, tmp_path, compile, trained)
+        sources = sources_of(config, device.torch_device, tmp_path)
+        weights = begun(config, sources[0], device.torch_device) if trained else None
+        steps = steps_of(config, device.torch_device, sources, compile, weights)
+        energy = (
+            energy_of_z(config, sources[0], device.torch_device, weights) if config.latent.kind == "sparse" else 0.0
+        )
+        assert energy <= ENERGY, f"z* has {energy:.1e} more energy than the reference's"
         first = {}
         for provider, step in [*steps.items()]:
             started = time.perf_counter()
@@ -275,7 +301,8 @@ def test_videos_per_second(
             if "reference" not in first:
                 continue
             bf16 = device.torch_device.type == "cuda" and provider != "reference"
-            assert abs(first[provider] / first["reference"] - 1) <= SAME["bf16" if bf16 else "fp32"], (provider, first)
+            same = SAME["bf16" if bf16 else "other z*" if config.latent.kind == "sparse" else "fp32"]
+            assert abs(first[provider] / first["reference"] - 1) <= same, (provider, first)
             first[provider, "seconds"] = time.perf_counter() - started
         if "reference" not in steps:
             report(
@@ -303,6 +330,8 @@ def test_videos_per_second(
         row["x reference"] = medians["reference"] / medians[provider]
         if "compiled reference" in medians:
             row["x compiled reference"] = medians["compiled reference"] / medians[provider]
+        if provider == "ours" and config.latent.kind == "sparse":
+            row["energy of z*"] = energy
         row["peak MB"] = peaks[provider] / 1e6
         row |= {"_median_ms": spread(of_one).median, "_iqr_ms": spread(of_one).iqr, "_rounds": len(of_one)}
         row |= {"_videos_per_second": 1e3 * config.train.batch / medians[provider], "_busy_elsewhere": elsewhere}

@@ -38,7 +38,7 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         h = torch.randn(n, steps, d, generator=torch.Generator().manual_seed(0)).to(device).requires_grad_()
         return lambda: torch.autograd.grad(vcr_loss(h, alpha=0.5, beta=0.1).loss, h)
 
-    def latents() -> Callable[[], object]:
+    def latents(method: str) -> Callable[[], object]:
         from vjvcr_fast.latents import SparseLatent
         from vjvcr_fast.models.convnet import MLPPredictor
 
@@ -46,7 +46,7 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         predictor = MLPPredictor(d=256, frames_in=3, frames_out=3, hidden=512, latent_dim=20).to(device)
         h_x, h_y = torch.randn(256, 3, 256, device=device), torch.randn(256, 3, 256, device=device)
         energy = predictor.closed_form(h_x, h_y)
-        latent = SparseLatent(20, 1e-4, 50, tolerance=0.0)
+        latent = SparseLatent(20, 1e-4, 50, tolerance=0.0, method=method)
         return lambda: latent.infer(energy, 256, device=device, dtype=torch.float32)
 
     def videos() -> Callable[[], object]:
@@ -78,7 +78,8 @@ def cases() -> dict[str, Callable[[], Callable[[], object]]]:
         "loss (128, 9, 256)": lambda: loss(128, 9, 256),
         "loss (64, 8, 128)": lambda: loss(64, 8, 128),
         "loss (4096, 1, 64)": lambda: loss(4096, 1, 64),
-        "sparse latent": latents,
+        "sparse latent": lambda: latents("fista"),
+        "sparse latent, newton": lambda: latents("newton"),
         "MovingMNIST": videos,
         "step, moving-mnist-mini": lambda: model("moving-mnist-mini"),
         "step, clevrer-mini": lambda: model("clevrer-mini"),

@@ -122,7 +122,7 @@ void run(Batch<T>& batch, int64_t steps, Result& result) {
 Result fista_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start,
                  double scale, double weight, double lower, double upper, double momentum, bool backtracking, double lr,
                  double tolerance, int64_t steps, bool bf16) {
-  check_fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start);
+  check_mlp("fista_mlp", z0, p, w1z, w2, b2, gram, u0, r, start);
   STD_TORCH_CHECK(!bf16, "fista_mlp: bf16=True needs a CUDA GPU");
   const int64_t n = z0.size(0);
   Result result{torch::stable::empty_like(z0), torch::stable::empty_like(start), torch::stable::empty_like(start),

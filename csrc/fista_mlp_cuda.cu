@@ -46,7 +46,7 @@ using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 Result fista_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start,
                  double scale, double weight, double lower, double upper, double momentum, bool backtracking, double lr,
                  double tolerance, int64_t steps, bool bf16) {
-  check_fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start);
+  check_mlp("fista_mlp", z0, p, w1z, w2, b2, gram, u0, r, start);
   STD_TORCH_CHECK(z0.scalar_type() == ScalarType::Float, "fista_mlp: float32 is needed on a GPU");
   const torch::stable::accelerator::DeviceGuard guard(z0.get_device_index());
   const int64_t n = z0.size(0), hidden = p.size(1);

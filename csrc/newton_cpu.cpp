@@ -59,7 +59,8 @@ void learn(T* z, T* energy, T* gradient, T* B, T* damping, bool* active, bool* l
   const bool accepted = finite && value <= *energy;
   const T linear = sum<T>(
       m, [&](int64_t k) { return gradient[k] * s[k] + T(at.weight) * (std::abs(v[k]) - std::abs(z[k])); });
-  const bool done = -linear - *damping * expected / T(2) <= T(at.tolerance) * std::abs(*energy);
+  const bool calibrated = *steps > 0 || std::equal(v, v + m, z);  // before it the model's promise means little
+  const bool done = calibrated && -linear - *damping * expected / T(2) <= T(at.tolerance) * std::abs(*energy);
 
   T scale = T(1);
   if (*steps == 0 && bent > T(0) && expected > T(0)) {
@@ -241,7 +242,7 @@ void search(MlpEnergy<T>& energy, const Tensor& z0, const Tensor& B0, const Cons
 Result newton_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start,
                   Tensor B, double scale, double weight, double low, double tolerance, int64_t steps, int64_t sweeps,
                   double settled, double damped, double least, double most) {
-  check_fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start);
+  check_mlp("newton_mlp", z0, p, w1z, w2, b2, gram, u0, r, start);
   const int64_t n = z0.size(0), m = z0.size(1);
   STD_TORCH_CHECK(is_shaped(B, {m, m}), "newton_mlp: B must be (m, m), m = ", m);
   check_alike("newton_mlp", {&z0, &B});

@@ -67,18 +67,18 @@ inline void check_alike(const char* name, std::initializer_list<const Tensor*> t
 }
 
 // z0 (N, m); p, u0, r (N, H); w1z (H, m); w2, gram (H, H); b2 (H,); start (N,).
-inline void check_fista_mlp(const Tensor& z0, const Tensor& p, const Tensor& w1z, const Tensor& w2, const Tensor& b2,
-                            const Tensor& gram, const Tensor& u0, const Tensor& r, const Tensor& start) {
-  STD_TORCH_CHECK(z0.dim() == 2 && z0.size(1) >= 1, "fista_mlp: z0 must be (N, m), m at least 1");
-  STD_TORCH_CHECK(p.dim() == 2 && p.size(0) == z0.size(0) && p.size(1) >= 1, "fista_mlp: p must be (N, H)");
+inline void check_mlp(const char* name, const Tensor& z0, const Tensor& p, const Tensor& w1z, const Tensor& w2,
+                      const Tensor& b2, const Tensor& gram, const Tensor& u0, const Tensor& r, const Tensor& start) {
+  STD_TORCH_CHECK(z0.dim() == 2 && z0.size(1) >= 1, name, ": z0 must be (N, m), m at least 1");
+  STD_TORCH_CHECK(p.dim() == 2 && p.size(0) == z0.size(0) && p.size(1) >= 1, name, ": p must be (N, H)");
   const int64_t n = z0.size(0), latent = z0.size(1), hidden = p.size(1);
-  STD_TORCH_CHECK(is_shaped(u0, {n, hidden}) && is_shaped(r, {n, hidden}), "fista_mlp: u0 and r must have p's shape");
-  STD_TORCH_CHECK(is_shaped(w1z, {hidden, latent}), "fista_mlp: w1z must be (H, m) = (", hidden, ", ", latent, ")");
+  STD_TORCH_CHECK(is_shaped(u0, {n, hidden}) && is_shaped(r, {n, hidden}), name, ": u0 and r must have p's shape");
+  STD_TORCH_CHECK(is_shaped(w1z, {hidden, latent}), name, ": w1z must be (H, m) = (", hidden, ", ", latent, ")");
   STD_TORCH_CHECK(is_shaped(w2, {hidden, hidden}) && is_shaped(gram, {hidden, hidden}),
-                  "fista_mlp: w2 and gram must be (H, H), H = ", hidden);
-  STD_TORCH_CHECK(is_shaped(b2, {hidden}), "fista_mlp: b2 must be (H,), H = ", hidden);
-  STD_TORCH_CHECK(is_shaped(start, {n}), "fista_mlp: start must be (N,), N = ", n);
-  check_alike("fista_mlp", {&z0, &p, &w1z, &w2, &b2, &gram, &u0, &r, &start});
+                  name, ": w2 and gram must be (H, H), H = ", hidden);
+  STD_TORCH_CHECK(is_shaped(b2, {hidden}), name, ": b2 must be (H,), H = ", hidden);
+  STD_TORCH_CHECK(is_shaped(start, {n}), name, ": start must be (N,), N = ", n);
+  check_alike(name, {&z0, &p, &w1z, &w2, &b2, &gram, &u0, &r, &start});
 }
 
 // u (N, H); w3 (k, M, H); b3 (k, M); target (N, M).

@@ -315,3 +315,12 @@ def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypat
     shown = capsys.readouterr().out
     assert "lacks matplotlib, mlxtend, tensorboard, tqdm, yaml: pip install 'vjvcr_fast[train]'" in shown
     assert "none: nowhere: no such directory." in shown
+
+
+def test_a_command_flushes_subnormal_numbers_and_a_call_does_not() -> None:
+    code = "import sys, torch; from vjvcr_fast.cli import main; print(main({}), float(torch.ones(1) * 1e-30 * 1e-10))"
+    for arguments, flushed in (("", True), ("['info']", False)):
+        program = code.format(arguments)
+        command = [sys.executable, "-c", program, "info"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert (done.stdout.splitlines()[-1] == "0 0.0") == flushed

@@ -58,12 +58,26 @@ def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
-    assert everything._data("cater", tmp_path, {"cater": "/somewhere"}) == "/somewhere"
+    assert everything._data("cater", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
 
 
 def test_a_gpu_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "default_preset", lambda name: name)
-    assert everything._data("cater", tmp_path, {}) == "left out: --cater DIR says where its videos are"
+    assert everything._data("cater", tmp_path, {}, {}) == "left out: --cater DIR says where its videos are"
+
+
+def test_videos_that_could_not_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a failure, and what simulating took is on the page."""
+    monkeypatch.setattr(everything, "PARTS", LACKING)
+    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(everything.SIMULATED, "cater", ["--videos", "none"])
+    with pytest.raises(ReproduceError, match="1 of 3 parts failed"):
+        everything.everything(tmp_path, [0], {}, {})
+    page = (tmp_path / "summary.md").read_text()
+    assert (
+        "| videos in the format of cater | 0.0 min |" in page or "| videos in the format of cater | 0.1 min |" in page
+    )
+    assert "left out: its videos were not simulated, see cater-videos.log" in page
 
 
 @pytest.mark.parametrize(

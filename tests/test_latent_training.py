@@ -3,15 +3,18 @@
 import math
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_training import Probe, Waits, assert_same_run, break_the_weights, logged, send
 from tolerances import FLOAT32
 
+from vjvcr_fast import native, newton
 from vjvcr_fast.config import LATENTS, Config, latent, override
 from vjvcr_fast.data.moving_mnist import Videos
 from vjvcr_fast.evaluation.evaluate import evaluate_run, load_run
+from vjvcr_fast.latents import SparseLatent
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
@@ -117,6 +120,26 @@ def test_settings_reach_the_inference(tiny_stochastic: Config) -> None:
 
 
 # -- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_newton_is_fista_where_no_operators_are(tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(tiny_stochastic, {"latent.kind": "sparse", "latent.method": "newton", "latent.tolerance": 0.1})
+    latents, _ = latents_of(config)
+    asked: list[tuple[str, int, float]] = []
+    whole = SparseLatent.infer_from
+
+    def seen(self: SparseLatent, *given: Any) -> Any:
+        asked.append((self.method, self.steps, self.tolerance))
+        return whole(self, *given)
+
+    monkeypatch.setattr(SparseLatent, "infer_from", seen)
+    x, y = split_frames(batch(config), config)
+    for serves in (True, False):
+        monkeypatch.setattr(newton, "serves", lambda tensor, serves=serves: serves and native.MISSING is None)
+        latents.infer(x, y)
+    if native.MISSING is None:
+        assert asked[0] == ("newton", 8, 0.1)
+    assert asked[1] == ("fista", 50, 1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -174,6 +174,19 @@ def test_what_is_not_finite_is_lost(value: float) -> None:
     assert relative(quiet.z[others], right.z[others]) < LATENT_PLAIN
 
 
+@pytest.mark.parametrize("lr", [1e-3, 1.0, 1e3])
+def test_a_first_model_that_is_far_off_does_not_end_it(lr: float) -> None:
+    """Of an unknown curvature the first trial may move hardly, which is no convergence."""
+    how = {"device": "cpu", "dtype": torch.float64}
+    for operators in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            if not operators:
+                patch.setattr(native, "MISSING", "not wanted")
+            latent = SparseLatent(3, 1e-3, 60, method="newton", lr=lr, tolerance=1e-3)
+            found = latent.infer(lambda z: 1 + (z - 1).square().sum(dim=1) / 2, 4, **how)
+        assert (found.energy < 1.01).all()
+
+
 def test_a_lasso_takes_one_step() -> None:
     """Where the curvature is known and constant the model is the energy."""
     generator = torch.Generator().manual_seed(0)

@@ -80,7 +80,7 @@ PROSE = {  # numbers that no benchmark has measured, and where they come from
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))], ids=lambda p: p.name)
 def test_no_measured_number_stands_outside_the_rendered_parts(page: Path) -> None:
-    if page.parent.name == "results":  # written by the commands that measured
+    if ROOT / "docs" / "results" in page.parents:  # written by the commands that measured
         return
     text = re.sub(r"<!-- ([\w-]+) -->.*?<!-- /\1 -->|```.*?```", "", page.read_text(), flags=re.DOTALL)
     lines = [line for line in text.splitlines() if MEASURED.search(line) and not any(known in line for known in PROSE)]

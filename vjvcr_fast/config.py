@@ -134,7 +134,8 @@ class Latent:
     decay: float = _field(1e-3, "sparse: weight decay of the predictor, or it grows and z shrinks, unpenalised [ours]")
     iterations: int = _field(50, "sparse, actions: at most so many steps an inference [ours]")
     method: Literal["fista", "ista", "newton"] = _field(
-        "fista", "sparse: with or without momentum; newton: quasi-Newton, the same minimum sooner, for a CPU [ours]"
+        "fista",
+        "sparse: with or without momentum; newton: quasi-Newton, where a CPU has the operators, else fista [ours]",
     )
     step_rule: Literal["backtracking", "fixed"] = _field("backtracking", "sparse, actions: of the step size [ours]")
     step_size: float = _field(1.0, "sparse, actions: the first, or the fixed, step size [ours]")
@@ -154,6 +155,8 @@ class Latent:
         _need(self.decay >= 0, "latent.decay", self.decay, "at least 0")
         _need(0 <= self.tolerance < 1, "latent.tolerance", self.tolerance, "at least 0 and below 1")
         _need(0 <= self.momentum < 1, "latent.momentum", self.momentum, "at least 0 and below 1")
+        fits = self.method != "newton" or self.step_rule == "backtracking"
+        _need(fits, "latent.step_rule", self.step_rule, "backtracking where latent.method=newton")
         _need(0 < self.zeros < 1, "latent.zeros", self.zeros, "between 0 and 1")
 
 
@@ -322,7 +325,7 @@ PRESETS: dict[str, Config] = {
         preset="moving-mnist-stochastic",
         data=Data(frames_out=3, stochastic=True),
     ),
-    # The same for two CPU cores, where FISTA would be two thirds of a step: z* by a quasi-Newton method [ours].
+    # The same for two CPU cores, where FISTA would be most of a step: z* by a quasi-Newton method [ours].
     "moving-mnist-stochastic-mini": Config(
         preset="moving-mnist-stochastic-mini",
         data=Data(canvas=32, digit=14, frames_out=3, speed=(1.0, 3.0), stochastic=True),

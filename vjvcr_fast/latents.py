@@ -303,7 +303,7 @@ class SparseLatent(_Descended):
         method: "ista" is the same without momentum; "newton" the quasi-Newton method of `reference.proximal_newton`,
             for a CPU. nonnegative: z >= 0.
         step_rule: "backtracking", or "fixed": always lr, trials that fail are still left out.
-        lr: the (first) step size; of "newton", for energies whose curvature is not known.
+        lr: the (first) step size; of "newton", for energies whose curvature is not known, right to a factor of 1000.
         tolerance: of convergence, relative, of z, "newton": of the energy; 0 runs on until nothing moves.
         compile: the step through torch.compile(fullgraph=True); for energies that it can trace.
         bf16: products in bfloat16 where `fista_mlp` runs on a GPU, several times as fast; elsewhere it changes nothing.
@@ -524,7 +524,7 @@ def _newton(energy: LatentEnergy | ExpandedMLPEnergy, rule: _Rule, z0: Tensor, s
     low = rule.box[0]
     if isinstance(energy, ExpandedMLPEnergy):
         curvature = energy.curvature()
-        if native.serves(z0) and z0.device.type == "cpu":
+        if newton.serves(z0):
             rules = energy.scale, rule.weight, low, rule.tolerance, steps
             tensors = (*_tensors(energy, z0), newton.with_ridge(curvature))
             found = torch.ops.vjvcr.newton_mlp(*tensors, *rules, *newton.CONSTANTS)

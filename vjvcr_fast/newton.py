@@ -35,6 +35,11 @@ class State(NamedTuple):
     steps: Tensor
 
 
+def serves(tensor: Tensor) -> bool:
+    """Whether operators make the steps for tensors like this one."""
+    return tensor.device.type == "cpu" and native.serves(tensor)
+
+
 def minimise(
     evaluate: Evaluate,
     z0: Tensor,
@@ -56,7 +61,7 @@ def minimise(
 
 
 def _step(evaluate: Evaluate, state: State, weight: float, low: float, tolerance: float) -> None:
-    operators = state.z.device.type == "cpu" and native.serves(state.z)
+    operators = serves(state.z)
     z, _, gradient, B, damping, active, *_ = state
     if operators:
         v = z.clone()
@@ -96,7 +101,8 @@ def update(state: State, v: Tensor, value: Tensor, gradient_v: Tensor, weight: f
     finite = value.isfinite() & bent.isfinite()
     accepted = finite & (value <= energy)
     linear = (gradient * s + weight * (v.abs() - z.abs())).sum(dim=1, keepdim=True)
-    done = -linear - damping * expected / 2 <= tolerance * energy.abs()
+    calibrated = (steps > 0) | (v == z).all(dim=1, keepdim=True)  # before it the model's promise means little
+    done = calibrated & (-linear - damping * expected / 2 <= tolerance * energy.abs())
 
     first = (steps == 0) & (bent > 0) & (expected > 0)
     scale = torch.where(first, (bent / expected).clamp(*SCALES), 1)

@@ -259,7 +259,7 @@ def proximal_newton(
     doubled; after one that is, b is halved, down to 1.
 
     smooth: z (m,) -> scalar. z0: (m,). curvature: (m, m), positive semidefinite. tolerance: stops after
-    a trial of which the model promised to lower the energy by no more than that part of it.
+    a trial of which the model, once it has met the curvature, promised to lower the energy by no more than that part.
 
     Returns z (m,), detached, and the number of steps taken.
     """
@@ -281,7 +281,7 @@ def proximal_newton(
         s, y = v - z, gradient_v - gradient
         bent, expected = float(s @ y), float(s @ B @ s)
         promised = -float(gradient @ s + weight * (v.abs().sum() - z.abs().sum())) - b * expected / 2
-        done = promised <= tolerance * abs(float(energy))
+        done = promised <= tolerance * abs(float(energy)) and (taken > 1 or v.equal(z))
         if taken == 1 and bent > 0 and expected > 0:
             scale = min(max(bent / expected, SCALES[0]), SCALES[1])
             B, expected = scale * B, scale * expected

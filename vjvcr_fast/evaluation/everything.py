@@ -73,7 +73,7 @@ PARTS = (
 
 
 class Made(NamedTuple):
-    """seconds: of all calls that worked on a part. memory: the most it held, MB. failed: the last line of its log."""
+    """seconds: of all calls that worked on a part. memory: the most it held, MB. failed: what of it, "" for nothing."""
 
     seconds: float
     memory: float
@@ -92,20 +92,26 @@ def everything(out: Path, seeds: Sequence[int], options: Mapping[str, str], root
     out.mkdir(parents=True, exist_ok=True)
     found: dict[Part, Made | str] = {}
     data: dict[str, str] = {}
+    simulated: dict[str, Made] = {}
     for part in PARTS:
         if part.files and part.files not in data:
-            data[part.files] = _data(part.files, out, roots)
+            data[part.files] = _data(part.files, out, roots, simulated)
         lacking = part.files and not Path(data[part.files]).is_dir()
         found[part] = data[part.files] if lacking else _make(part, out, seeds, options, data.get(part.files, ""))
-        write_atomic(out / PAGE, page(out, seeds, found))
-    failed = [part.title for part, made in found.items() if isinstance(made, Made) and made.failed]
+        write_atomic(out / PAGE, page(out, seeds, found, simulated))
+    made = {
+        **{f"videos for {name}": made for name, made in simulated.items()},
+        **{p.title: m for p, m in found.items()},
+    }
+    failed = [title for title, of in made.items() if isinstance(of, Made) and of.failed]
     if failed:
-        raise ReproduceError(f"{len(failed)} of {len(PARTS)} parts failed ({', '.join(failed)}): see {out / PAGE}")
-    return page(out, seeds, found)
+        raise ReproduceError(f"{len(failed)} of {len(made)} parts failed ({', '.join(failed)}): see {out / PAGE}")
+    return page(out, seeds, found, simulated)
 
 
-def _data(name: str, out: Path, roots: Mapping[str, str]) -> str:
-    """The folder of a data set's videos, simulated where there is none; or why there is none."""
+def _data(name: str, out: Path, roots: Mapping[str, str], simulated: dict[str, Made]) -> str:
+    """The folder of a data set's videos, simulated where there is none; or why there is none. What simulating took goes
+    to `simulated`."""
     if name in roots:
         return roots[name]
     if not default_preset(name).endswith("-mini"):
@@ -115,7 +121,8 @@ def _data(name: str, out: Path, roots: Mapping[str, str]) -> str:
         return f"left out: no {', '.join(missing)} to simulate videos: pip install 'vjvcr_fast[simulate,video]'"
     folder = out / f"{name}-videos"
     made = _run(["simulate", name, *SIMULATED[name], "--out", str(folder)], out / f"{name}-videos.log")
-    return f"left out: {made.failed}" if made.failed else str(folder)
+    simulated[name] = made
+    return f"left out: its videos were not simulated, see {name}-videos.log" if made.failed else str(folder)
 
 
 def _make(part: Part, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str) -> Made:
@@ -127,13 +134,17 @@ def _make(part: Part, out: Path, seeds: Sequence[int], options: Mapping[str, str
     command = ["reproduce", part.target, "--preset", default_preset(part.preset), "--out", str(folder)]
     command += ["--seeds", ",".join(map(str, seeds)), *(f"--{name}={value}" for name, value in fields.items())]
     print(f"{part.title}: vjvcr-fast {' '.join(command)}", flush=True)
-    made = _run(command, folder / f"{part.target}.log")
-    costs = _costs(folder)
-    before = costs.get(part.target, {"seconds": 0.0, "memory": 0.0})
-    total = Made(before["seconds"] + made.seconds, max(before["memory"], made.memory), made.failed)
-    costs[part.target] = {"seconds": total.seconds, "memory": total.memory}
-    write_atomic(folder / COST, json.dumps(costs) + "\n")
-    return total
+    return _run(command, folder / f"{part.target}.log")
+
+
+def _spent(log: Path, seconds: float, memory: float) -> tuple[float, float]:
+    """Seconds and memory of a log's command, its earlier calls included."""
+    file, name = log.parent / COST, log.stem
+    costs = _costs(log.parent)
+    before = costs.get(name, {"seconds": 0.0, "memory": 0.0})
+    costs[name] = {"seconds": before["seconds"] + seconds, "memory": max(before["memory"], memory)}
+    write_atomic(file, json.dumps(costs) + "\n")
+    return costs[name]["seconds"], costs[name]["memory"]
 
 
 def _costs(folder: Path) -> dict[str, dict[str, float]]:
@@ -144,7 +155,8 @@ def _costs(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def _run(command: Sequence[str], log: Path) -> Made:
-    """A command of this package, its output to `log` and its progress to stderr. Raises StopRequestedError."""
+    """A command of this package, its output to `log` and its progress to stderr; what it took, its earlier calls
+    included. Raises StopRequestedError."""
     log.parent.mkdir(parents=True, exist_ok=True)
     started, ended = time.perf_counter(), 0
     with log.open("wb") as file, asked_to_stop() as stop:
@@ -154,26 +166,31 @@ def _run(command: Sequence[str], log: Path) -> Made:
             if stop():
                 process.terminate()  # it writes a checkpoint
                 process.wait()
+                _spent(log, time.perf_counter() - started, 0.0)
                 raise StopRequestedError("stopped; the same command goes on from there")
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     code = os.waitstatus_to_exitcode(status)
     failed = f"exit code {code}; the same command goes on" if code else ""
-    return Made(time.perf_counter() - started, usage.ru_maxrss / 1024, failed)
+    return Made(*_spent(log, time.perf_counter() - started, usage.ru_maxrss / 1024), failed)
 
 
-def page(out: Path, seeds: Sequence[int], found: Mapping[Part, Made | str]) -> str:
+def page(
+    out: Path, seeds: Sequence[int], found: Mapping[Part, Made | str], simulated: Mapping[str, Made] | None = None
+) -> str:
     """Every table and figure made so far, ours beside the paper's, with what it cost."""
     lines = ["# The paper's tables and figures: ours beside the paper's", ""]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     lines += [f"Seeds {', '.join(map(str, seeds))}; {device}, {processor()}; commit {checkout()}.", ""]
     lines += ["| part | wall time | peak memory | |", "| --- | --- | --- | --- |"]
-    for part, made in found.items():
+    rows: dict[str, Made | str] = {f"videos in the format of {k}": made for k, made in (simulated or {}).items()}
+    rows |= {part.title: made for part, made in found.items()}
+    for title, made in rows.items():
         if isinstance(made, str):
-            lines.append(f"| {part.title} | | | {one_line(made)} |")
+            lines.append(f"| {title} | | | {one_line(made)} |")
         else:
             cost = f"{made.seconds / 60:.1f} min | {made.memory / 1024:.1f} GiB"
-            lines.append(f"| {part.title} | {cost} | {made.failed} |")
-    total = sum(made.seconds for made in found.values() if isinstance(made, Made))
+            lines.append(f"| {title} | {cost} | {made.failed} |")
+    total = sum(made.seconds for made in rows.values() if isinstance(made, Made))
     lines += [f"| all | {total / 60:.1f} min | | |", ""]
     lines += ["Wall time is of all calls that worked on a part; memory is the host's, of the process.", ""]
     for part, made in found.items():

@@ -178,7 +178,8 @@ def run_folder(out: Path, row: str, seed: int) -> Path:
 
 def _summary(config: Config, row: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     measured = ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares", "speed_mse_of_the_mean")
-    keys = (*measured, "psnr", "rank_me", "feature_std", "step", "train_seconds", "evaluate_seconds")
+    curves = ("speed_mse_by_epoch", "speed_mse_standardised_by_epoch")
+    keys = (*measured, *curves, "psnr", "rank_me", "feature_std", "step", "train_seconds", "evaluate_seconds")
     ours = {key: [e[key] for e in evaluations] for key in keys}
     first = evaluations[0]
     about = {key: first[key] for key in ("data", "validation_data", "decoder", "rank_me_rows")}

@@ -49,7 +49,8 @@ class EnergyModel(nn.Module):
     elements of a frame. The brackets are the terms `row` has; in a generative row the pixel
     term is the prediction term and its weight is 1. x and y go through the shared encoder one after the other, so that
     no frame of y reaches h_x, not even through batch statistics; a batch norm's running statistics are kept for x and y
-    apart, since a mixture of theirs fits neither. Without a hidden term and VCR, y is not encoded. The
+    apart, since a mixture of theirs fits neither (`twin` has the encoder's weights and those of y: who loads an encoder
+    alone loads `twin`, too). Without a hidden term and VCR, y is not encoded. The
     latent z is optional, and the predictor's to interpret.
 
     Args:

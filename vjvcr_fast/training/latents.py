@@ -24,12 +24,14 @@ of the layer's standard deviation; Adam's moments are copied as they are. `laten
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.config import Config
+from vjvcr_fast import newton
+from vjvcr_fast.config import Config, Latent
 from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent
 from vjvcr_fast.models.convnet import MLPPredictor
 from vjvcr_fast.models.energy import EnergyModel
@@ -110,6 +112,9 @@ class Latents:
                 check=False,
             )
         if settings.kind == "sparse":
+            if settings.method == "newton" and not newton.serves(h_x):
+                usual = Latent()
+                settings = replace(settings, method="fista", iterations=usual.iterations, tolerance=usual.tolerance)
             latent = SparseLatent(
                 settings.dim,
                 self.weight,
