@@ -9,7 +9,8 @@ on a GPU bfloat16 autocast. `ours` is what `vjvcr-fast train` does, eager on a C
 is compiled on a CPU as well. All start from the same weights; their losses on the same batch are compared before
 anything is timed. With a sparse latent those weights have been trained for BEGUN steps, since z* of random weights is
 another problem than what all but the first steps of a training meet; --full has both. The weight of the L1 term is the
-one that training begins with. `energy of z*` is how far ours is above the reference's, relatively: it must not be.
+one that training begins with. `energy of z*` is how far ours is above the reference's, relatively: in a training it must
+not be.
 
 `parts`: what share of our step each part takes. A part's own time, without that of parts inside it.
 """
@@ -44,7 +45,7 @@ SLOW = 2.0  # seconds of a step that needs no warming up
 BEGUN = 100
 BUDGET = 120.0  # seconds of the GPU that begin nothing new after
 SAME = {"fp32": 1e-4, "other z*": 2e-3, "bf16": 0.02}  # losses of the first step
-ENERGY = 1e-3  # by how much that of our z* may be higher
+ENERGY = {True: 1e-4, False: 1e-2}  # by how much that of our z* may be higher, in a training and before one
 # (preset, latent) -> our goals: against the eager reference on a CPU; against (eager, compiled) on a GPU.
 CPU_GOALS = {"moving-mnist": 1.15, "moving-mnist-stochastic sparse-high": 3.0}
 GPU_GOALS = {
@@ -288,7 +289,7 @@ def test_videos_per_second(
         energy = (
             energy_of_z(config, sources[0], device.torch_device, weights) if config.latent.kind == "sparse" else 0.0
         )
-        assert energy <= ENERGY, f"z* has {energy:.1e} more energy than the reference's"
+        assert energy <= ENERGY[trained], f"z* has {energy:.1e} more energy than the reference's"
         first = {}
         for provider, step in [*steps.items()]:
             started = time.perf_counter()
