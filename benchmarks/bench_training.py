@@ -9,8 +9,8 @@ on a GPU bfloat16 autocast. `ours` is what `vjvcr-fast train` does, eager on a C
 is compiled on a CPU as well. All start from the same weights; their losses on the same batch are compared before
 anything is timed. With a sparse latent those weights have been trained for BEGUN steps, since z* of random weights is
 another problem than what all but the first steps of a training meet; --full has both. The weight of the L1 term is the
-one that training begins with. `energy of z*` is how far ours is above the reference's, relatively: in a training it must
-not be.
+one that training begins with. `energy of z*` is how far ours is above the reference's, relatively: in a training it
+must not be.
 
 `parts`: what share of our step each part takes. A part's own time, without that of parts inside it.
 """

@@ -261,8 +261,7 @@ def vcr_of_generative() -> str:
     others = json.loads(STUDY.read_text())["settings"]
     settings = {name: of["evaluations"] for name, of in results["settings"].items()}
     settings |= {
-        f"{title}, {length}": others[f"{name}, row={row}"]["evaluations"]
-        for length, name in (("as it is", "as it is"), ("steps 4800", "steps 4800"))
+        title: others[f"as it is, row={row}"]["evaluations"]
         for title, row in (("VJ-VCR", "vj-vcr"), ("generative without VCR", "generative"))
     }
     for name, found in settings.items():
