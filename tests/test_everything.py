@@ -107,11 +107,18 @@ def test_every_part_is_a_command_with_these_files() -> None:
 def test_a_stop_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vjvcr_fast", "reproduce", "all", "--out", str(tmp_path), *OPTIONS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--train.steps=100000"], env=environment, stderr=subprocess.PIPE, text=True)
-    last, began = tmp_path / "mnist" / "vj-vcr-seed0" / "last.pt", time.monotonic()
-    while not last.exists() and time.monotonic() - began < 120:
+    process = subprocess.Popen(
+        [*command, "--train.steps=100000", "--train.validate_every=50000"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    run, began = tmp_path / "mnist" / "vj-vcr-seed0", time.monotonic()
+    while not (run / "metrics.jsonl").exists() and time.monotonic() - began < 120:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
     assert "the same command goes on" in error
+    assert (run / "last.pt").exists()

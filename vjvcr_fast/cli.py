@@ -365,6 +365,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.target == "all":
         _reproduce_all(arguments, seeds)
         return
+    _only_for_all(arguments)
     target = TARGETS[arguments.target]
     module = importlib.import_module(f"vjvcr_fast.evaluation.{target.module}")
     config = _config(arguments, target.preset)
@@ -373,6 +374,12 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
     text = getattr(module, target.function)(config, out, seeds)
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
+
+
+def _only_for_all(arguments: argparse.Namespace) -> None:
+    for name in ("clevrer", "cater"):
+        if getattr(arguments, name):
+            raise ConfigError(f"--{name} is for reproduce all; {arguments.target} takes --data.root")
 
 
 def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> None:

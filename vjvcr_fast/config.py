@@ -156,7 +156,9 @@ class Latent:
         _need(0 <= self.tolerance < 1, "latent.tolerance", self.tolerance, "at least 0 and below 1")
         _need(0 <= self.momentum < 1, "latent.momentum", self.momentum, "at least 0 and below 1")
         fits = self.method != "newton" or self.step_rule == "backtracking"
-        _need(fits, "latent.step_rule", self.step_rule, "backtracking where latent.method=newton")
+        _need(
+            fits, "latent.step_rule", self.step_rule, "backtracking where latent.method=newton, which has no step size"
+        )
         _need(0 < self.zeros < 1, "latent.zeros", self.zeros, "between 0 and 1")
 
 

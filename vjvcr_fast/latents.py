@@ -328,8 +328,9 @@ class SparseLatent(_Descended):
         _require(0 <= self.weight < float("inf"), f"weight={self.weight}: must be finite and not negative")
         _require(self.method in get_args(Method), f"method={self.method!r}: choose {', '.join(get_args(Method))}")
         _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
-        plain = self.method != "newton" or (self.step_rule == "backtracking" and not self.compile)
-        _require(plain, "method='newton': has no step size to fix, and is not compiled")
+        newton = self.method == "newton"
+        _require(not newton or self.step_rule == "backtracking", "step_rule='fixed': method='newton' has no step size")
+        _require(not (newton and self.compile), "compile=True: method='newton' is not compiled")
 
     def _rule(self) -> "_Rule":
         return _Rule(

@@ -160,7 +160,9 @@ def _run(command: Sequence[str], log: Path) -> Made:
     log.parent.mkdir(parents=True, exist_ok=True)
     started, ended = time.perf_counter(), 0
     with log.open("wb") as file, asked_to_stop() as stop:
-        process = subprocess.Popen([sys.executable, "-m", "vjvcr_fast", *command], stdout=file)
+        # In a session of its own: Ctrl-C reaches it from here alone, and a second signal would end it at once.
+        command = [sys.executable, "-m", "vjvcr_fast", *command]
+        process = subprocess.Popen(command, stdout=file, start_new_session=True)
         while not ended:
             time.sleep(0.05)
             if stop():

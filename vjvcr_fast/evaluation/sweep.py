@@ -52,6 +52,9 @@ DEFAULT = {
     "digit_accuracy": 3,
     "map": 1,
 }  # and the digits to show after the point
+# What `measure` may name besides.
+OTHERS = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "explained", "zeros")
+OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged", "step", "train_seconds", "evaluate_seconds")
 CURVES = 10  # settings whose learning curves fit one figure
 
 
@@ -92,7 +95,7 @@ def read(file: Path) -> Sweep:
     try:
         content = yaml.safe_load(file.read_text())
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML file: {one_line(error)}") from None
+        raise ConfigError(f"{file}: not a readable YAML file: {one_line(' '.join(str(error).split()))}") from None
     try:
         return _sweep(_mapping("the file", content), file)
     except ConfigError as error:
@@ -114,6 +117,9 @@ def _sweep(content: dict[str, Any], file: Path) -> Sweep:
     grid = {name: _list(name, values) for name, values in _mapping("grid", content.get("grid")).items()}
     seeds = tuple(parse("seeds", int, seed) for seed in _list("seeds", content.get("seeds", [0])))
     measure = tuple(parse("measure", str, name) for name in _list("measure", content.get("measure", [*DEFAULT])))
+    wrong = [name for name in measure if name not in (*DEFAULT, *OTHERS)]
+    if wrong:
+        raise ConfigError(f"measure: {one_line(wrong[0])}: must be one of {', '.join((*DEFAULT, *OTHERS))}")
     entries = []
     for name, changes in listed.items():
         for values in itertools.product(*grid.values()):
@@ -197,7 +203,10 @@ def _start(file: Path, number: int, out: Path, at_once: int, run: Path) -> subpr
     environment = {"GOMP_SPINCOUNT": "2000", **os.environ, "OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "vjvcr_fast", "sweep", str(file), "--out", str(out), "--entry", str(number)]
     with (run / "sweep.log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
+        # In a session of its own: Ctrl-C reaches it from here alone, and a second signal would end it at once.
+        return subprocess.Popen(
+            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
+        )
 
 
 def _reason(run: Path, code: int) -> str:
@@ -213,7 +222,7 @@ def summarise(sweep: Sweep, out: Path) -> str:
         files = [out / entry.folder / evaluation_of(entry.config)[1] for entry in entries]
         found[setting] = [json.loads(file.read_text()) for file in files if file.exists()]
     done = [evaluation for evaluations in found.values() for evaluation in evaluations]
-    measured = [name for name in sweep.measure if any(isinstance(e.get(name), float) for e in done)]
+    measured = [name for name in sweep.measure if any(isinstance(e.get(name), float | int) for e in done)]
     columns = {name: {s: [e[name] for e in es if name in e] for s, es in found.items()} for name in measured}
     lines = ["| setting | seeds | " + " | ".join(measured) + " |", "|" + " --- |" * (2 + len(measured))]
     for setting, evaluations in found.items():
@@ -236,7 +245,8 @@ def summarise(sweep: Sweep, out: Path) -> str:
     write_atomic(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(out / "sweep.md", text)
     if done:
-        figures.settings(out / "sweep.png", columns)
+        if columns:
+            figures.settings(out / "sweep.png", columns)
         logs = {s: [out / entry.folder / "metrics.jsonl" for entry in es] for s, es in sweep.settings.items()}
         first = {s: next(path for path in paths if path.exists()) for s, paths in logs.items() if found[s]}
         figures.curves(out / "curves.png", {s: read_metrics(path) for s, path in [*first.items()][:CURVES]})
