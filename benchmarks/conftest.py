@@ -8,7 +8,7 @@ import importlib.metadata
 import os
 import platform
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -144,8 +144,17 @@ def _machine(config: pytest.Config) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "full": bool(config.getoption("--full")),
         "load_before": records.rounded(os.getloadavg()[0]),
-        "command": " ".join(["pytest", *config.invocation_params.args]),
+        "command": _command(config.invocation_params.args),
     } | (_gpu() if cuda else {})
+
+
+def _command(arguments: Sequence[str]) -> str:
+    """Without the folder for the results, which changes nothing of them."""
+    shown = [a for a in arguments if not a.startswith("--results=")]
+    if "--results" in shown:
+        at = shown.index("--results")
+        shown[at : at + 2] = []
+    return " ".join(["pytest", *shown])
 
 
 def _gpu() -> dict[str, Any]:
