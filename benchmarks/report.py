@@ -379,6 +379,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "docs" / "reproducing.md": {
         "table1": lambda: reproduced("table1-moving-mnist-mini"),
         "table2": lambda: reproduced("table2-moving-mnist-stochastic-mini"),
+        "table2-fista": lambda: reproduced("table2-fista-moving-mnist-stochastic-mini"),
         "study": study,
         "statistics-apart": statistics_apart,
         "against-steps": against_steps,
