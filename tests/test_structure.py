@@ -14,7 +14,7 @@ PACKAGE = ROOT / "vjvcr_fast"
 # From the ground up: a module imports from lower layers and from its own folder only.
 LAYERS = [
     ("reference", "data", "kernels", "native"),
-    ("analytic",),
+    ("analytic", "newton"),
     ("ops", "backends", "distributed"),
     ("losses", "latents"),
     ("models",),
