@@ -324,3 +324,8 @@ def test_a_command_flushes_subnormal_numbers_and_a_call_does_not() -> None:
         command = [sys.executable, "-c", program, "info"]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         assert (done.stdout.splitlines()[-1] == "0 0.0") == flushed
+
+
+def test_folders_for_all_are_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["reproduce", "table1", "--clevrer", "somewhere"]) == 2
+    assert "--clevrer is for reproduce all; table1 takes --data.root" in capsys.readouterr().err

@@ -115,6 +115,11 @@ def test_one_entry_alone(tmp_path: Path, tiny: Any) -> None:
     assert "| as it is | 1 of 2 |" in text
 
 
+def test_what_cannot_be_measured_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sweep", str(written(tmp_path, "measure: [psnr, foo]")), "--list"]) == 2
+    assert "measure: foo: must be one of speed_mse, " in capsys.readouterr().err
+
+
 def test_an_entry_of_a_latent_is_measured_as_one(tmp_path: Path) -> None:
     found = sweep.read(written(tmp_path, "set: {}".replace("set", "list") + "\ngrid: {latent.kind: [none, sparse]}"))
     files = [sweep.evaluation_of(entry.config)[1] for entry in found.entries]

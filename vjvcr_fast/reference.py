@@ -173,6 +173,14 @@ def fista(
     return z
 
 
+def _penalised(smooth: Callable[[Tensor], Tensor], z: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """smooth(z) + weight * |z|_1, and the gradient of smooth alone."""
+    point = z.detach().requires_grad_()
+    value = smooth(point)
+    (gradient,) = torch.autograd.grad(value, point)
+    return value.detach() + weight * z.detach().abs().sum(), gradient
+
+
 GROWTH_AT_FIRST, GROWTH, SHRINKAGE = 4.0, 1.01, 0.5  # of the step size, per step
 
 
@@ -199,14 +207,8 @@ def monotone_fista(
     Returns z (m,), detached, and the number of steps taken.
     """
 
-    def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
-        point = point.detach().requires_grad_()
-        value = smooth(point)
-        (gradient,) = torch.autograd.grad(value, point)
-        return value.detach() + weight * point.detach().abs().sum(), gradient
-
     z = previous = z0.detach()
-    energy, gradient = evaluate(z)
+    energy, gradient = _penalised(smooth, z, weight)
     t, growth = 1.0, GROWTH_AT_FIRST
     for taken in range(1, steps + 1):
         t_next = (1.0 + (1.0 + 4.0 * t * t) ** 0.5) / 2.0
@@ -217,7 +219,7 @@ def monotone_fista(
             v = torch.where(v * x > 0, v, 0.0)
         done = bool((x - z).norm() <= tolerance * max(x.norm(), z.norm()))
 
-        energy_v, gradient_v = evaluate(v)
+        energy_v, gradient_v = _penalised(smooth, v, weight)
         accepted = bool(energy_v <= energy)
         curvature = float((gradient_v - gradient) @ (v - z))
         room = float((v - z).square().sum()) / (curvature * step) if curvature > 0 else float("inf")
@@ -264,18 +266,12 @@ def proximal_newton(
     Returns z (m,), detached, and the number of steps taken.
     """
 
-    def evaluate(point: Tensor) -> tuple[Tensor, Tensor]:
-        point = point.detach().requires_grad_()
-        value = smooth(point)
-        (gradient,) = torch.autograd.grad(value, point)
-        return value.detach() + weight * point.detach().abs().sum(), gradient
-
     z = z0.detach().clamp(min=low)
-    energy, gradient = evaluate(z)
+    energy, gradient = _penalised(smooth, z, weight)
     B, b = with_ridge(curvature), 1.0
     for taken in range(1, steps + 1):
         v = model_minimum(z, gradient, b * B, weight, low)
-        energy_v, gradient_v = evaluate(v)
+        energy_v, gradient_v = _penalised(smooth, v, weight)
         accepted = bool(energy_v <= energy)
 
         s, y = v - z, gradient_v - gradient

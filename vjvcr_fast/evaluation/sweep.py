@@ -53,8 +53,19 @@ DEFAULT = {
     "map": 1,
 }  # and the digits to show after the point
 # What `measure` may name besides.
-OTHERS = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "explained", "zeros")
-OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged", "step", "train_seconds", "evaluate_seconds")
+OTHERS = (
+    "speed_mse_of_the_mean",
+    "psnr_of_black",
+    "psnr_of_last_frame",
+    "feature_std",
+    "explained",
+    "zeros",
+    "direction_accuracy_converged",
+    "digit_accuracy_converged",
+    "step",
+    "train_seconds",
+    "evaluate_seconds",
+)
 CURVES = 10  # settings whose learning curves fit one figure
 
 
