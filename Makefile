@@ -52,7 +52,7 @@ format: $(VENV)/.dev  ## format and fix in place
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; registers, spills, tensor cores
 	$(BIN)/python -m vjvcr_fast.kernels.aot $(ARGS)
 
-bench: $(VENV)/.dev  ## benchmarks against the reference, four minutes; ARGS=--full: all of them, half an hour
+bench: $(VENV)/.dev  ## benchmarks against the reference, some minutes; ARGS=--full: all of them, half an hour
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 bench-compare: $(VENV)/.dev  ## REF=<commit>: its speed against the working tree's, run alternately; fails over 10%

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 0, 1 (failed), 2 (wrong option or value), 75 (stopped by a signal
     after a checkpoint: run it again), 130 (interrupted at once)."""
     if argv is None:
-        # This process is ours. Weights that decay end below 1e-38, where CPUs compute up to fifteen times as slowly.
+        # This process is ours. Weights that decay end below 1e-38, where some CPUs compute many times as slowly.
         torch.set_flush_denormal(True)
     parser = _parser()
     arguments, unknown = parser.parse_known_args(argv)
