@@ -1,6 +1,7 @@
 """The command line: help at every level, one line for everything that is wrong, the right exit code."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -267,8 +268,9 @@ def test_a_config_file_is_a_starting_point(asked: list[Any], tiny: Config) -> No
 
 def test_reproduce(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
     assert main(["reproduce", "table1", "--dataset", "moving-mnist", "--seeds", "0,4", "--out", "t", "--lr=0.5"]) == 0
-    ((config, out, seeds),) = asked
+    ((config, out, seeds, processes),) = asked
     assert (config.train.lr, out, seeds) == (0.5, Path("t"), (0, 4))
+    assert processes == len(os.sched_getaffinity(0))
     shown = capsys.readouterr().out
     assert "# the table" in shown
     assert all(f"t/{name}" in shown for name in paper.TABLE1_FILES)

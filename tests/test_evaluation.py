@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, ConfigError, override
-from vjvcr_fast.evaluation import evaluate, figures, paper, probes
+from vjvcr_fast.evaluation import evaluate, figures, paper, probes, side_by_side
 from vjvcr_fast.evaluation.evaluate import evaluate_run, frozen_decoder, load_run, mean_psnr
 from vjvcr_fast.evaluation.metrics import psnr
 from vjvcr_fast.evaluation.probes import (
@@ -27,6 +27,7 @@ from vjvcr_fast.evaluation.probes import (
     mean_predictor,
     standardised,
 )
+from vjvcr_fast.evaluation.side_by_side import finish_run
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
@@ -463,7 +464,7 @@ def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     ):
         assert said in text
 
-    for owner, name in [(paper, "train"), (probes, "extract")]:
+    for owner, name in [(side_by_side, "train"), (probes, "extract")]:
         monkeypatch.setattr(owner, name, fail)
     assert paper.table1(tiny, tmp_path, seeds=(0, 3)) == text
 
@@ -478,7 +479,7 @@ def test_table1_goes_on_where_it_was_stopped(tmp_path: Path, tiny: Config, monke
         trained.append(run.name)
         train(config, run, probe)
 
-    monkeypatch.setattr(paper, "train", counted)
+    monkeypatch.setattr(side_by_side, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         paper.table1(tiny, tmp_path, seeds=(0,))
     paper.table1(tiny, tmp_path, seeds=(0,))
@@ -488,8 +489,8 @@ def test_table1_goes_on_where_it_was_stopped(tmp_path: Path, tiny: Config, monke
 
 def test_a_table_is_of_one_config(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "vj-vcr-seed0"
-    paper.finish_run(tiny, run)
-    monkeypatch.setattr(paper, "train", fail)
+    finish_run(tiny, run, paper.TABLE1)
+    monkeypatch.setattr(side_by_side, "train", fail)
     with pytest.raises(ConfigError, match=f"^{run} holds a run of another config .train.lr 0.001 -> 0.5.; choose ano"):
         paper.table1(override(tiny, {"train.lr": 0.5}), tmp_path, seeds=(0,))
     with pytest.raises(ConfigError, match=rf"^{run} has 12 steps, train\.steps=8; choose another --out"):
@@ -500,9 +501,9 @@ def test_a_table_is_of_one_config(tmp_path: Path, tiny: Config, monkeypatch: pyt
 def test_other_probe_settings_evaluate_the_same_runs(
     tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paper.finish_run(tiny, tmp_path)
-    monkeypatch.setattr(paper, "train", fail)
-    result = paper.finish_run(override(tiny, {"evaluate.probe_epochs": 5}), tmp_path)
+    finish_run(tiny, tmp_path, paper.TABLE1)
+    monkeypatch.setattr(side_by_side, "train", fail)
+    result = finish_run(override(tiny, {"evaluate.probe_epochs": 5}), tmp_path, paper.TABLE1)
     assert len(result["speed_mse_by_epoch"]) == 5
 
 

@@ -122,7 +122,7 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, capsys: pytest.Capture
 
 def test_an_entry_of_a_latent_is_measured_as_one(tmp_path: Path) -> None:
     found = sweep.read(written(tmp_path, "set: {}".replace("set", "list") + "\ngrid: {latent.kind: [none, sparse]}"))
-    files = [sweep.evaluation_of(entry.config)[1] for entry in found.entries]
+    files = [sweep.evaluation_of(entry.config).file for entry in found.entries]
     assert files == ["evaluation.json", "latents.json"]
 
 
@@ -132,7 +132,7 @@ def test_nothing_finished(tmp_path: Path) -> None:
 
 def test_more_processes_than_none_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--processes=0"):
-        sweep.run_all(written(tmp_path, ""), tmp_path, 0)
+        sweep.run_all(written(tmp_path, ""), tmp_path, "0")
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from tolerances import FLOAT32
 from torch import Tensor
 
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
-from vjvcr_fast.evaluation import evaluate, figures, latents, paper, table2
+from vjvcr_fast.evaluation import evaluate, figures, latents, paper, side_by_side, table2
 from vjvcr_fast.evaluation.latents import (
     adam_classifier,
     chance,
@@ -190,7 +190,7 @@ def test_table2(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.Mon
     for said in ("blobs: 40 digits", "seeds 0, 3: mean ± standard deviation", "12 steps of 8", "calibrated"):
         assert said in text
 
-    monkeypatch.setattr(paper, "train", fail)
+    monkeypatch.setattr(side_by_side, "train", fail)
     monkeypatch.setattr(latents, "extract_codes", fail)
     assert table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)) == text
 
@@ -207,7 +207,7 @@ def test_table2_goes_on_where_it_was_stopped(
         trained.append(run.name)
         train(config, run, probe)
 
-    monkeypatch.setattr(paper, "train", counted)
+    monkeypatch.setattr(side_by_side, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         table2.table2(tiny_stochastic, tmp_path, seeds=(0,))
     table2.table2(tiny_stochastic, tmp_path, seeds=(0,))
@@ -244,7 +244,7 @@ def test_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.Mo
     for name, db in numbers["psnr"].items():
         assert f"| {table2.title(tiny_stochastic, name)} | {db:.1f} |" in text
         assert (tmp_path / f"{name}-seed0" / "decoder.pt").exists()
-    monkeypatch.setattr(paper, "train", fail)  # nor are the decoders trained again
+    monkeypatch.setattr(side_by_side, "train", fail)  # nor are the decoders trained again
     monkeypatch.setattr(evaluate, "F", None)
     assert table2.figure3(tiny_stochastic, tmp_path, seeds=(0,)) == text
     monkeypatch.undo()

@@ -36,6 +36,7 @@ from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
 from vjvcr_fast.data.scan import DataError
 from vjvcr_fast.evaluation import ReproduceError, SweepError
+from vjvcr_fast.evaluation.side_by_side import processes_for
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
@@ -140,6 +141,7 @@ def _parser() -> _Parser:
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"the run's folder (default: {folder})")
     resume = "auto: go on where there is a run; must: refuse to begin one; never: refuse to go on (default: auto)"
     sub.add_argument("--resume", choices=get_args(Resume), default="auto", help=resume)
+    sub.add_argument("--evaluate", action="store_true", help="probe and decode the run when it is trained")
     _add_fields(sub)
 
     written = "Writes evaluation.json into its folder, latents.json for a run with a latent."
@@ -156,6 +158,7 @@ def _parser() -> _Parser:
     _add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
     several = "several give mean and standard deviation; fig3 shows the first"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=several)
+    _add_processes(sub)
     folders = "runs/table1-PRESET, runs/table2-PRESET, ..., runs/all"
     sub.add_argument("--out", type=Path, metavar="DIR", help=f"results and runs (default: {folders})")
     for name in ("clevrer", "cater"):
@@ -168,7 +171,7 @@ def _parser() -> _Parser:
     sub.usage = f"{sub.prog} FILE [OPTIONS]"
     sub.add_argument("file", type=Path, metavar="FILE", help="what to change: docs/guides/sweeps.md")
     sub.add_argument("--out", type=Path, metavar="DIR", help="results and runs (default: runs/sweep-FILE)")
-    sub.add_argument("--processes", default="1", metavar="N", help="runs beside each other (default: 1)")
+    _add_processes(sub)
     sub.add_argument("--entry", metavar="K", help="run this one alone, from 0; torchrun may start it")
     sub.add_argument("--list", action="store_true", help="show the entries and run none")
 
@@ -204,6 +207,11 @@ def _parser() -> _Parser:
     sub = add("info", "show versions, devices, backends, extras and digits, and what would be chosen", _info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
     return parser
+
+
+def _add_processes(parser: argparse.ArgumentParser) -> None:
+    text = "runs side by side, each with its share of the cores; auto: one a core, on a GPU one (default: auto)"
+    parser.add_argument("--processes", default="auto", metavar="N", help=text)
 
 
 def _add_preset(parser: argparse.ArgumentParser, more: str = "") -> None:
@@ -258,21 +266,36 @@ def _train(arguments: argparse.Namespace) -> None:
     if cache and not (cache / "meta.json").exists() and processes.speaks():
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes it once"
         print(f"no cache of decoded frames: each window is decoded from its file; {hint}", file=sys.stderr)
+    _use_one_thread(config)
     train(config, out, probe=training_probe if config.data.has_speed else None, resume=arguments.resume)
     if processes.speaks():
-        print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}")
+        print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}", flush=True)
+        if arguments.evaluate:
+            _show_evaluation(out, config)
+
+
+def _use_one_thread(config: Config) -> None:
+    """For a network so small that a second thread hardly helps (docs/benchmarks.md), unless the user chose a number."""
+    small = config.model.kind == "conv" and max(config.model.channels) <= 32
+    if small and resolve_device(config.train.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    config = _config_of_run(arguments)
+    _use_one_thread(config)
+    _show_evaluation(arguments.run, config)
+
+
+def _show_evaluation(run: Path, config: Config) -> None:
     from vjvcr_fast.evaluation.sweep import evaluation_of
 
-    config = _config_of_run(arguments)
     evaluate, file = evaluation_of(config)
-    result = evaluate(arguments.run, config)
+    result = evaluate(run, config)
     for key, value in result.items():
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
-    print(f"these and more are in {arguments.run / file}")
+    print(f"these and more are in {run / file}")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -285,7 +308,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     elif arguments.entry is not None:
         sweep.run_entry(sweep.read(arguments.file), parse("--entry", int, arguments.entry), out)
     else:
-        text = sweep.run_all(arguments.file, out, parse("--processes", int, arguments.processes))
+        text = sweep.run_all(arguments.file, out, arguments.processes)
         print(f"\n{text}\nwrote {', '.join(str(out / name) for name in sweep.SWEEP_FILES)}")
 
 
@@ -372,7 +395,8 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
     print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
-    text = getattr(module, target.function)(config, out, seeds)
+    _use_one_thread(config)
+    text = getattr(module, target.function)(config, out, seeds, processes_for(arguments.processes, config))
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
 
 
@@ -393,7 +417,7 @@ def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> Non
         if not Path(given).is_dir():
             raise ConfigError(f"--{name}={given}: no such folder")
     override(Config(), _overrides(arguments))  # a wrong value is said now
-    text = everything(out, seeds, _overrides(arguments), roots)
+    text = everything(out, seeds, _overrides(arguments), roots, arguments.processes)
     print(f"\n{text}\nwrote {out / PAGE}")
 
 

@@ -36,6 +36,11 @@ def one_line(text: object) -> str:
     return escaped if len(escaped) <= MOST else f"{escaped[:MOST]} ..."
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def progress(**settings: Any) -> Any:
     """A tqdm bar. Raises ImportError, naming the extra, where tqdm is missing."""
     try:

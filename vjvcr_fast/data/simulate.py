@@ -22,7 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any, BinaryIO, TypeVar
 
-from vjvcr_fast.data.files import progress, replace, write_atomic
+from vjvcr_fast.data.files import cores, progress, replace, write_atomic
 from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.scenes import FRAME_SECONDS, Film, World, annotate, sample_clevrer
 
@@ -225,11 +225,6 @@ def gl_backend() -> str:
             return name
         reasons.append(f"MUJOCO_GL={name}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
     raise RuntimeError(f"MuJoCo cannot draw here: install Debian's libosmesa6 ({'; '.join(reasons)})")
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def in_parallel(

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from vjvcr_fast.data import simulate
 from vjvcr_fast.data.cater import CLASSES, LIST_FOLDER, LISTS
-from vjvcr_fast.data.files import progress, replace, write_atomic
+from vjvcr_fast.data.files import cores, progress, replace, write_atomic
 from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.scenes import Film
 from vjvcr_fast.data.scenes_cater import Body, Movement, Pose, Stage, poses, sample_bodies, sample_movements
@@ -63,7 +63,7 @@ def simulate_cater(
     try:
         if missing:
             environment = {"MUJOCO_GL": simulate.gl_backend(), "LP_NUM_THREADS": "0"}
-            made = simulate.in_parallel(task, missing, processes or simulate.cores(), environment)
+            made = simulate.in_parallel(task, missing, processes or cores(), environment)
             done = videos - len(missing)
             with (
                 progress(total=videos, initial=done, desc="simulate", unit="video", disable=None) as bar,

@@ -1,6 +1,5 @@
 """Decoding in processes of their own, each with a time limit: one that hangs or crashes does not end training."""
 
-import os
 import signal
 import sys
 import threading
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.data.decode import VideoError, open_video
-from vjvcr_fast.data.files import one_line
+from vjvcr_fast.data.files import cores, one_line
 
 _STARTING = threading.Lock()  # processes start one after the other
 
@@ -58,7 +57,7 @@ class Pool:
             raise ValueError(f"workers={workers}: must be -1 (one a core), 0 (none) or more")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: must be above 0 seconds")
-        self.workers = len(os.sched_getaffinity(0)) if workers == -1 else workers
+        self.workers = cores() if workers == -1 else workers
         self.timeout = timeout
         self._pool: Any = None
         self._lock = threading.Lock()  # several loaders may share it, each with a thread of its own

@@ -11,14 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config, ConfigError, override
+from vjvcr_fast.config import Config, ConfigError
 from vjvcr_fast.data.cater import CLASSES
 from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import Subject, measured_once
 from vjvcr_fast.evaluation.metrics import mean_average_precision
-from vjvcr_fast.evaluation.paper import about, finish_run, machine, named_seeds, run_folder, spread
+from vjvcr_fast.evaluation.paper import about, machine, named_seeds, run_folder, runs_of, spread
+from vjvcr_fast.evaluation.side_by_side import Evaluation, Rows, finish_rows
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training.build import build_model, fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
@@ -51,13 +52,13 @@ class Codes(NamedTuple):
     energy_given: Tensor
 
 
-def figure2(config: Config, out: Path, seeds: Sequence[int]) -> str:
+def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
     """Figure 2: mAP of a linear probe from z* to actions, for VJ-VCR, the generative model and random z; every seed.
 
     Writes to `out`: a run folder for each row and seed, and FIGURE2_FILES. What is finished is not run again.
     Returns the table as Markdown. Raises as `train` and `evaluate_actions`; ImportError without matplotlib.
     """
-    results = _results(config, out, seeds)
+    results = _results(config, out, seeds, processes)
     maps = {row: [100 * e["map"] for e in results[row]] for row in COMPARED}
     maps["random"] = [100 * e["map_random"] for e in results[COMPARED[0]]]
     titles = {row: ROWS[row].title for row in COMPARED} | {"random": "random z"}
@@ -78,10 +79,10 @@ def figure2(config: Config, out: Path, seeds: Sequence[int]) -> str:
     return text
 
 
-def figure4(config: Config, out: Path, seeds: Sequence[int]) -> str:
+def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
     """Figure 4, for the first seed: singular values of encoder outputs and their cumulative sum, at the beginning and
     at the end of training. Shares its runs with `figure2`; writes FIGURE4_FILES; returns a table as Markdown."""
-    results = {row: found[0] for row, found in _results(config, out, seeds[:1]).items()}
+    results = {row: found[0] for row, found in _results(config, out, seeds[:1], processes).items()}
     spectra = {
         f"{ROWS[row].title}, {when}": results[row][f"singular_values_{key}"]
         for row in COMPARED
@@ -112,6 +113,9 @@ def evaluate_actions(run: Path, config: Config | None = None) -> dict[str, Any]:
     if asked.latent.kind != "actions":
         raise ConfigError(f"{run}: latent.kind={asked.latent.kind}: only actions can be probed for actions")
     return measured_once(run, config, "actions.json", _measure)
+
+
+ACTIONS = Evaluation(evaluate_actions, "actions.json")
 
 
 def _measure(subject: Subject) -> dict[str, Any]:
@@ -202,18 +206,21 @@ def _map(z: Tensor, label: Tensor, z_validation: Tensor, label_validation: Tenso
     return mean_average_precision(probe(z, label, z_validation, config), label_validation)[0]
 
 
-def _results(config: Config, out: Path, seeds: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+def _results(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Rows:
     """The evaluation of every run; {row: [one a seed]}. Runs that are there go on or are kept."""
     if config.latent.kind != "actions":
         raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions, as the preset cater has")
     figures.require_matplotlib()
     if config.data.cache != "off":
         fill_cache(config)
-    results: dict[str, list[dict[str, Any]]] = {row: [] for row in COMPARED}
-    for seed in seeds:
-        for row in COMPARED:
-            asked = override(config, {"model.row": row, "train.seed": seed})
-            results[row].append(finish_run(asked, run_folder(out, row, seed), evaluate_actions))
+    head = ["| model | mAP of z* -> actions, % |", "| --- | --- |"]
+    results = finish_rows(
+        runs_of(config, out, COMPARED, seeds),
+        ACTIONS,
+        processes,
+        head,
+        lambda row, found: f"| {ROWS[row].title} | {spread([100 * e['map'] for e in found], 1)} |",
+    )
     metrics = {row: read_metrics(run_folder(out, row, seeds[0]) / "metrics.jsonl") for row in COMPARED}
     figures.curves(out / "action-curves.png", metrics)
     return results

@@ -63,20 +63,9 @@ def measured_once(
     Raises: as `load_run`; ConfigError where the run was trained on other data; as `build_data`.
     """
     config, model = load_run(run, config)
+    if (before := kept(run, config, name)) is not None:
+        return before
     best, last = checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt")
-    made_from = {
-        "measures": MEASURES,
-        "evaluate": dataclasses.asdict(config.evaluate),
-        "best": checkpoint.digest(run / "best.pt"),
-        "step": best["step"],
-        "trained_steps": last["step"],
-    }
-    file = run / name
-    if file.exists():
-        before = json.loads(file.read_text())
-        if {k: before.get(k) for k in made_from} == made_from:
-            return before
-
     started = time.perf_counter()
     training_data, validation_data = build_data(config)
     check_data(run, best, training_data)
@@ -84,7 +73,7 @@ def measured_once(
     fitted = build_videos(config, training_data, "probe", device)
     held_out = build_videos(config, validation_data, "validation", device)
     result = {
-        **made_from,
+        **_made_from(run, config, best, last),
         "seed": config.train.seed,
         "data": training_data.source,
         "validation_data": validation_data.source,
@@ -92,8 +81,28 @@ def measured_once(
         "train_seconds": last["seconds"],
         "evaluate_seconds": time.perf_counter() - started,
     }
-    write_atomic(file, json.dumps(result, indent=1) + "\n")
+    write_atomic(run / name, json.dumps(result, indent=1) + "\n")
     return result
+
+
+def kept(run: Path, config: Config, name: str) -> dict[str, Any] | None:
+    """What the file `name` of a run holds, if it was made from the run's checkpoints under config; else None."""
+    file = run / name
+    if not file.exists():
+        return None
+    before = json.loads(file.read_text())
+    wanted = _made_from(run, config, checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt"))
+    return before if {k: before.get(k) for k in wanted} == wanted else None
+
+
+def _made_from(run: Path, config: Config, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "measures": MEASURES,
+        "evaluate": dataclasses.asdict(config.evaluate),
+        "best": checkpoint.digest(run / "best.pt"),
+        "step": best["step"],
+        "trained_steps": last["step"],
+    }
 
 
 def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:

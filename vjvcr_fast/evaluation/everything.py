@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vjvcr_fast.config import default_preset
-from vjvcr_fast.data.files import one_line, write_atomic
+from vjvcr_fast.data.files import cores, one_line, write_atomic
 from vjvcr_fast.evaluation import ReproduceError
 from vjvcr_fast.evaluation.paper import checkout, processor
 from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop
@@ -80,12 +80,15 @@ class Made(NamedTuple):
     failed: str
 
 
-def everything(out: Path, seeds: Sequence[int], options: Mapping[str, str], roots: Mapping[str, str]) -> str:
+def everything(
+    out: Path, seeds: Sequence[int], options: Mapping[str, str], roots: Mapping[str, str], processes: str = "auto"
+) -> str:
     """Makes all parts in `out`, goes on with what is there, and returns the page, summary.md, as Markdown.
 
     seeds: of every part. options: fields of the configuration, by their dotted names, for every part; data.root and
     data.download are the digits'. roots: the folders of "clevrer" and "cater"; without one of them its videos are
-    simulated where the presets are mini ones and MuJoCo is there, and the part is left out elsewhere.
+    simulated where the presets are mini ones and MuJoCo is there, and the part is left out elsewhere. processes: runs
+    side by side, as `side_by_side.processes_for` takes them.
 
     Raises ReproduceError, after the page was written, where parts failed.
     """
@@ -97,7 +100,8 @@ def everything(out: Path, seeds: Sequence[int], options: Mapping[str, str], root
         if part.files and part.files not in data:
             data[part.files] = _data(part.files, out, roots, simulated)
         lacking = part.files and not Path(data[part.files]).is_dir()
-        found[part] = data[part.files] if lacking else _make(part, out, seeds, options, data.get(part.files, ""))
+        root = data.get(part.files, "")
+        found[part] = root if lacking else _make(part, out, seeds, options, root, processes)
         write_atomic(out / PAGE, page(out, seeds, found, simulated))
     made = {
         **{f"videos for {name}": made for name, made in simulated.items()},
@@ -125,14 +129,15 @@ def _data(name: str, out: Path, roots: Mapping[str, str], simulated: dict[str, M
     return f"left out: its videos were not simulated, see {name}-videos.log" if made.failed else str(folder)
 
 
-def _make(part: Part, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str) -> Made:
+def _make(part: Part, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str, processes: str) -> Made:
     mini = default_preset(part.preset).endswith("-mini")
     digits = ("data.root", "data.download")
     given = {k: v for k, v in options.items() if not (part.files and k in digits)}
     fields = (SHORT.get(part.files, {}) if mini else {}) | given | ({"data.root": root} if root else {})
     folder = out / part.folder
     command = ["reproduce", part.target, "--preset", default_preset(part.preset), "--out", str(folder)]
-    command += ["--seeds", ",".join(map(str, seeds)), *(f"--{name}={value}" for name, value in fields.items())]
+    command += ["--seeds", ",".join(map(str, seeds)), "--processes", processes]
+    command += [f"--{name}={value}" for name, value in fields.items()]
     print(f"{part.title}: vjvcr-fast {' '.join(command)}", flush=True)
     return _run(command, folder / f"{part.target}.log")
 
@@ -181,7 +186,7 @@ def page(
 ) -> str:
     """Every table and figure made so far, ours beside the paper's, with what it cost."""
     lines = ["# The paper's tables and figures: ours beside the paper's", ""]
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cores()} CPU cores"
     lines += [f"Seeds {', '.join(map(str, seeds))}; {device}, {processor()}; commit {checkout()}.", ""]
     lines += ["| part | wall time | peak memory | |", "| --- | --- | --- | --- |"]
     rows: dict[str, Made | str] = {f"videos in the format of {k}": made for k, made in (simulated or {}).items()}

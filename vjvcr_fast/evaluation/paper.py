@@ -7,7 +7,7 @@ import platform
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,17 @@ import torch
 import vjvcr_fast
 from vjvcr_fast import __version__
 from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, override, resolve_device
-from vjvcr_fast.data.files import write_atomic
+from vjvcr_fast.data.files import cores, write_atomic
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, frozen_decoder, load_run
-from vjvcr_fast.evaluation.probes import training_probe
+from vjvcr_fast.evaluation.side_by_side import Evaluation, Rows, finish_rows
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training.build import build_data, build_videos, fill_cache
-from vjvcr_fast.training.checkpoint import exists, load_last, read_metrics
+from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
-from vjvcr_fast.training.loop import claim, train
 from vjvcr_fast.training.step import split_frames
 
-Evaluation = Callable[[Path, Config], dict[str, Any]]
-
+TABLE1 = Evaluation(evaluate_run, "evaluation.json")
 TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png", "probes.png")
 
 # Table 1: speed MSE, and of MovingMNIST the PSNR (dB), of CLEVRER the RankMe.
@@ -49,45 +47,24 @@ PAPER_TABLE1: dict[str, dict[str, dict[str, float]]] = {
 TITLES = {"moving-mnist": "MovingMNIST", "clevrer": "CLEVRER"}
 
 
-def finish_run(config: Config, run: Path, evaluate: Evaluation = evaluate_run) -> dict[str, Any]:
-    """Trains what is missing of a run and evaluates it; returns its evaluation.
-
-    Raises ConfigError where `run` holds a run of another config, or a longer one.
-    """
-    train_run(config, run)
-    return evaluate(run, config)
-
-
-def train_run(config: Config, run: Path) -> None:
-    """Trains what is missing of a run. Raises: as `finish_run`."""
-    trained = load_last(run)[1]["step"] if exists(run) else 0
-    if trained > config.train.steps:
-        raise ConfigError(f"{run} has {trained} steps, train.steps={config.train.steps}; choose another --out")
-    claim(run, config)
-    if trained < config.train.steps:
-        train(config, run, probe=training_probe if config.data.has_speed else None)
-
-
-def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
+def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
     """Table 1, the half of `config.data.dataset`: all four rows, every seed; returns the table as Markdown.
 
-    Writes to `out`: a run folder for each row and seed, and TABLE1_FILES.
-    Rows and seeds that are finished are not run again.
+    processes: how many runs go side by side. Writes to `out`: a run folder for each row and seed, and TABLE1_FILES.
+    Runs that are finished are not run again. Prints each row when it is finished.
 
-    Video files are decoded once, into the cache, where `data.cache` is not off.
+    Video files are decoded once, into the cache, unless `data.cache` is off.
 
-    Raises: as `fill_cache`, `train` and `evaluate_run`; ImportError without matplotlib.
+    Raises: as `fill_cache` and `finish_rows`; ImportError without matplotlib.
     """
     if not config.data.has_speed:
         raise ConfigError(f"data.dataset={config.data.dataset}: table 1 measures speeds, and none is known there")
     figures.require_matplotlib()
     if config.data.dataset != "moving-mnist" and config.data.cache != "off":
         fill_cache(config)
-    results: dict[str, list[dict[str, Any]]] = {row: [] for row in ROWS}
-    for seed in seeds:
-        for row in ROWS:
-            asked = override(config, {"model.row": row, "train.seed": seed})
-            results[row].append(finish_run(asked, run_folder(out, row, seed)))
+    results = finish_rows(
+        runs_of(config, out, ROWS, seeds), TABLE1, processes, _head(config), functools.partial(_line, config)
+    )
     summary = {
         "preset": config.preset,
         "config": config.to_dict(),
@@ -107,7 +84,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int]) -> str:
     return text
 
 
-def probe_curves(results: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, list[list[float]]]]:
+def probe_curves(results: Rows) -> dict[str, dict[str, list[list[float]]]]:
     """Of evaluations by row: the probes' MSE by epoch, for `figures.probes`."""
     protocols = {
         "Adam, features as they are": lambda e: e["speed_mse_by_epoch"],
@@ -137,7 +114,7 @@ def figure5(runs: dict[str, Path], path: Path) -> None:
 def machine(config: Config) -> dict[str, str]:
     """What the numbers were made on."""
     device = resolve_device(config.train.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} CPU cores"
     name = f"{name}, {processor()}"
     versions = {
         "commit": checkout(),
@@ -172,6 +149,14 @@ def checkout() -> str:
     return f"of version {__version__}"
 
 
+def runs_of(config: Config, out: Path, rows: Iterable[str], seeds: Sequence[int]) -> dict[str, dict[Path, Config]]:
+    """Row of Table 1 -> run folder -> config, for `finish_rows`."""
+    return {
+        row: {run_folder(out, row, s): override(config, {"model.row": row, "train.seed": s}) for s in seeds}
+        for row in rows
+    }
+
+
 def run_folder(out: Path, row: str, seed: int) -> Path:
     return out / f"{row}-seed{seed}"
 
@@ -186,31 +171,42 @@ def _summary(config: Config, row: str, evaluations: list[dict[str, Any]]) -> dic
     return {"title": ROWS[row].title, "paper": PAPER_TABLE1[config.data.dataset][row], "ours": ours, **about}
 
 
-def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
-    paper = PAPER_TABLE1[config.data.dataset]
-    # Columns: heading, digits after the point; a quantity that the paper has too is followed by the paper's.
-    columns = {"speed_mse": ("speed MSE", 3), "speed_mse_standardised": ("standardised", 3)}
-    columns |= {"speed_mse_least_squares": ("least squares", 3)}
-    columns |= {"psnr": ("PSNR", 1), "rank_me": ("RankMe", 1)}
-    head, lines = ["model", "D(h_y)", "D(y)", "VCR"], []
-    for name, (title, _) in columns.items():
-        both = "paper's" if name == "speed_mse" else f"paper's {title}"
-        head += [title, both] if name in paper["vj-vcr"] else [title]
-    for row, evaluations in results.items():
-        terms = ROWS[row]
-        cells = [terms.title, *("yes" if on else "no" for on in (terms.hidden, terms.pixel, terms.vcr))]
-        for name, (_, digits) in columns.items():
-            post_hoc = " (post hoc)" if name == "psnr" and not terms.pixel else ""
-            cells.append(spread([e[name] for e in evaluations], digits) + post_hoc)
-            if name in paper[row]:
-                cells.append(f"{paper[row][name]:.{1 if digits == 1 else 2}f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    table = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head), *lines]
+# Columns: heading, digits after the point. A quantity that the paper has is followed by the paper's.
+COLUMNS = {
+    "speed_mse": ("speed MSE", 3),
+    "speed_mse_standardised": ("standardised", 3),
+    "speed_mse_least_squares": ("least squares", 3),
+    "psnr": ("PSNR", 1),
+    "rank_me": ("RankMe", 1),
+}
+
+
+def _markdown(config: Config, results: Rows, seeds: Sequence[int]) -> str:
     title = f"# Table 1, {TITLES[config.data.dataset]}: ours beside the paper's"
-    return "\n".join([title, "", *table, "", *_notes(config, results, seeds)]) + "\n"
+    lines = [_line(config, row, evaluations) for row, evaluations in results.items()]
+    return "\n".join([title, "", *_head(config), *lines, "", *_notes(config, results, seeds)]) + "\n"
 
 
-def _notes(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> list[str]:
+def _head(config: Config) -> list[str]:
+    head = ["model", "D(h_y)", "D(y)", "VCR"]
+    for name, (title, _) in COLUMNS.items():
+        both = "paper's" if name == "speed_mse" else f"paper's {title}"
+        head += [title, both] if name in PAPER_TABLE1[config.data.dataset]["vj-vcr"] else [title]
+    return ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
+
+
+def _line(config: Config, row: str, evaluations: list[dict[str, Any]]) -> str:
+    terms, paper = ROWS[row], PAPER_TABLE1[config.data.dataset][row]
+    cells = [terms.title, *("yes" if on else "no" for on in (terms.hidden, terms.pixel, terms.vcr))]
+    for name, (_, digits) in COLUMNS.items():
+        post_hoc = " (post hoc)" if name == "psnr" and not terms.pixel else ""
+        cells.append(spread([e[name] for e in evaluations], digits) + post_hoc)
+        if name in paper:
+            cells.append(f"{paper[name]:.{1 if digits == 1 else 2}f}")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _notes(config: Config, results: Rows, seeds: Sequence[int]) -> list[str]:
     """What a reader needs to know of the numbers."""
     data, settings, first = config.data, config.evaluate, results["vj-vcr"][0]
     mean = spread([e["speed_mse_of_the_mean"] for e in results["vj-vcr"]], 3)

@@ -19,26 +19,21 @@ are numbered from 0; any of them can be run alone (`--entry`), also by torchrun,
 
 import itertools
 import json
-import os
 import re
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vjvcr_fast.config import Config, ConfigError, override, parse, preset
-from vjvcr_fast.data.files import one_line, progress, write_atomic
+from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.evaluation import SweepError, figures
-from vjvcr_fast.evaluation.actions import evaluate_actions
-from vjvcr_fast.evaluation.evaluate import evaluate_run
-from vjvcr_fast.evaluation.latents import evaluate_latents
-from vjvcr_fast.evaluation.paper import Evaluation, about, finish_run, machine, named_seeds, spread, train_run
-from vjvcr_fast.training import processes
+from vjvcr_fast.evaluation.actions import ACTIONS
+from vjvcr_fast.evaluation.paper import TABLE1, about, machine, named_seeds, spread
+from vjvcr_fast.evaluation.side_by_side import Evaluation, Job, finish_run, processes_for, run_jobs, train_run
+from vjvcr_fast.evaluation.table2 import TABLE2
 from vjvcr_fast.training.build import fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
-from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop
+from vjvcr_fast.training.processes import launched, speaks
 
 SWEEP_FILES = ("sweep.md", "sweep.json", "sweep.png", "curves.png")
 KEYS = ("preset", "config", "set", "list", "grid", "seeds", "measure")
@@ -159,78 +154,45 @@ def run_entry(sweep: Sweep, number: int, out: Path) -> dict[str, Any] | None:
         raise ConfigError(f"--entry={number}: must be between 0 and {len(sweep.entries) - 1}")
     entry = sweep.entries[number]
     run = out / entry.folder
-    if processes.launched() > 1:  # they train together, one evaluates
+    if launched() > 1:  # they train together, one evaluates
         train_run(entry.config, run)
-        return evaluation_of(entry.config)[0](run, entry.config) if processes.speaks() else None
-    return finish_run(entry.config, run, evaluation_of(entry.config)[0])
+        return evaluation_of(entry.config).measure(run, entry.config) if speaks() else None
+    return finish_run(entry.config, run, evaluation_of(entry.config))
 
 
-def run_all(file: Path, out: Path, at_once: int) -> str:
-    """Every entry of a sweep's file, `at_once` processes beside each other; returns the table as Markdown.
+def run_all(file: Path, out: Path, processes: str = "auto") -> str:
+    """Every entry of a sweep's file, `processes` side by side (`processes_for`); returns the table as Markdown.
 
     Each process has its share of the cores. Writes SWEEP_FILES to `out` and, of every process, sweep.log to its run.
 
     Raises: ConfigError; SweepError where entries failed, after all others and the summary of those; StopRequestedError
     on SIGTERM or Ctrl-C, after the running ones have written their checkpoints; ImportError without matplotlib.
     """
-    if at_once < 1:
-        raise ConfigError(f"--processes={at_once}: must be at least 1")
     figures.require_matplotlib()
     sweep = read(file)
+    at_once = processes_for(processes, sweep.base)
     if sweep.base.data.dataset != "moving-mnist" and sweep.base.data.cache != "off":
         fill_cache(sweep.base)
-    waiting = [*range(len(sweep.entries))]
-    running: dict[int, subprocess.Popen[bytes]] = {}
-    failed: dict[int, str] = {}
-    bar = progress(total=len(waiting), desc=file.stem, unit="run")
-    with bar, asked_to_stop() as stop:
-        while (waiting or running) and not stop():
-            while waiting and len(running) < at_once:
-                number = waiting.pop(0)
-                running[number] = _start(file, number, out, at_once, out / sweep.entries[number].folder)
-            time.sleep(0.1)
-            for number in [n for n, process in running.items() if process.poll() is not None]:
-                if code := running.pop(number).returncode:
-                    failed[number] = _reason(out / sweep.entries[number].folder, code)
-                    bar.write(f"{sweep.entries[number].folder}: {failed[number]}", file=sys.stderr)
-                bar.update()
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-        if stop():
-            raise StopRequestedError("stopped; the same command goes on from there")
+    jobs = [_job(file, number, entry, out) for number, entry in enumerate(sweep.entries)]
+    failed = run_jobs(jobs, at_once, finished=lambda job, show: None)
     text = summarise(sweep, out)
     if failed:
-        names = ", ".join(sweep.entries[n].folder for n in failed)
+        names = ", ".join(job.name for job in failed)
         raise SweepError(f"{len(failed)} of {len(sweep.entries)} entries failed, see sweep.log in {names}")
     return text
 
 
-def _start(file: Path, number: int, out: Path, at_once: int, run: Path) -> subprocess.Popen[bytes]:
-    """A process for one entry, with its share of the cores. It waits for memory without spinning, as others need it."""
-    run.mkdir(parents=True, exist_ok=True)
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    environment = {"GOMP_SPINCOUNT": "2000", **os.environ, "OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "vjvcr_fast", "sweep", str(file), "--out", str(out), "--entry", str(number)]
-    with (run / "sweep.log").open("wb") as log:
-        # In a session of its own: Ctrl-C reaches it from here alone, and a second signal would end it at once.
-        return subprocess.Popen(
-            command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
-        )
-
-
-def _reason(run: Path, code: int) -> str:
-    """The last line of an entry's log, or its exit code."""
-    lines = [line for line in (run / "sweep.log").read_text(errors="replace").splitlines() if line.strip()]
-    return one_line(lines[-1].split("\r")[-1]) if lines else f"exit code {code}"
+def _job(file: Path, number: int, entry: Entry, out: Path) -> Job:
+    arguments = ("sweep", str(file), "--out", str(out), "--entry", str(number))
+    run = out / entry.folder
+    return Job(entry.folder, run, entry.config.train.steps, arguments, run / "sweep.log")
 
 
 def summarise(sweep: Sweep, out: Path) -> str:
     """The table of the entries that are finished, as Markdown; writes SWEEP_FILES."""
     found: dict[str, list[dict[str, Any]]] = {}
     for setting, entries in sweep.settings.items():
-        files = [out / entry.folder / evaluation_of(entry.config)[1] for entry in entries]
+        files = [out / entry.folder / evaluation_of(entry.config).file for entry in entries]
         found[setting] = [json.loads(file.read_text()) for file in files if file.exists()]
     done = [evaluation for evaluations in found.values() for evaluation in evaluations]
     measured = [name for name in sweep.measure if any(isinstance(e.get(name), float | int) for e in done)]
@@ -264,15 +226,11 @@ def summarise(sweep: Sweep, out: Path) -> str:
     return text
 
 
-def evaluation_of(config: Config) -> tuple[Evaluation, str]:
-    """What evaluates a run of this config, and the file in its folder that holds the result."""
+def evaluation_of(config: Config) -> Evaluation:
+    """What evaluates a run of this config."""
     # The z* of any videos has no classes to be told by; the rest is measured at it.
     kind = "none" if config.data.dataset == "folder" else config.latent.kind
-    kinds: dict[str, tuple[Evaluation, str]] = {
-        "none": (evaluate_run, "evaluation.json"),
-        "actions": (evaluate_actions, "actions.json"),
-    }
-    return kinds.get(kind, (evaluate_latents, "latents.json"))
+    return {"none": TABLE1, "actions": ACTIONS}.get(kind, TABLE2)
 
 
 def slug(name: str) -> str:

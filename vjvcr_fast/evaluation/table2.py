@@ -14,12 +14,14 @@ from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos
 from vjvcr_fast.evaluation import figures
 from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder, load_run, mean_psnr
 from vjvcr_fast.evaluation.latents import evaluate_latents
-from vjvcr_fast.evaluation.paper import about, finish_run, machine, named_seeds, spread
+from vjvcr_fast.evaluation.paper import about, machine, named_seeds, spread
+from vjvcr_fast.evaluation.side_by_side import Evaluation, Rows, finish_rows
 from vjvcr_fast.training.build import build_data, build_videos
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.step import split_frames
 
+TABLE2 = Evaluation(evaluate_latents, "latents.json")
 TABLE2_FILES = ("table2.md", "table2.json", "latent-curves.png")
 FIGURE3_FILES = ("figure3.md", "figure3.json", "figure3.png")
 CLIPS = 2  # of each direction, in figure 3
@@ -28,19 +30,16 @@ CLIPS = 2  # of each direction, in figure 3
 PAPER_TABLE2 = {"discrete": (0.797, 0.114), "sparse-high": (0.947, 0.316), "sparse-low": (0.995, 0.576)}
 
 
-def table2(config: Config, out: Path, seeds: Sequence[int]) -> str:
+def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
     """Table 2: every latent and, for chance and figure 3, none; every seed. Returns the table as Markdown.
 
-    Writes to `out`: a run folder for each latent and seed, and TABLE2_FILES. What is finished is not run again.
+    processes: how many runs go side by side. Writes to `out`: a run folder for each latent and seed, and TABLE2_FILES.
+    What is finished is not run again.
 
-    Raises: ConfigError where config's videos are not stochastic; as `train` and `evaluate_latents`; ImportError
-    without matplotlib.
+    Raises: ConfigError where config's videos are not stochastic; as `finish_rows`; ImportError without matplotlib.
     """
     figures.require_matplotlib()
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in LATENTS}
-    for seed in seeds:
-        for name in LATENTS:
-            results[name].append(_finished(config, name, seed, out))
+    results = _finished(config, out, seeds, processes)
     summary = {
         "preset": config.preset,
         "config": config.to_dict(),
@@ -56,16 +55,16 @@ def table2(config: Config, out: Path, seeds: Sequence[int]) -> str:
     return text
 
 
-def figure3(config: Config, out: Path, seeds: Sequence[int]) -> str:
+def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
     """Figure 3, for the first seed: decoded futures of validation clips in all directions, without and with a latent.
 
     Uses and makes the same runs as `table2`, trains a decoder on the frozen predictions of each, and writes
     FIGURE3_FILES to `out`. Returns the PSNR of every model as Markdown. Raises: as `table2`.
     """
     figures.require_matplotlib()
+    _finished(config, out, seeds[:1], processes)
     predictions, db, black = {}, {}, 0.0
     for name in LATENTS:
-        _finished(config, name, seeds[0], out)
         run = run_folder(out, name, seeds[0])
         run_config, model = load_run(run, latent(override(config, {"train.seed": seeds[0]}), name))
         training_data, validation_data = build_data(run_config)
@@ -106,12 +105,15 @@ def one_of_each_direction(videos: MovingMNIST, count: int) -> Videos:
     return videos.batch_at(torch.stack(of_each, dim=1).flatten())
 
 
-def _finished(config: Config, name: str, seed: int, out: Path) -> dict[str, Any]:
-    """The evaluation of the run with this latent and seed, which is trained first where it has to be."""
+def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Rows:
+    """The evaluations of the runs of every latent, which are trained first where they have to be."""
     if not config.data.stochastic:
         raise ConfigError("data.stochastic=False: table2 and fig3 are about stochastic videos, --data.stochastic true")
-    asked = latent(override(config, {"train.seed": seed}), name)
-    return finish_run(asked, run_folder(out, name, seed), evaluate_latents)
+    runs = {
+        name: {run_folder(out, name, s): latent(override(config, {"train.seed": s}), name) for s in seeds}
+        for name in LATENTS
+    }
+    return finish_rows(runs, TABLE2, processes, HEAD, functools.partial(_line, config))
 
 
 def _summary(name: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,22 +123,27 @@ def _summary(name: str, evaluations: list[dict[str, Any]]) -> dict[str, Any]:
     return {"paper": paper, "ours": ours, **{key: evaluations[0][key] for key in shared}}
 
 
-def _markdown(config: Config, results: dict[str, list[dict[str, Any]]], seeds: Sequence[int]) -> str:
-    def percent(name: str, key: str) -> str:
-        return spread([100 * e[key] for e in results[name]], 1) + "%"
+COLUMNS = ["latent", "z* -> direction ψ", "paper's", "converged", "z* -> digit", "paper's", "converged"]
+COLUMNS += ["measured zeros", "explained"]
+HEAD = [f"| {' | '.join(COLUMNS)} |", "|" + " --- |" * len(COLUMNS)]
 
-    head = ["latent", "z* -> direction ψ", "paper's", "converged", "z* -> digit", "paper's", "converged"]
-    head += ["measured zeros", "explained"]
-    lines = [" | ".join(["", *head, ""]).strip(), "|" + " --- |" * len(head)]
-    for name, paper in PAPER_TABLE2.items():
-        cells = [title(config, name)]
-        for key, theirs in zip(("direction_accuracy", "digit_accuracy"), paper, strict=True):
-            cells += [percent(name, key), f"{theirs:.1%}", percent(name, f"{key}_converged")]
-        cells += [percent(name, "zeros") if "zeros" in results[name][0] else "", percent(name, "explained")]
-        lines.append("| " + " | ".join(cells) + " |")
-    chance = [percent("none", f"{label}_chance") for label in ("direction", "digit")]
-    lines.append(f"| no latent: chance | {chance[0]} | | | {chance[1]} | | | | {percent('none', 'explained')} |")
 
+def _line(config: Config, name: str, evaluations: list[dict[str, Any]]) -> str:
+    def percent(key: str) -> str:
+        return spread([100 * e[key] for e in evaluations], 1) + "%"
+
+    if name == "none":
+        chance = [percent(f"{label}_chance") for label in ("direction", "digit")]
+        return f"| no latent: chance | {chance[0]} | | | {chance[1]} | | | | {percent('explained')} |"
+    cells = [title(config, name)]
+    for key, theirs in zip(("direction_accuracy", "digit_accuracy"), PAPER_TABLE2[name], strict=True):
+        cells += [percent(key), f"{theirs:.1%}", percent(f"{key}_converged")]
+    cells += [percent("zeros") if "zeros" in evaluations[0] else "", percent("explained")]
+    return "| " + " | ".join(cells) + " |"
+
+
+def _markdown(config: Config, results: Rows, seeds: Sequence[int]) -> str:
+    lines = [*HEAD, *(_line(config, name, results[name]) for name in (*PAPER_TABLE2, "none"))]
     first = results["discrete"][0]
     usage = ", ".join(f"{share:.0%}" for share in sorted(first["usage"], reverse=True))
     weights = [f"{e['weight']:.2g}" for name in ("sparse-high", "sparse-low") for e in results[name]]

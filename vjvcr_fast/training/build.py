@@ -15,6 +15,7 @@ from vjvcr_fast.data.cache import Filled, FrameCache, fill
 from vjvcr_fast.data.clips import VideoClips
 from vjvcr_fast.data.decode import resolve
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, development_digits, load_digits, split_digits
+from vjvcr_fast.data.files import cores
 from vjvcr_fast.data.moving_mnist import MovingMNIST
 from vjvcr_fast.data.scan import Split
 from vjvcr_fast.data.workers import Pool
@@ -118,8 +119,7 @@ def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
     if data.dataset == "moving-mnist":
         digits = load_digits(data.root, download=data.download)
         return development_digits(digits) if data.split == "development" else split_digits(digits)
-    cores = len(os.sched_getaffinity(0))
-    workers = max(cores // processes, 1) if data.workers == -1 and processes > 1 else data.workers
+    workers = max(cores() // processes, 1) if data.workers == -1 and processes > 1 else data.workers
     pool = Pool(workers, data.decode_timeout)
     splits = [_split(config, split, pool) for split in ("train", "validation")]
     for split in splits:
