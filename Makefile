@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 SETUP := constraints.txt pyproject.toml setup.py
 
-# OpenMP threads that wait spin for milliseconds by default; beside another busy process that makes small networks many
-# times slower. A short spin costs them nothing on a quiet machine. Benchmarks keep the default: it is what users have.
-train test test-slow: export GOMP_SPINCOUNT ?= 2000
+# Tests start hundreds of processes: without its byte code each would compile torch's Python anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+# One process a core, one thread each: networks this small gain nothing from more.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist worksteal
 
 # Real MNIST beside the checkout is used by the tests when it is there; the package knows no such path.
 ifneq ($(wildcard ../shared/data/mnist),)
@@ -34,11 +36,11 @@ $(VENV)/.dev: $(VENV)/.train
 train: $(VENV)/.train  ## pre-train, probe, decode; ends with Table 1 (MovingMNIST) and figure 5
 	@$(BIN)/vjvcr-fast reproduce table1 --dataset moving-mnist $(ARGS)
 
-test: $(VENV)/.dev  ## the test suite (at most 12 minutes on two CPU cores)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/.dev  ## the test suite
+	$(PYTEST) -m "not slow and not aot" $(ARGS)
 
 test-slow: $(VENV)/.dev  ## what needs longer
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(PYTEST) -m "slow and not aot" $(ARGS)
 
 check: $(VENV)/.dev  ## linter, formatter, types
 	$(BIN)/ruff check .
@@ -50,7 +52,7 @@ format: $(VENV)/.dev  ## format and fix in place
 	$(BIN)/ruff format .
 
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; registers, spills, tensor cores
-	$(BIN)/python -m vjvcr_fast.kernels.aot $(ARGS)
+	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/test_aot.py
 
 bench: $(VENV)/.dev  ## benchmarks against the reference, some minutes; ARGS=--full: all of them, half an hour
 	$(BIN)/python -m pytest benchmarks $(ARGS)

@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         _reject(unknown, arguments.parser)
+    arguments.own_process = argv is None
     code = _run(arguments)
     if processes.launched() > 1:
         # gloo's threads may wait for processes that are gone, or abort where the interpreter ends before them.
@@ -266,7 +267,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if cache and not (cache / "meta.json").exists() and processes.speaks():
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes it once"
         print(f"no cache of decoded frames: each window is decoded from its file; {hint}", file=sys.stderr)
-    _use_one_thread(config)
+    _use_one_thread(arguments, config)
     train(config, out, probe=training_probe if config.data.has_speed else None, resume=arguments.resume)
     if processes.speaks():
         print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}", flush=True)
@@ -274,16 +275,17 @@ def _train(arguments: argparse.Namespace) -> None:
             _show_evaluation(out, config)
 
 
-def _use_one_thread(config: Config) -> None:
-    """For a network so small that a second thread hardly helps (docs/benchmarks.md), unless the user chose a number."""
+def _use_one_thread(arguments: argparse.Namespace, config: Config) -> None:
+    """If the network is so small that a second thread hardly helps, and the user has not chosen a number."""
     small = config.model.kind == "conv" and max(config.model.channels) <= 32
-    if small and resolve_device(config.train.device).type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    free = arguments.own_process and "OMP_NUM_THREADS" not in os.environ
+    if small and free and resolve_device(config.train.device).type == "cpu":
         torch.set_num_threads(1)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     config = _config_of_run(arguments)
-    _use_one_thread(config)
+    _use_one_thread(arguments, config)
     _show_evaluation(arguments.run, config)
 
 
@@ -395,7 +397,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
     print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
-    _use_one_thread(config)
+    _use_one_thread(arguments, config)
     text = getattr(module, target.function)(config, out, seeds, processes_for(arguments.processes, config))
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
 

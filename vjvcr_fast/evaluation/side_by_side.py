@@ -187,7 +187,7 @@ def _reason(log: Path, code: int) -> str:
 
 
 class _Lines:
-    """A bar for each running job, from its metrics.jsonl, and one for all; lines of text where stderr is no terminal."""
+    """A bar for each running job, from its metrics.jsonl, and one for all; plain lines if stderr is no terminal."""
 
     def __init__(self, total: int, at_once: int) -> None:
         self.live = sys.stderr.isatty()
@@ -228,7 +228,6 @@ class _Lines:
     def __enter__(self) -> "_Lines":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for _, bar in self.running.values():
+    def __exit__(self, *error: object) -> None:
+        for bar in (*(bar for _, bar in self.running.values()), self.all):
             bar.close()
-        self.all.close()
