@@ -52,7 +52,7 @@ format: $(VENV)/.dev  ## format and fix in place
 	$(BIN)/ruff format .
 
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; registers, spills, tensor cores
-	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/test_aot.py
+	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/kernels/test_aot.py
 
 bench: $(VENV)/.dev  ## benchmarks against the reference, some minutes; ARGS=--full: all of them, half an hour
 	$(BIN)/python -m pytest benchmarks $(ARGS)
@@ -62,8 +62,8 @@ bench-compare: $(VENV)/.dev  ## REF=<commit>: its speed against the working tree
 
 # A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
 GPU_VENV := .venv-gpu
-WITHOUT_GPU := tests/test_aot.py tests/test_interpreted.py
-SANITIZED := tests/test_cuda_emulated.py -m cuda -k was_emulated
+WITHOUT_GPU := tests/kernels/test_aot.py tests/kernels/test_interpreted.py
+SANITIZED := tests/kernels/test_cuda_emulated.py -m cuda -k was_emulated
 GPU := $(GPU_VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 

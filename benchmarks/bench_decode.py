@@ -21,10 +21,10 @@ from records import Row
 from timing import BusyElsewhere, Host, Region, spread, take_turns
 
 from vjvcr_fast.config import override, preset
-from vjvcr_fast.data.cache import FrameCache, fill
-from vjvcr_fast.data.clips import Source, VideoClips
-from vjvcr_fast.data.decode import BACKENDS, open_video
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.cache import FrameCache, fill
+from vjvcr_fast.data.video.clips import Source, VideoClips
+from vjvcr_fast.data.video.decode import BACKENDS, open_video
+from vjvcr_fast.data.video.workers import Pool
 from vjvcr_fast.training import loop
 
 WIDTH, HEIGHT, FRAMES, WINDOW, VIDEOS, BATCH, SIZE = 480, 320, 128, 26, 8, 16, (64, 64)

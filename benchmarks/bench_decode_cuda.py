@@ -13,8 +13,8 @@ from bench_decode import BATCH, ROUNDS, SECONDS, SIZE, WINDOW, judged, sources, 
 from records import Row
 from timing import Host, Region, spread, take_turns
 
-from vjvcr_fast.data.clips import Source, VideoClips
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.clips import Source, VideoClips
+from vjvcr_fast.data.video.workers import Pool
 
 __all__ = ["sources", "videos"]  # fixtures
 SHARE = 0.7  # of the CPU decoders' frames/s on 16 cores

@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from records import Row
 
-from vjvcr_fast.distributed import Shards, bytes_moved, choose
 from vjvcr_fast.losses import vcr_loss
+from vjvcr_fast.losses.distributed import Shards, bytes_moved, choose
 
 SHAPES = {
     "MovingMNIST": (256, 15, 512),

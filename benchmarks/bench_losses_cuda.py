@@ -41,7 +41,7 @@ from timing import (
 )
 from torch import Tensor
 
-from vjvcr_fast import backends
+from vjvcr_fast.losses import backends
 
 BUDGET = 150.0  # seconds
 SLACK = 10.0  # times our tolerance is plain PyTorch's: it also rounds variances to TF32, and all it has to bfloat16

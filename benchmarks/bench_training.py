@@ -31,9 +31,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from vjvcr_fast import native, reference
 from vjvcr_fast.config import Config, Latent, latent, override, preset
-from vjvcr_fast.data.cache import FrameCache, fill
-from vjvcr_fast.data.clips import Clips, Source, VideoClips
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.cache import FrameCache, fill
+from vjvcr_fast.data.video.clips import Clips, Source, VideoClips
+from vjvcr_fast.data.video.workers import Pool
 from vjvcr_fast.latents import SparseLatent
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.processes import Processes

@@ -1,4 +1,4 @@
-// All K steps of monotone FISTA for the MLP predictor in one launch; the math is vjvcr_fast/latents.py's `_step` with
+// All K steps of monotone FISTA for the MLP predictor in one launch; the math is vjvcr_fast/latents/descent.py's `_step` with
 // `ExpandedMLPEnergy`. With p0 = P + W1z z0, c = W2 relu(p0) + b2, at the trial point v
 //
 //     a = relu(p0 + W1z (v - z0)),   u = relu(c + W2 (a - relu(p0))),   D = u - relu(c),   q = G D - r,

@@ -1,4 +1,4 @@
-// All that the kernels ask of a GPU. tests/cuda/emulator.h defines the same for a CPU, so that tests run their source.
+// All that the kernels ask of a GPU. tests/kernels/cuda/emulator.h defines the same for a CPU, so that tests run their source.
 #pragma once
 
 #ifndef VJVCR_EMULATED

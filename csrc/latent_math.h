@@ -1,6 +1,6 @@
 // The math of a latent step, an element at a time, once for the host and the device. No torch headers. Compiled without
 // contraction into fused multiply-adds on either side, so that both round alike. What a step is stands in
-// vjvcr_fast/latents.py.
+// vjvcr_fast/latents/descent.py.
 #pragma once
 
 #include <cmath>

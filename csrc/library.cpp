@@ -1,4 +1,4 @@
-// The operators' schemas. Names and defaults are what `torch.ops.vjvcr` shows; meaning is told in vjvcr_fast/ops.py.
+// The operators' schemas. Names and defaults are what `torch.ops.vjvcr` shows; meaning is told in vjvcr_fast/losses/ops.py.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {

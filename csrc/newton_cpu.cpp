@@ -45,7 +45,7 @@ struct Constants {
   double settled, damped, least, most;
 };
 
-// Of one sample, as `update` of vjvcr_fast/newton.py. room: (3 m,), overwritten.
+// Of one sample, as `update` of vjvcr_fast/latents/newton.py. room: (3 m,), overwritten.
 template <typename T>
 void learn(T* z, T* energy, T* gradient, T* B, T* damping, bool* active, bool* lost, int64_t* steps, const T* v,
            T value, const T* gradient_v, int64_t m, const Constants& at, T* room) {

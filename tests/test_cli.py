@@ -16,7 +16,7 @@ from vjvcr_fast import cli
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, fields, preset
 from vjvcr_fast.data.digits import WAYS
-from vjvcr_fast.evaluation import paper
+from vjvcr_fast.paper import table1 as paper
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError
 

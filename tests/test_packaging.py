@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-MODULES = ("vjvcr_fast", "vjvcr_fast.kernels", "vjvcr_fast.losses", "vjvcr_fast.cli", "vjvcr_fast.evaluation.paper")
+MODULES = ("vjvcr_fast", "vjvcr_fast.kernels", "vjvcr_fast.losses", "vjvcr_fast.cli", "vjvcr_fast.paper.table1")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

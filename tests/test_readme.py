@@ -74,7 +74,7 @@ def test_numbers_of_the_guides_are_those_of_the_committed_files() -> None:
 MEASURED = re.compile(r"\b\d[\d.,]*x(?!\w)|\d ?%|\d (?:s|ms|us|dB|GiB|MiB|MB|GB|TFLOP/s)\b|(?<![\w.,-])0\.\d+\b")
 PROSE = {  # numbers that no benchmark has measured, and where they come from
     "paper's 79.7% is about four of five": "the paper",
-    "128x128 in bfloat16 needs 7 GiB instead of 104": "tests/test_chunked.py counts it, on tensors without content",
+    "128x128 in bfloat16 needs 7 GiB instead of 104": "tests/training/test_chunked.py counts it",
 }
 
 

@@ -14,13 +14,14 @@ PACKAGE = ROOT / "vjvcr_fast"
 # From the ground up: a module imports from lower layers and from its own folder only.
 LAYERS = [
     ("reference", "data", "kernels", "native"),
-    ("analytic", "newton"),
-    ("ops", "backends", "distributed"),
-    ("losses", "latents"),
+    ("losses",),
+    ("latents",),
     ("models",),
     ("config",),
     ("training",),
+    ("runs",),
     ("evaluation",),
+    ("paper",),
     ("cli",),
     ("__main__",),
 ]

@@ -7,13 +7,13 @@ gives the model of a trained run.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vjvcr_fast.evaluation.embed import Trained
+    from vjvcr_fast.runs import Trained
 
 __version__ = "0.1.0"
 
 
 def load(run: Any, device: str = "auto") -> "Trained":
-    """The trained model of a run's folder, by `vjvcr_fast.evaluation.embed.load`: encode(frames), predict(x)."""
-    from vjvcr_fast.evaluation.embed import load as load_trained
+    """The trained model of a run's folder, by `vjvcr_fast.runs.load`: encode(frames), predict(x)."""
+    from vjvcr_fast.runs import load as load_trained
 
     return load_trained(run, device)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 
 import torch
 
-from vjvcr_fast import __version__, backends, native
+from vjvcr_fast import __version__, native
 from vjvcr_fast.config import (
     LATENTS,
     PRESETS,
@@ -30,13 +30,14 @@ from vjvcr_fast.config import (
     preset,
     resolve_device,
 )
-from vjvcr_fast.data import decode
-from vjvcr_fast.data.cache import CacheError
-from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.digits import DigitsError, load_digits
-from vjvcr_fast.data.scan import DataError
-from vjvcr_fast.evaluation import ReproduceError, SweepError
-from vjvcr_fast.evaluation.side_by_side import processes_for
+from vjvcr_fast.data.video import decode
+from vjvcr_fast.data.video.cache import CacheError
+from vjvcr_fast.data.video.decode import VideoError
+from vjvcr_fast.data.video.scan import DataError
+from vjvcr_fast.losses import backends
+from vjvcr_fast.paper import ReproduceError, SweepError
+from vjvcr_fast.paper.side_by_side import processes_for
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
@@ -290,7 +291,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _show_evaluation(run: Path, config: Config) -> None:
-    from vjvcr_fast.evaluation.sweep import evaluation_of
+    from vjvcr_fast.paper.sweep import evaluation_of
 
     evaluate, file = evaluation_of(config)
     result = evaluate(run, config)
@@ -301,7 +302,7 @@ def _show_evaluation(run: Path, config: Config) -> None:
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
-    from vjvcr_fast.evaluation import sweep
+    from vjvcr_fast.paper import sweep
 
     out = arguments.out or Path("runs") / f"sweep-{arguments.file.stem}"
     if arguments.list:
@@ -342,8 +343,9 @@ def _config_of_run(arguments: argparse.Namespace) -> Config:
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
-    module, size, following = SIMULATED[arguments.target]
-    simulate = getattr(importlib.import_module(f"vjvcr_fast.data.{module}"), f"simulate_{arguments.target}")
+    size, following = SIMULATED[arguments.target]
+    module = importlib.import_module(f"vjvcr_fast.data.simulated.{arguments.target}")
+    simulate = getattr(module, f"simulate_{arguments.target}")
     videos, seed, processes = (parse(f"--{k}", int, getattr(arguments, k)) for k in ("videos", "seed", "processes"))
     width, height = parse("--size", tuple[int, int], arguments.size or size)
     options = {"seed": seed, "processes": processes, "size": (width, height), "shadows": not arguments.no_shadows}
@@ -356,15 +358,15 @@ def _simulate(arguments: argparse.Namespace) -> None:
     print(f"simulated: {arguments.out}; next: vjvcr-fast reproduce {following} --data.root {arguments.out}")
 
 
-# Whose format: the module, the size of frames, and what to do with the videos.
+# Whose format, a module of vjvcr_fast.data.simulated: the size of frames, and what to do with the videos.
 SIMULATED = {
-    "clevrer": ("simulate", "480,320", "table1 --dataset clevrer"),
-    "cater": ("simulate_cater", "320,240", "fig2"),
+    "clevrer": ("480,320", "table1 --dataset clevrer"),
+    "cater": ("320,240", "fig2"),
 }
 
 
 class _Target(NamedTuple):
-    """What `reproduce` can make: by a function of a module of vjvcr_fast.evaluation, which names its files too."""
+    """What `reproduce` can make: by a function of a module of vjvcr_fast.paper, which names its files too."""
 
     about: str
     preset: str
@@ -375,7 +377,7 @@ class _Target(NamedTuple):
 
 
 TARGETS = {
-    "table1": _Target("models", "moving-mnist", "table1", "paper", "table1", "TABLE1_FILES"),
+    "table1": _Target("models", "moving-mnist", "table1", "table1", "table1", "TABLE1_FILES"),
     "table2": _Target("latents", "moving-mnist-stochastic", "table2", "table2", "table2", "TABLE2_FILES"),
     "fig2": _Target("actions from latents", "cater", "cater", "actions", "figure2", "FIGURE2_FILES"),
     "fig4": _Target("spectra", "cater", "cater", "actions", "figure4", "FIGURE4_FILES"),
@@ -392,7 +394,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
         return
     _only_for_all(arguments)
     target = TARGETS[arguments.target]
-    module = importlib.import_module(f"vjvcr_fast.evaluation.{target.module}")
+    module = importlib.import_module(f"vjvcr_fast.paper.{target.module}")
     config = _config(arguments, target.preset)
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
@@ -409,7 +411,7 @@ def _only_for_all(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> None:
-    from vjvcr_fast.evaluation.everything import PAGE, everything
+    from vjvcr_fast.paper.everything import PAGE, everything
 
     if arguments.preset or arguments.config:
         raise ConfigError("reproduce all has presets of its own: leave out --preset and --config")

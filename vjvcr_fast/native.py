@@ -1,7 +1,7 @@
 """The compiled operators (csrc/): loaded once, on import, where they were built; `torch.ops.vjvcr` has them.
 
 All take contiguous tensors, all float32 or all float64, on one device, and raise RuntimeError for those that do not
-fit. What the names stand for is told in vjvcr_fast/latents.py, whose loop in plain torch is their specification.
+fit. vjvcr_fast/latents/descent.py tells what the names stand for; its loop in plain torch is their specification.
 
 proximal_step(z, v, gradient, step, momentum, weight, lower, upper) -> (): in place, in one pass, for z, v, gradient
 (N, ...) and step, momentum (N,),

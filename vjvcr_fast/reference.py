@@ -253,7 +253,7 @@ def proximal_newton(
     low: float = -float("inf"),
 ) -> tuple[Tensor, int]:
     """A proximal quasi-Newton method (Lee, Sun and Saunders 2014) for min_z smooth(z) + weight * |z|_1, z >= low, that
-    never ends above its start: ONE problem, one evaluation a step. What `vjvcr_fast.newton` does for many at once.
+    never ends above its start: ONE problem, one evaluation a step. `latents.newton` does it for many at once.
 
     The trial minimises  g'(v - z) + b (v - z)'B (v - z) / 2 + weight |v|_1  by coordinate descent. B is `curvature`
     with RIDGE of its mean diagonal added; the first trial scales it to the curvature that it met, all then update it

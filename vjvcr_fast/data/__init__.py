@@ -1,10 +1,10 @@
 """Data: real MNIST digits and MovingMNIST, rendered on the device while training; clips of video files of your own."""
 
-from vjvcr_fast.data.clips import ClipLoader, Clips, Source, VideoClips, WindowSampler
-from vjvcr_fast.data.decode import VideoError, open_video
 from vjvcr_fast.data.digits import Digits, DigitsError, load_digits, split_digits
 from vjvcr_fast.data.folder import ClipFolder, FolderError
 from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
+from vjvcr_fast.data.video.clips import ClipLoader, Clips, Source, VideoClips, WindowSampler
+from vjvcr_fast.data.video.decode import VideoError, open_video
 
 __all__ = [
     "ClipFolder",

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.clips import Source
-from vjvcr_fast.data.decode import VideoError
 from vjvcr_fast.data.files import one_line
-from vjvcr_fast.data.scan import DataError, Split, probe, scan
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.clips import Source
+from vjvcr_fast.data.video.decode import VideoError
+from vjvcr_fast.data.video.scan import DataError, Split, probe, scan
+from vjvcr_fast.data.video.workers import Pool
 
 SPLITS = {"train": range(10_000), "validation": range(10_000, 15_000), "test": range(15_000, 20_000)}
 SIZE = (320, 480)  # height and width of the published videos

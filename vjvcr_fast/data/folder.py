@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from vjvcr_fast.data.clips import Source, VideoClips
 from vjvcr_fast.data.hashing import key
-from vjvcr_fast.data.scan import DataError, Split, probe, scan
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.clips import Source, VideoClips
+from vjvcr_fast.data.video.scan import DataError, Split, probe, scan
+from vjvcr_fast.data.video.workers import Pool
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}

@@ -13,34 +13,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config, override, resolve_device
+from vjvcr_fast.config import Config
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.evaluation import probes
 from vjvcr_fast.evaluation.metrics import psnr
 from vjvcr_fast.models.energy import EnergyModel
+from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint
-from vjvcr_fast.training.build import Data, VideoSource, build_data, build_decoder, build_model, build_videos
+from vjvcr_fast.training.build import Data, VideoSource, build_data, build_decoder, build_videos
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import check_data
 from vjvcr_fast.training.step import autocast, split_frames
 
 MEASURES = 2  # the generation of what is measured: a file of an earlier one is made again
-
-
-def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
-    """The config and the model of least validation loss of a run, in evaluation mode.
-
-    config: the run's, where its device, the place of its data or `evaluate.*` differ from its config.json. In the
-    one returned `latent.weight` is the calibrated weight of the checkpoint.
-
-    Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
-    """
-    config = config or Config.load(run / "config.json")
-    device = resolve_device(config.train.device)
-    model = build_model(config, device)
-    state = checkpoint.load(run / "best.pt", device)
-    checkpoint.restore(run / "best.pt", state, model=model)
-    return override(config, {"latent.weight": state.get("latent_weight", config.latent.weight)}), model.eval()
 
 
 class Subject(NamedTuple):

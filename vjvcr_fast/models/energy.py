@@ -7,9 +7,9 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vjvcr_fast.analytic import compute_dtype
 from vjvcr_fast.latents import HeadEnergy, LatentEnergy
 from vjvcr_fast.losses import VCRTerms, vcr_loss
+from vjvcr_fast.losses.analytic import compute_dtype
 from vjvcr_fast.models.convnet import MLPPredictor
 
 Infer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor], Tensor]  # (h_x, h_y, y) -> z

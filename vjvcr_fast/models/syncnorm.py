@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vjvcr_fast.distributed import summed
+from vjvcr_fast.losses.distributed import summed
 
 
 def synchronised(model: nn.Module, group: Any, device: torch.device) -> None:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from vjvcr_fast.config import Config, ConfigError, resolve_device
 from vjvcr_fast.data import cater, clevrer, folder
-from vjvcr_fast.data.cache import Filled, FrameCache, fill
-from vjvcr_fast.data.clips import VideoClips
-from vjvcr_fast.data.decode import resolve
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, development_digits, load_digits, split_digits
 from vjvcr_fast.data.files import cores
 from vjvcr_fast.data.moving_mnist import MovingMNIST
-from vjvcr_fast.data.scan import Split
-from vjvcr_fast.data.workers import Pool
+from vjvcr_fast.data.video.cache import Filled, FrameCache, fill
+from vjvcr_fast.data.video.clips import VideoClips
+from vjvcr_fast.data.video.decode import resolve
+from vjvcr_fast.data.video.scan import Split
+from vjvcr_fast.data.video.workers import Pool
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder

@@ -30,9 +30,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from vjvcr_fast import newton
 from vjvcr_fast.config import Config, Latent
-from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent
+from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent, newton
 from vjvcr_fast.models.convnet import MLPPredictor
 from vjvcr_fast.models.energy import EnergyModel
 

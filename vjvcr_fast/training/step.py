@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.config import Config, ConfigError
-from vjvcr_fast.data.clips import Clips
+from vjvcr_fast.data.video.clips import Clips
 from vjvcr_fast.models.energy import Energy
 from vjvcr_fast.training.build import Batch, build_model
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing

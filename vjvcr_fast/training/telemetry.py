@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast import reference
-from vjvcr_fast.analytic import centred
+from vjvcr_fast.losses.analytic import centred
 
 ROWS = 1_024
 NAMES = ("feature_std", "feature_std_least", "feature_correlation")

@@ -1,0 +1,458 @@
+"""Windows, batches, the decode-once cache and the processes behind them."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import clevrer_files
+import pytest
+import torch
+
+from vjvcr_fast.data.clevrer import load_split
+from vjvcr_fast.data.video import cache as cache_module
+from vjvcr_fast.data.video import clips, workers
+from vjvcr_fast.data.video.cache import CacheError, FrameCache, fill
+from vjvcr_fast.data.video.clips import ClipLoader, Source, VideoClips, WindowSampler
+from vjvcr_fast.data.video.decode import VideoError, open_video
+from vjvcr_fast.data.video.workers import Pool
+
+pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
+pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
+
+T, SIZE = 6, (16, 16)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return clevrer_files.make(tmp_path_factory.mktemp("clevrer"))
+
+
+@pytest.fixture(scope="module")
+def sources(made: Path) -> list[Source]:
+    return load_split(made, "train", 2, 4).sources
+
+
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> list[Source]:
+    """Videos to damage, scanned while they were whole."""
+    root = shutil.copytree(made, tmp_path / "data")
+    return load_split(root, "train", 2, 4).sources
+
+
+@pytest.fixture(scope="module")
+def pool():
+    """Two processes for all tests that want some: each takes seconds to start."""
+    with Pool(2, timeout=30) as shared:
+        yield shared
+
+
+def videos(sources: list[Source], **options) -> VideoClips:
+    return VideoClips(sources, **{"frames": T, "size": SIZE, "seed": 1, "stream": "train", **options})
+
+
+def fake(count: int, starts: int = 7) -> list[Source]:
+    """Sources without files, for what never opens one."""
+    return [Source(Path(f"{i}"), f"{i}", 20, torch.arange(starts + i), torch.zeros(starts + i)) for i in range(count)]
+
+
+# -- Which windows --------------------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_every_video_once_in_an_order_of_its_own() -> None:
+    sampler = WindowSampler(fake(50), 0, "train")
+    epochs = [[w.source for w in sampler.windows(50 * e, 50)] for e in range(3)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_windows_do_not_depend_on_how_they_are_asked_for() -> None:
+    sampler = WindowSampler(fake(7), 3, "train")
+    one_by_one = [sampler.windows(i, 1)[0] for i in range(40)]
+    assert sampler.windows(0, 40) == one_by_one
+    assert WindowSampler(fake(7), 3, "train").windows(13, 9) == one_by_one[13:22]
+    assert WindowSampler(fake(7), 4, "train").windows(0, 40) != one_by_one
+    assert WindowSampler(fake(7), 3, "validation").windows(0, 40) != one_by_one
+
+
+def test_starts_are_uniform_over_those_allowed() -> None:
+    sampler = WindowSampler(fake(3), 0, "train")
+    counts = [torch.zeros(7 + i) for i in range(3)]
+    for window in sampler.windows(0, 30_000):
+        counts[window.source][window.choice] += 1
+    for count in counts:
+        expected = 10_000 / len(count)
+        chi_square = ((count - expected) ** 2 / expected).sum()
+        assert chi_square < len(count) - 1 + 5 * (2 * (len(count) - 1)) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: WindowSampler([], 0, "a"), "none"),
+        (lambda: WindowSampler(fake(2, starts=0), 0, "a"), "0 has no window"),
+        (lambda: WindowSampler(fake(2), 0, "a").windows(-1, 3), "start=-1"),
+        (lambda: WindowSampler(fake(2), 0, "a").windows(0, 0), "n=0"),
+        (lambda: videos(fake(2), frames=15), "0 ends before its last window"),
+        (lambda: videos(fake(2), on_bad="ignore"), "on_bad='ignore'"),
+        (lambda: ClipLoader(videos(fake(2)), 0), "batch=0"),
+        (lambda: ClipLoader(videos(fake(2)), 1, rank=2, world=2), "rank=2"),
+        (lambda: Pool(-2), "workers=-2"),
+        (lambda: Pool(1, timeout=0), "timeout=0"),
+    ],
+)
+def test_wrong_arguments(make, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+# -- Batches --------------------------------------------------------------------------------------------------------
+
+
+def expected(sources: list[Source], windows: list[clips.Window], backend: str = "auto") -> torch.Tensor:
+    frames = []
+    for window in windows:
+        source = sources[window.source]
+        first = int(source.starts[window.choice])
+        frames.append(open_video(source.path, backend).frames(range(first, first + T), SIZE))
+    return torch.stack(frames)
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_a_batch_holds_the_windows_frames_and_targets(sources: list[Source], backend: str) -> None:
+    pytest.importorskip(backend)
+    loaded = videos(sources, backend=backend)
+    batch = loaded.batch(3, 8)
+    windows = loaded.sampler.windows(3, 8)
+    assert batch.frames.shape == (8, T, 3, *SIZE)
+    assert batch.frames.dtype == torch.uint8
+    assert batch.frames.equal(expected(sources, windows, backend))
+    assert batch.speed.equal(torch.stack([sources[w.source].targets[w.choice] for w in windows]))
+
+
+def test_every_backend_delivers_the_same(sources: list[Source]) -> None:
+    pytest.importorskip("torchcodec")
+    one, two = (videos(sources, backend=name).batch(0, 6) for name in ("decord", "torchcodec"))
+    assert one.frames.equal(two.frames)
+    assert one.target.equal(two.target)
+
+
+def test_processes_deliver_what_the_caller_would_decode(sources: list[Source], pool: Pool) -> None:
+    assert videos(sources, pool=pool).batch(0, 9).frames.equal(videos(sources).batch(0, 9).frames)
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+def test_a_loader_goes_on_from_any_step(sources: list[Source], prefetch: int) -> None:
+    loaded = videos(sources)
+    loader = ClipLoader(loaded, 4, step=2, prefetch=prefetch)
+    for step in (2, 3, 4):
+        assert loader.step == step
+        assert next(loader).frames.equal(loaded.batch(4 * step, 4).frames)
+    loader.close()
+
+
+def test_ranks_share_the_batch_without_overlap(sources: list[Source]) -> None:
+    loaded = videos(sources)
+    whole = loaded.batch(6 * 5, 6)
+    parts = [next(ClipLoader(loaded, 2, step=5, rank=r, world=3)) for r in range(3)]
+    assert torch.cat([part.frames for part in parts]).equal(whole.frames)
+    assert torch.cat([part.target for part in parts]).equal(whole.target)
+
+
+def test_a_loader_that_is_dropped_ends_its_thread(sources: list[Source]) -> None:
+    before = threading.active_count()
+    for _ in range(3):
+        loader = ClipLoader(videos(sources), 2)
+        next(loader)
+        del loader
+        gc.collect()
+    assert threading.active_count() == before
+
+
+# -- Videos that cannot be read -------------------------------------------------------------------------------------
+
+
+def test_a_bad_video_stops_and_is_named(copied: list[Source]) -> None:
+    copied[2].path.write_bytes(b"nonsense" * 100)
+    loader = ClipLoader(videos(copied), 3)
+    with pytest.raises(VideoError, match="video_00002"):
+        [next(loader) for _ in range(3)]
+    with pytest.raises(StopIteration):
+        next(loader)
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_a_bad_video_is_replaced_the_same_way_every_time(copied: list[Source], prefetch: int) -> None:
+    clean = [videos(copied).batch(6 * k, 6) for k in range(3)]
+    copied[2].path.write_bytes(b"nonsense" * 100)
+    loaded = videos(copied, on_bad="skip")
+    loader = ClipLoader(loaded, 6, prefetch=prefetch)
+    found = [next(loader) for _ in range(3)]
+    again = [videos(copied, on_bad="skip").batch(6 * k, 6) for k in range(3)]
+    assert list(loaded.bad) == [copied[2].name]
+    assert "video_00002" in loaded.bad[copied[2].name]
+    for k in range(3):
+        assert found[k].frames.equal(again[k].frames)
+        assert found[k].target.equal(again[k].target)
+        for i, window in enumerate(loaded.sampler.windows(6 * k, 6)):
+            assert found[k].frames[i].equal(clean[k].frames[i]) == (window.source != 2)
+
+
+def test_where_no_video_is_good_there_is_an_error(copied: list[Source]) -> None:
+    for source in copied:
+        source.path.unlink()
+    with pytest.raises(VideoError, match="none of 6 videos"):
+        videos(copied, on_bad="skip").batch(0, 2)
+
+
+def sleep(path: Path, seconds: float) -> str:
+    time.sleep(seconds)
+    return "done"
+
+
+def crash(path: Path) -> None:
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_a_decoder_that_hangs_or_crashes_is_ended_and_named() -> None:
+    with Pool(1, timeout=1.0) as small:
+        hung = small.submit(Path("hung.mp4"), sleep, 60.0)
+        crashed = small.submit(Path("crashed.mp4"), crash)
+        fine = small.submit(Path("fine.mp4"), sleep, 0.0)
+        with pytest.raises(VideoError, match=r"hung\.mp4: reading it took longer than 1 s"):
+            hung.result()
+        with pytest.raises(VideoError, match=r"crashed\.mp4: the process that read it ended"):
+            crashed.result()
+        assert fine.result() == "done"
+
+
+def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
+    """As people write them, and notebooks: the workers do not run it once more."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from vjvcr_fast.data.video.workers import Pool\n"
+        "print('started')\n"
+        "print(Pool(1).submit(Path('here'), Path.with_suffix, '.mp4').result())\n"
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["started", "here.mp4"], done.stderr
+    assert done.stderr == ""
+
+
+# -- The cache ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+def test_the_cache_is_bit_identical_to_the_decoder(sources: list[Source], tmp_path: Path, backend: str) -> None:
+    pytest.importorskip(backend)
+    done = fill(sources, tmp_path, SIZE, backend, Pool(0))
+    assert done == (6, 0, {})
+    cached = videos(sources, cache=FrameCache(tmp_path, SIZE, backend))
+    assert cached.batch(5, 20).frames.equal(videos(sources, backend=backend).batch(5, 20).frames)
+
+
+def test_a_full_cache_needs_no_video(copied: list[Source], tmp_path: Path, monkeypatch) -> None:
+    fill(copied, tmp_path / "cache", SIZE, "auto", Pool(0))
+    monkeypatch.setattr(workers, "open_video", None)
+    assert len(videos(copied, cache=FrameCache(tmp_path / "cache", SIZE)).batch(0, 6).frames) == 6
+
+
+def test_a_partial_cache_is_completed_by_decoding(sources: list[Source], tmp_path: Path) -> None:
+    fill(sources[:3], tmp_path, SIZE, "auto", Pool(0))
+    partly = videos(sources, cache=FrameCache(tmp_path, SIZE))
+    assert partly.batch(0, 12).frames.equal(videos(sources).batch(0, 12).frames)
+    assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (3, 3, {})
+    assert FrameCache(tmp_path, SIZE).serving(sources, torch.device("cpu")).complete
+
+
+def test_processes_fill_the_same_cache(sources: list[Source], tmp_path: Path, pool: Pool) -> None:
+    for name, with_pool in (("a", pool), ("b", Pool(0))):
+        fill(sources, tmp_path / name, SIZE, "auto", with_pool)
+    assert (tmp_path / "a" / "frames.u8").read_bytes() == (tmp_path / "b" / "frames.u8").read_bytes()
+
+
+KILLED = """
+import sys, os, signal
+from pathlib import Path
+from vjvcr_fast.data import cache
+from vjvcr_fast.data.clevrer import load_split
+from vjvcr_fast.data.video.workers import Pool
+root, folder, at, what = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+cache.SYNC_SECONDS = 0.0
+written = 0
+real = getattr(cache, what)
+def counted(*arguments):
+    global written
+    written += 1
+    if written == at:
+        if what == "_to_disk" and written % 2 == 0:  # a line half on the disk
+            arguments[0].flush()
+            os.truncate(arguments[0].name, os.path.getsize(arguments[0].name) - 7)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments)
+setattr(cache, what, counted)
+cache.fill(load_split(root, "train", 2, 4).sources, folder, (16, 16), "auto", Pool(0))
+"""
+
+
+@pytest.mark.parametrize(("at", "what"), [(1, "_sum"), (4, "_sum"), (3, "_to_disk"), (6, "_to_disk")])
+def test_a_killed_cache_gives_right_frames_and_is_completed(
+    made: Path, sources: list[Source], tmp_path: Path, at: int, what: str
+) -> None:
+    command = [sys.executable, "-c", KILLED, str(made), str(tmp_path), str(at), what]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    right = videos(sources).batch(0, 12).frames
+    assert videos(sources, cache=FrameCache(tmp_path, SIZE)).batch(0, 12).frames.equal(right)
+    result = fill(sources, tmp_path, SIZE, "auto", Pool(0))
+    assert result.written + result.kept == 6
+    assert result.written > 0
+    assert videos(sources, cache=FrameCache(tmp_path, SIZE)).batch(0, 12).frames.equal(right)
+    assert len((tmp_path / "frames.u8").read_bytes()) == 6 * clevrer_files.FRAMES * 3 * 16 * 16
+
+
+def test_a_damaged_cache_is_noticed_and_repaired(sources: list[Source], tmp_path: Path) -> None:
+    fill(sources, tmp_path, SIZE, "auto", Pool(0))
+    before = (tmp_path / "frames.u8").read_bytes()
+    with (tmp_path / "frames.u8").open("r+b") as file:
+        file.seek(len(before) // 2)
+        file.write(b"\x00\x01\x02\x03")
+    with pytest.raises(CacheError, match=r"damaged at .*--verify"):
+        videos(sources, cache=FrameCache(tmp_path, SIZE)).batch(0, 6)
+    assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (0, 6, {})
+    assert fill(sources, tmp_path, SIZE, "auto", Pool(0), verify=True) == (1, 5, {})
+    assert (tmp_path / "frames.u8").read_bytes() == before
+
+
+def test_a_shortened_cache_serves_what_is_left(sources: list[Source], tmp_path: Path) -> None:
+    fill(sources, tmp_path, SIZE, "auto", Pool(0))
+    os.truncate(tmp_path / "frames.u8", os.path.getsize(tmp_path / "frames.u8") - 1)
+    assert not FrameCache(tmp_path, SIZE).serving(sources, torch.device("cpu")).complete
+    assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (1, 5, {})
+
+
+def test_a_changed_video_is_decoded_again(copied: list[Source], tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    fill(copied, folder, SIZE, "auto", Pool(0))
+    root = copied[0].path.parents[2]
+    clevrer_files.write(root, "train", 0, frames=24)
+    now = load_split(root, "train", 2, 4).sources
+    assert videos(now, cache=FrameCache(folder, SIZE)).batch(0, 12).frames.equal(videos(now).batch(0, 12).frames)
+    assert fill(now, folder, SIZE, "auto", Pool(0)) == (1, 5, {})
+    assert videos(now, cache=FrameCache(folder, SIZE)).batch(0, 12).frames.equal(videos(now).batch(0, 12).frames)
+
+
+def test_what_does_not_fit_a_cache_is_refused(sources: list[Source], tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match="there is no cache"):
+        FrameCache(tmp_path, SIZE)
+    fill(sources, tmp_path, SIZE, "decord", Pool(0))
+    with pytest.raises(CacheError, match="frames of 16x16, asked for are 8x8"):
+        FrameCache(tmp_path, (8, 8))
+    with pytest.raises(CacheError, match="frames of 16x16, asked for are 8x8"):
+        fill(sources, tmp_path, (8, 8), "decord", Pool(0))
+    with pytest.raises(CacheError, match="filled by ffmpeg"):
+        FrameCache(tmp_path, SIZE, "dali")
+    FrameCache(tmp_path, SIZE, "torchcodec")
+    (tmp_path / "meta.json").write_text("{")
+    with pytest.raises(CacheError, match=r"meta\.json: cannot be read"):
+        FrameCache(tmp_path, SIZE)
+
+
+def test_a_full_disk_is_told_before_anything_is_decoded(sources: list[Source], tmp_path: Path, monkeypatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=1_000))
+    monkeypatch.setattr(workers, "open_video", None)
+    with pytest.raises(CacheError, match=r"are needed, 0\.00 GB are free"):
+        fill(sources, tmp_path, SIZE, "auto", Pool(0))
+
+
+def test_two_processes_do_not_fill_one_cache(sources: list[Source], tmp_path: Path) -> None:
+    fill(sources[:1], tmp_path, SIZE, "auto", Pool(0))
+    with cache_module._locked(tmp_path), pytest.raises(CacheError, match="another process"):
+        fill(sources, tmp_path, SIZE, "auto", Pool(0))
+
+
+def test_bad_videos_of_a_cache_stop_or_are_listed(copied: list[Source], tmp_path: Path) -> None:
+    copied[3].path.write_bytes(b"nonsense" * 100)
+    folder = tmp_path / "cache"
+    with pytest.raises(VideoError, match="video_00003"):
+        fill(copied, folder, SIZE, "auto", Pool(0))
+    done = fill(copied, folder, SIZE, "auto", Pool(0), on_bad="skip")
+    assert (done.written, done.kept, list(done.bad)) == (2, 3, [copied[3].name])
+    lines = (folder / "index.jsonl").read_text().splitlines()
+    assert len(lines) == len({json.loads(line)["video"] for line in lines}) == 5
+
+
+def test_memory_stays_flat_over_many_clips(sources: list[Source], tmp_path: Path) -> None:
+    """Two thousand clips decoded and two thousand cached: what a leak of a single clip (4.6 kB) each would show."""
+    fill(sources, tmp_path, SIZE, "auto", Pool(0))
+    for loaded in (videos(sources), videos(sources, cache=FrameCache(tmp_path, SIZE))):
+        loader = ClipLoader(loaded, 50)
+        used = []
+        for _ in range(2_500 // 50):
+            next(loader)
+            used.append(resident())
+        loader.close()
+        assert used[-1] - used[10] < 6e6, used
+
+
+@pytest.mark.slow
+def test_memory_of_the_processes_stays_flat(sources: list[Source], pool: Pool) -> None:
+    """Two thousand clips through two processes: theirs and this one's."""
+    loader = ClipLoader(videos(sources, pool=pool), 50)
+    used = []
+    for _ in range(2_500 // 50):
+        next(loader)
+        used.append([resident(), *map(resident, children())])
+    loader.close()
+    for before, after in zip(used[10], used[-1], strict=True):
+        assert after - before < 6e6, used
+
+
+def children() -> list[int]:
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        fields = stat.read_text().rpartition(")")[2].split()
+        if int(fields[1]) == os.getpid():
+            found.append(int(stat.parent.name))
+    return sorted(found)
+
+
+def resident(process: int | str = "self") -> int:
+    gc.collect()
+    return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.cuda
+def test_batches_arrive_on_the_gpu(sources: list[Source], tmp_path: Path, monkeypatch) -> None:
+    """Decoded on the CPU, from a cache that has moved to the GPU, from one too large for that: the same frames."""
+    right = videos(sources).batch(0, 12)
+    fill(sources, tmp_path, SIZE, "decord", Pool(0))
+    resident = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
+    assert resident._cached._data.is_cuda
+    monkeypatch.setattr(cache_module, "ON_DEVICE", 0.0)
+    mapped = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
+    assert not mapped._cached._data.is_cuda
+    for loaded in (videos(sources, device="cuda", backend="decord"), resident, mapped):
+        batch = loaded.batch(0, 12)
+        assert batch.frames.is_cuda
+        assert batch.frames.cpu().equal(right.frames)
+        assert batch.target.cpu().equal(right.target)
+        assert next(loaded.batches(1, 12)).frames.cpu().equal(videos(sources).batch(12, 12).frames)
+
+
+@pytest.mark.cuda
+def test_a_dali_cache_is_bit_identical_to_dali_batches(sources: list[Source], tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
+    streaming = videos(sources, device="cuda", backend="dali")
+    fill(sources, tmp_path, SIZE, "dali", Pool(0), device="cuda")
+    cached = videos(sources, device="cuda", backend="dali", cache=FrameCache(tmp_path, SIZE, "dali"))
+    assert cached._cached.complete
+    assert cached.batch(0, 12).frames.equal(streaming.batch(0, 12).frames)

@@ -1,0 +1,30 @@
+"""The Triton kernels without a GPU: test_triton.py on CPU tensors, in Triton's interpreter.
+
+The variable that asks for it is read when Triton is imported, hence a process of its own.
+"""
+
+import os
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("marker", "fewest"), [("not slow", 300), pytest.param("slow", 300, marks=pytest.mark.slow, id="slow")]
+)
+def test_kernels_in_the_interpreter(marker, fewest, tmp_path):
+    pytest.importorskip("triton", reason="triton is not installed (pip install 'vjvcr_fast[triton]')")
+    report = tmp_path / "report.xml"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "FAIL_WITHOUT_CUDA": "0"}
+    options = ["-m", marker, "--tb=short", f"--junit-xml={report}"]
+    command = [sys.executable, "-m", "pytest", "tests/kernels/test_triton.py", *options]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    suite = ElementTree.parse(report).getroot()[0]
+    tests, skipped = int(suite.attrib["tests"]), int(suite.attrib["skipped"])
+    assert tests - skipped >= fewest, f"{tests} tests, {skipped} of them skipped"

@@ -1,0 +1,890 @@
+"""The Triton kernels: terms and gradients against reference.py in float64, and what surrounds them.
+
+The same tests run on a CUDA device where there is one, and on CPU tensors in Triton's interpreter:
+
+    TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py
+
+which test_interpreted.py does. The interpreter rounds no product and hides no NaN: there the device is the judge, and
+the class at the end needs it.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+import test_losses
+import tolerances
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_losses import ALPHA, BETA, FORMS, Judged, judge
+from tolerances import relative
+from torch import Tensor
+
+from vjvcr_fast import reference
+from vjvcr_fast.losses import VCRLoss, VCRTerms, backends, covariance_penalty, ops, variance_hinge, vcr_loss
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if not INTERPRETED and not torch.cuda.is_available():
+    reason = "no CUDA device; without one: TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py"
+    if os.environ.get("FAIL_WITHOUT_CUDA") == "1":
+        pytest.fail(reason, pytrace=False)
+    pytest.skip(reason, allow_module_level=True)
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("vjvcr_fast.kernels.vcr")
+launch = pytest.importorskip("vjvcr_fast.kernels.launch")
+aot = pytest.importorskip("vjvcr_fast.kernels.aot")
+
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+HALF = (torch.float16, torch.bfloat16)
+MADE = ("backward", "forward")
+WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance form's
+# (N, T, d): every entry of every table of configurations (a test says so), several parts of the features and of the
+# batch, and sizes that fill no tile.
+SHAPES = {
+    "gram": [
+        *[(2, 1, 1), (2, 3, 5), (3, 1, 7), (16, 2, 33), (17, 3, 40), (40, 2, 9), (33, 2, 70), (65, 2, 144)],
+        *[(81, 1, 97), (97, 1, 130), (129, 1, 200), (161, 1, 162), (193, 1, 200), (257, 1, 272), (385, 1, 20)],
+        (1030, 1, 40),
+    ],
+    "covariance": [
+        *[(2, 1, 1), (2, 3, 5), (5, 2, 3), (40, 3, 17), (70, 2, 33), (140, 1, 65), (300, 2, 100), (600, 1, 20)],
+        *[(30, 1, 250), (30, 1, 256), (1100, 1, 5), (9, 2, 300)],
+    ],
+}
+CASES = [pytest.param(shape, form, id=f"{form}-{shape}") for form in FORMS for shape in SHAPES[form]]
+
+# What arrives at backward for (loss, variance, covariance); None: the term was not used.
+Incoming = tuple[float | None, float | None, float | None]
+LOSS: Incoming = (3.0, None, None)
+EACH: list[Incoming] = [LOSS, (None, 2.0, None), (None, None, -0.5), (0.5, -2.0, 3.0)]
+
+
+def bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """Of terms and of gradients. The interpreter multiplies in float32: there only the gradient's rounding shows."""
+    exact = tolerances.TF32X3
+    if INTERPRETED:
+        last = {torch.float16: tolerances.FLOAT16, torch.bfloat16: tolerances.BFLOAT16}
+        return exact, last.get(dtype, exact)
+    if dtype == torch.bfloat16:
+        return tolerances.BFLOAT16_PRODUCTS, tolerances.BFLOAT16_PRODUCTS_GRADIENT
+    if dtype == torch.float16 or torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return tolerances.TF32, tolerances.TF32_GRADIENT
+    return exact, exact
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return test_losses.random(*shape, dtype=dtype, seed=seed).to(DEVICE)
+
+
+def placed(h: Tensor, order: Sequence[int] = (0, 1, 2), steps: Sequence[int] = (1, 1, 1)) -> Tensor:
+    """h with its dimensions in this order in memory, `steps` elements from one to the next; between them and around
+    them is NaN."""
+    memory = torch.full([h.shape[i] * steps[i] + 2 for i in order], torch.nan, dtype=h.dtype, device=h.device)
+    view = memory.permute([list(order).index(i) for i in range(3)])
+    view = view[tuple(slice(1, 1 + size * step, step) for size, step in zip(h.shape, steps, strict=True))]
+    return view.copy_(h)
+
+
+def fused(h: Tensor | Sequence[Tensor], **arguments) -> VCRTerms:
+    return vcr_loss(h, alpha=ALPHA, beta=BETA, backend="triton", **arguments)
+
+
+def loss_of(h: Tensor | Sequence[Tensor]) -> Tensor:
+    return fused(h).loss
+
+
+def gradients(terms: VCRTerms, inputs: Sequence[Tensor], incoming: Incoming) -> tuple[Tensor, ...]:
+    used = [(term, torch.full_like(term, g)) for term, g in zip(terms, incoming, strict=True) if g is not None]
+    return torch.autograd.grad([term for term, _ in used], inputs, [g for _, g in used], retain_graph=True)
+
+
+def assert_terms(terms: VCRTerms, expected: Judged, bound: float) -> None:
+    for name, value, right, scale in zip(terms._fields, terms, expected.values, expected.scales, strict=True):
+        assert value.dtype == torch.float32
+        assert value.shape == ()
+        assert relative(value, right, scale) <= bound, name
+
+
+def assert_gradient(ours: Tensor, h: Tensor, expected: Judged, incoming: Incoming, bound: float) -> None:
+    right = sum(g * gradient for g, gradient in zip(incoming, expected.gradients, strict=True) if g is not None)
+    scale = None
+    if h.shape[-1] == 1:
+        # The penalty is zero, and its gradient a difference that is zero up to rounding: of two numbers of this size.
+        z = h.double() - h.double().mean(dim=0)
+        size = 4 * z.norm() ** 3 / (z[0].numel() * (len(z) - 1) ** 2)
+        scale = right.norm() + size * sum(abs(g or 0) for g in incoming)
+    assert ours.dtype == h.dtype
+    assert relative(ours, right, scale) <= bound, f"gradient of {incoming}"
+
+
+def assert_agrees(
+    h: Tensor, form: str = "auto", made: str = "auto", incoming: Sequence[Incoming] = (LOSS,), **arguments: float
+) -> None:
+    """Terms of h (N, ..., d) and, for each of `incoming`, the gradient."""
+    leaf = h.detach().requires_grad_()
+    terms = fused(leaf, form=form, gradient=made, **arguments)
+    expected, (of_terms, of_gradients) = judge(h, **arguments), bounds(h.dtype)
+    assert_terms(terms, expected, of_terms)
+    for coefficients in incoming:
+        # As large as a loss scale: float16 would lose the small entries.
+        scaled = tuple(None if g is None else g * h.numel() for g in coefficients)
+        (ours,) = gradients(terms, [leaf], scaled)
+        assert_gradient(ours, h, expected, scaled, of_gradients)
+
+
+@pytest.fixture
+def guarded(monkeypatch) -> Iterator[None]:
+    """New memory holds NaN and lies in NaN: an element that nobody wrote shows, and one written beyond an end."""
+    margin, margins = 64, []
+    for name in ("empty", "empty_like"):
+        make = getattr(torch, name)
+
+        def guarded(*args, make=make, **kwargs) -> Tensor:
+            tensor = make(*args, **kwargs)
+            if tensor.device.type != DEVICE.type or not tensor.is_floating_point():
+                return tensor
+            elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+            memory = tensor.new_full((elements + 2 * margin,), torch.nan)
+            margins.extend([memory[:margin], memory[-margin:]])
+            return memory.as_strided(tensor.shape, tensor.stride(), margin)
+
+        monkeypatch.setattr(torch, name, guarded)
+    yield
+    assert margins
+    assert all(memory.isnan().all() for memory in margins)
+
+
+@pytest.fixture(params=[0, -1], ids=["first", "last"])
+def configuration(request, monkeypatch) -> None:
+    """Of each kernel's configurations that fit, the first or the last in the place of all."""
+    fitting = launch.fitting
+    monkeypatch.setattr(launch, "fitting", lambda *arguments: fitting(*arguments)[request.param :][:1])
+
+
+@pytest.fixture
+def older(monkeypatch) -> None:
+    """A GPU of compute capability 8.0, whose tiles are smaller."""
+    for module in (launch, kernels.gram, kernels.covariance, kernels.library):
+        monkeypatch.setattr(module, "architecture", lambda device: 80, raising=False)
+
+
+@pytest.fixture(params=["kernels", "library"])
+def route(request, monkeypatch) -> str:
+    """Small shapes through our products, or through torch's, as large ones go."""
+    if request.param == "library":
+        monkeypatch.setattr(kernels.gram, "MOST_SAMPLES", 1)
+        monkeypatch.setattr(kernels.covariance, "MOST_FEATURES", 1)
+    return request.param
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_shapes_reach_every_configuration(arch):
+    """But for bfloat16's, which are chosen as those of the other types are."""
+    g, types = torch.empty((), device="meta"), (torch.float32, torch.float16)
+    with launch.recording(arch) as launches:
+        for form, shape, dtype in [(f, s, t) for f in FORMS for s in SHAPES[f] for t in types]:
+            h, gram = torch.empty(shape, dtype=dtype, device="meta"), form == "gram"
+            for covariance in (True, False):
+                weights = kernels.Weights(ALPHA, BETA, 1.0, 1e-4, covariance=covariance)
+                kept = kernels.forward([h], weights, gram)[3]
+                kernels.backward([h], kept, kernels.Incoming(g, None, None), weights, gram, [True])
+            kernels.scale_(h, g)
+    reached = {id(c) for made in launches for c in made.configs}
+    planned = {
+        f"{name}, {i}": id(c)
+        for name, configs in aot.tables().items()
+        for i, c in enumerate(configs)
+        if arch in c.archs and "bf16" not in name
+    }
+    assert [name for name, c in planned.items() if c not in reached] == []
+
+
+# -- Numbers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("guarded")
+class TestNumbers:
+    @pytest.mark.usefixtures("configuration")
+    @pytest.mark.parametrize(("shape", "form"), CASES)
+    def test_float32(self, shape, form):
+        assert_agrees(random(*shape), form)
+
+    @pytest.mark.usefixtures("older", "configuration")
+    @pytest.mark.parametrize(
+        "shape", [(65, 2, 144), (97, 1, 130), (161, 1, 162), (257, 1, 272), (70, 2, 33), (140, 1, 65), (300, 1, 100)]
+    )
+    def test_float32_on_an_older_device(self, shape):
+        assert_agrees(random(*shape))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize(
+        "shape", [(16, 2, 33), (33, 2, 70), (97, 1, 130), (257, 1, 258), (40, 3, 17), (140, 1, 65), (300, 1, 100)]
+    )
+    def test_half_precision(self, shape, dtype):
+        assert_agrees(random(*shape, dtype=dtype))
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    @pytest.mark.parametrize("shape", [WIDE, TALL, (260, 2, 9), (9, 1, 130)])
+    def test_each_term_alone(self, shape, dtype):
+        assert_agrees(random(*shape, dtype=dtype), incoming=EACH)
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("arguments", [{"threshold": 0.5}, {"threshold": 3.0}, {"eps": 0.0}, {"eps": 0.1}])
+    def test_threshold_and_eps(self, arguments, form):
+        assert_agrees(random(9, 3, 11), form, **arguments)
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("scale", [1e-3, 1e3])
+    def test_scale(self, scale, form):
+        assert_agrees(random(19, 3, 23) * scale, form)
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("mean", [30, 1e3, 1e4])
+    @pytest.mark.parametrize(
+        ("shape", "form"), [((19, 2, 33), "gram"), ((270, 1, 33), "gram"), ((600, 1, 33), "covariance")]
+    )
+    def test_large_means(self, shape, form, mean):
+        """Exactly as without: what the input's own rounding lost, the judge does not see either."""
+        signs = torch.tensor([1.0, -1.0, 0.5], device=DEVICE).repeat(11)
+        assert_agrees(random(*shape) + mean * signs, form)
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize(
+        ("shape", "form"), [((19, 2, 33), "gram"), ((270, 1, 33), "gram"), ((600, 1, 33), "covariance")]
+    )
+    @pytest.mark.parametrize("row", [0, 1])
+    def test_an_outlier(self, shape, form, row):
+        """The first sample is what all others are shifted by."""
+        h = random(*shape)
+        h[row] += 1e3
+        assert_agrees(h, form)
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_constant_columns(self, form):
+        h = random(8, 2, 5)
+        h[..., 1], h[:, 0, 3] = 1234.5, 0.0
+        assert_agrees(h, form)
+        (gradient,) = gradients(fused(h.requires_grad_(), form=form), [h], LOSS)
+        assert gradient[..., 1].abs().max() == 0
+        assert gradient[:, 0, 3].abs().max() == 0
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_constant_batch(self, form):
+        h = random(*WIDE)[:1].expand(WIDE).requires_grad_()
+        terms = fused(h, form=form)
+        (gradient,) = gradients(terms, [h], LOSS)
+        assert relative(terms.variance, judge(h).values[1]) <= tolerances.TF32X3
+        assert terms.covariance == 0
+        assert gradient.abs().max() == 0
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize(("row", "value"), [(0, "nan"), (1, "nan"), (0, "-inf"), (1, "inf")])
+    @pytest.mark.parametrize(
+        ("shape", "form", "made"),
+        [
+            ((4, 2, 6), "gram", "backward"),
+            ((260, 2, 6), "gram", "forward"),
+            ((8, 2, 3), "covariance", "forward"),
+            ((260, 2, 6), "covariance", "backward"),
+        ],
+    )
+    def test_nan_and_inf_are_never_hidden(self, shape, form, made, row, value):
+        h = random(*shape)
+        h[row, 1, 0] = float(value)
+        leaf = h.requires_grad_()
+        terms = fused(leaf, form=form, gradient=made)
+        assert all(term.isnan() for term in terms)
+        for incoming in EACH[:3]:
+            (gradient,) = gradients(terms, [leaf], incoming)
+            assert gradient[:, 1, 0].isnan().all(), "the column that has it"
+            assert gradient[:, 0].isfinite().all(), "other time steps are independent"
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_nan_of_a_single_feature_is_not_off_the_diagonal_only(self, form):
+        h = random(6, 2, 1)
+        h[1, 1, 0] = torch.nan
+        assert fused(h, form=form).covariance.isnan()
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_term_that_nobody_uses_has_no_part_in_the_gradient(self, form):
+        """Without eps a constant feature's sigma has no slope; the covariance penalty's gradient does not see it. And
+        where its squares overflow, the hinge is still flat."""
+        h = random(*WIDE)
+        h[:, 1, 0] = 1.0
+        h.requires_grad_()
+        terms = vcr_loss(h, alpha=ALPHA, beta=BETA, eps=0.0, form=form, backend="triton")
+        (gradient,) = gradients(terms, [h], (None, None, 2.0))
+        assert relative(gradient, 2 * judge(h).gradients[2]) <= tolerances.TF32X3
+        large = (1e12 * random(*WIDE)).requires_grad_()
+        (gradient,) = gradients(fused(large, form=form), [large], (None, 2.0, None))
+        assert not gradient.any()
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("function", [variance_hinge, covariance_penalty])
+    @pytest.mark.parametrize("shape", [WIDE, TALL, (1100, 1, 5)])
+    def test_terms_on_their_own(self, shape, function):
+        h = random(*shape).requires_grad_()
+        value, at = function(h, backend="triton"), 1 if function is variance_hinge else 2
+        values, scales, expected = judge(h)
+        assert relative(value, values[at], scales[at]) <= tolerances.TF32X3
+        assert relative(torch.autograd.grad(value, h)[0], expected[at]) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("shape", [(6, 5), (6, 2, 3, 5), (6, 2, 1, 2, 5), (9, 4)])
+    def test_other_numbers_of_dimensions(self, shape):
+        assert_agrees(random(*shape))
+
+
+# -- Layouts --------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "a margin": lambda h: placed(h),
+    "(T, N, d)": lambda h: placed(h, (1, 0, 2)),
+    "(N, d, T)": lambda h: placed(h, (0, 2, 1)),
+    "(d, T, N)": lambda h: placed(h, (2, 1, 0)),
+    "every third sample": lambda h: placed(h, steps=(3, 1, 1)),
+    "every second time step": lambda h: placed(h, steps=(1, 2, 1)),
+    "every second feature": lambda h: placed(h, steps=(1, 1, 2)),
+    "expanded over T": lambda h: h[:, :1].expand_as(h),
+    "expanded over d": lambda h: h[..., :1].expand_as(h),
+    "windows that overlap": lambda h: h.flatten(1).unfold(1, h.shape[2], 1)[:, : h.shape[1]],
+}
+
+
+@pytest.mark.usefixtures("guarded")
+class TestLayouts:
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("layout", LAYOUTS)
+    def test_strides(self, layout, form):
+        assert_agrees(LAYOUTS[layout](random(9, 4, 11)), form)
+
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)])
+    def test_the_gradient_lies_as_its_tensor(self, order, dtype, made):
+        h = random(*WIDE, dtype=dtype).permute(order).contiguous().permute(order).requires_grad_()
+        (gradient,) = gradients(fused(h, gradient=made), [h], LOSS)
+        assert gradient.dtype == h.dtype
+        assert gradient.stride() == h.stride()
+
+    def test_through_an_expanded_view(self):
+        """The gradient of the tensor that was expanded is the sum over its copies."""
+        base = random(6, 1, 5).requires_grad_()
+        loss_of(base.expand(6, 4, 5)).backward()
+        right = judge(base.detach().expand(6, 4, 5)).gradients[0].sum(1, keepdim=True)
+        assert relative(base.grad, right) <= tolerances.TF32X3
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_a_sequence_is_its_concatenation(self, form, made):
+        parts = [
+            placed(random(7, 2, 8, seed=1), (1, 0, 2)),
+            random(7, 8, seed=2),
+            random(7, 3, 2, 8, seed=3),
+            placed(random(7, 5, 8, seed=4), (2, 0, 1), (1, 2, 1)),
+        ]
+        leaves = [part.requires_grad_() for part in parts]
+        whole = torch.cat([part.detach().reshape(7, -1, 8) for part in parts], dim=1)
+        terms = fused(leaves, form=form, gradient=made)
+        expected = judge(whole)
+        assert_terms(terms, expected, tolerances.TF32X3)
+        for incoming in (LOSS, EACH[-1]):
+            ours = [g.reshape(7, -1, 8) for g in gradients(terms, leaves, incoming)]
+            assert_gradient(torch.cat(ours, dim=1), whole, expected, incoming, tolerances.TF32X3)
+
+
+FAR = (1 << 29) + 7
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("strides", [(FAR, 100, 1), (10, FAR, 1)])
+def test_strides_beyond_32_bits(strides, form):
+    """On a CPU memory that nobody touches costs nothing."""
+    try:
+        memory = torch.empty(5 * FAR + 4096, dtype=torch.float16, device=DEVICE)
+    except RuntimeError:
+        pytest.skip("5.4 GB of addresses are not to be had")
+    h = memory.as_strided((6, 6, 9), strides)
+    assert_agrees(h.copy_(random(6, 6, 9)), form)
+
+
+# -- Choosing a configuration -----------------------------------------------------------------------------------------
+
+
+def test_a_choice_is_made_once_for_a_shape_class_a_precision_and_a_dtype(monkeypatch):
+    """And none while a graph is captured, which cannot be timed. The disk cache writes the key as JSON."""
+    first, second = configs = (launch.config(4, 3, 2, BK=32), launch.config(8, 2, 1, BK=64))
+    timed, capturing = [], [True]
+
+    class Tuner:
+        def __init__(self, kernel, choices, names):
+            self.names, self.best_config = names, triton.Config(dict(second.tiles), num_warps=8, num_stages=2)
+
+        def __getitem__(self, grid):
+            return lambda *args, **constants: timed.append(json.dumps({name: constants[name] for name in self.names}))
+
+    monkeypatch.setattr(launch, "_autotuned", Tuner)
+    monkeypatch.setattr(launch, "_choices", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+
+    def choose(dtype: torch.dtype = torch.float32, **constants: object) -> object:
+        h = torch.empty(4, dtype=dtype)
+        return launch._fastest(
+            "kernel", configs, lambda meta: 1, (h, 1), {"DTYPE": triton.language.float32, **constants}
+        )
+
+    assert choose(SHAPE=1, PRECISION="tf32") is first
+    assert not timed
+    capturing[0] = False
+    assert choose(SHAPE=1, PRECISION="tf32") is second
+    capturing[0] = True
+    assert choose(SHAPE=1, PRECISION="tf32") is second, "made before the capture"
+    capturing[0] = False
+    for others in ({"PRECISION": "tf32x3"}, {"SHAPE": 2}, {"HINGE": False}, {"dtype": torch.float16}):
+        choose(**{"SHAPE": 1, "PRECISION": "tf32", **others})
+    assert len(timed) == 5
+
+
+# -- What surrounds the numbers -------------------------------------------------------------------------------------
+
+
+class TestBackward:
+    @pytest.mark.usefixtures("guarded", "route")
+    @pytest.mark.parametrize("form", FORMS)
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    @pytest.mark.parametrize("shape", [(12, 7, 65), (40, 5, 33)])
+    def test_gradient_made_in_forward(self, shape, dtype, form):
+        """In blocks of time steps. Given away once: later ones, and those of other terms, are made again."""
+        assert_agrees(random(*shape, dtype=dtype), form, "forward", incoming=[LOSS, LOSS, EACH[-1]])
+
+    @pytest.mark.parametrize("made", MADE)
+    def test_float16_waits_for_its_loss_scale(self, made):
+        """Without it the gradient of so small a loss is zero."""
+        h = random(*WIDE, dtype=torch.float16).requires_grad_()
+        loss = vcr_loss(h, alpha=ALPHA * 2**-20, beta=BETA * 2**-20, backend="triton", gradient=made).loss
+        (gradient,) = torch.autograd.grad(loss * 2**20, h)
+        assert_gradient(gradient, h, judge(h), (1.0, None, None), bounds(h.dtype)[1])
+
+    def test_a_gradient_given_away_is_the_callers(self):
+        h = random(*WIDE).requires_grad_()
+        loss = fused(h, gradient="forward").loss
+        (first,) = torch.autograd.grad(loss, h, retain_graph=True)
+        kept = first.clone()
+        first.zero_()
+        assert relative(torch.autograd.grad(loss, h)[0], kept) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("made", MADE)
+    def test_no_gradient_is_made_that_nobody_wants(self, shape, made, monkeypatch):
+        calls = []
+        for module in (kernels.gram, kernels.covariance):
+            gradient = module.gradient
+            monkeypatch.setattr(module, "gradient", lambda *a, gradient=gradient: calls.append(0) or gradient(*a))
+        h = random(*shape)
+        assert not any(term.requires_grad for term in fused(h, gradient=made))
+        leaf = h.clone().requires_grad_()
+        for context in (torch.no_grad, torch.inference_mode):
+            with context():
+                terms = fused(leaf, gradient=made)
+            assert not any(term.requires_grad for term in terms)
+        assert calls == []
+        loss = fused(leaf, gradient=made).loss
+        assert len(calls) == (1 if made == "forward" else 0)
+        loss.backward()
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("made", MADE)
+    def test_one_tensor_of_a_sequence(self, made):
+        h_x, h_y = random(*WIDE), random(*WIDE, seed=1).requires_grad_()
+        fused([h_x, h_y], gradient=made).loss.backward()
+        right = judge(torch.cat([h_x, h_y.detach()], dim=1)).gradients[0][:, WIDE[1] :]
+        assert h_x.grad is None
+        assert relative(h_y.grad, right) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("form", FORMS)
+    def test_double_backward(self, form, made):
+        """Squaring the loss couples the tensors: each gradient depends on the other through it."""
+
+        def penalty(terms: Sequence[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+            first = torch.autograd.grad(terms[0].square() + 2 * terms[2], inputs, create_graph=True)
+            return torch.autograd.grad(sum(g.square().sum() for g in first), inputs)
+
+        h = random(7, 4, 9)
+        leaves = [h[:, :1].clone().requires_grad_(), h[:, 1:].clone().requires_grad_()]
+        x = h.double().requires_grad_()
+        (right,) = penalty(reference.vcr(x, ALPHA, BETA), [x])
+        ours = penalty(fused(leaves, form=form, gradient=made), leaves)
+        assert relative(torch.cat(ours, dim=1), right) <= tolerances.FLOAT32
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("shape", [(65, 3, 140), (300, 2, 20), (600, 2, 9)])
+    def test_twice_the_same_bits(self, shape, made):
+        runs = []
+        for _ in range(2):
+            h = random(*shape).requires_grad_()
+            terms = fused(h, gradient=made)
+            terms.loss.backward()
+            runs.append((*terms, h.grad))
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+    @pytest.mark.parametrize("made", MADE)
+    def test_nothing_outlives_the_loss(self, made):
+        """A cycle would hold memory until the collector comes by."""
+        h = random(*WIDE).requires_grad_()
+        inner = h * 1
+        terms, gone = fused(inner, gradient=made), weakref.ref(inner)
+        del inner
+        assert gone() is not None
+        del terms
+        assert gone() is None
+
+    @pytest.mark.parametrize("made", MADE)
+    def test_a_change_in_between_is_noticed(self, made):
+        h = random(*WIDE).requires_grad_()
+        loss = fused(h, gradient=made).variance
+        with torch.no_grad():
+            h.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+    @pytest.mark.usefixtures("route")
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_autocast_changes_no_bit(self, shape, dtype, made):
+        plain, under = (random(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+        fused(plain, gradient=made).loss.backward()
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            loss = fused(under, gradient=made).loss
+            loss.backward()
+        assert loss.dtype == torch.float32
+        assert torch.equal(under.grad, plain.grad)
+
+
+class TestInterfaces:
+    def test_module(self):
+        h = random(*WIDE)
+        arguments = {"threshold": 2.0, "eps": 1e-3, "form": "covariance", "gradient": "forward"}
+        terms = VCRLoss(ALPHA, BETA, backend="triton", **arguments)(h)
+        assert isinstance(terms, VCRTerms)
+        assert all(torch.equal(a, b) for a, b in zip(terms, fused(h, **arguments), strict=True))
+
+    def test_what_it_cannot_serve(self):
+        with pytest.raises(ValueError, match=r"backend='triton': h is float64"):
+            fused(random(*WIDE, dtype=torch.float64))
+        with pytest.raises(ValueError, match=r"backend='triton': .*CPU"):
+            fused(torch.empty(WIDE, device="meta"))
+        with pytest.raises(ValueError, match=r"N >= 2"):
+            fused(random(*WIDE)[:1])
+
+    @pytest.mark.parametrize(
+        ("gram", "covariance", "gradient"), [(True, True, False), (False, True, True), (True, False, True)]
+    )
+    def test_opcheck(self, gram, covariance, gradient):
+        """Schema, fake kernel and autograd agree with what the operators do."""
+        hs = [random(5, 3, 9), placed(random(5, 2, 9, seed=1), (1, 0, 2))]
+        weights = (ALPHA, BETA, 1.0, 1e-4, gram, True, covariance)
+        arguments = ([h.clone().requires_grad_() for h in hs], *weights, [gradient, False])
+        assert set(torch.library.opcheck(torch.ops.vjvcr.vcr.default, arguments).values()) == {"SUCCESS"}
+        kept = ops.vcr(hs, *weights, [False, False])[3]
+        g = torch.tensor(2.0, device=DEVICE)
+        for incoming in ((g, None, None), (None, g, g)):
+            arguments = (hs, kept, *incoming, *weights, [True, gradient])
+            found = torch.library.opcheck(torch.ops.vjvcr.vcr_backward.default, arguments)
+            assert set(found.values()) == {"SUCCESS"}
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_opcheck_of_scale(self, dtype):
+        tensor, factor = random(5, 9, dtype=dtype), torch.tensor(2.0, device=DEVICE)
+        found = torch.library.opcheck(torch.ops.vjvcr.scale_.default, (tensor.clone(), factor))
+        assert set(found.values()) == {"SUCCESS"}
+        scaled = tensor.clone()
+        ops.scale_(scaled, factor)
+        assert torch.equal(scaled, tensor * 2)
+
+
+class TestCompiled:
+    """Under torch.compile(fullgraph=True): nothing breaks the graph and the numbers stay."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+
+    def test_inductor(self):
+        """What other operations made, in layouts of the compiler's choice."""
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            terms = fused([(x * 2).permute(2, 0, 1), y.sin().transpose(0, 1)])
+            return terms.loss + terms.variance - terms.covariance
+
+        results = []
+        for function in (step, torch.compile(step, fullgraph=True)):
+            x, y = random(3, 20, 6).requires_grad_(), random(4, 6, 20, seed=1).requires_grad_()
+            loss = function(x, y)
+            results.append((loss, *torch.autograd.grad(loss, [x, y])))
+        assert all(relative(b, a) <= tolerances.COMPILED for a, b in zip(*results, strict=True))
+
+    @pytest.mark.parametrize("d", [20, 3])
+    def test_any_batch_size_is_one_graph(self, d):
+        compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+        for i, n in enumerate((6, 8, 11)):
+            h = random(n, 3, d).requires_grad_()
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                compiled(h).backward()
+            assert relative(h.grad, judge(h).gradients[0]) <= tolerances.TF32X3
+
+    def test_double_backward_is_refused(self):
+        h = random(*WIDE).requires_grad_()
+        loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(h)
+        (gradient,) = torch.autograd.grad(loss, h, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(gradient.square().sum(), h)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_wish_for_the_gradient_in_forward(self, dtype):
+        h = random(*WIDE, dtype=dtype).requires_grad_()
+        compiled = torch.compile(lambda h: fused(h, gradient="forward").loss, fullgraph=True, backend="aot_eager")
+        (gradient,) = torch.autograd.grad(compiled(h) * 100, h)
+        assert_gradient(gradient, h, judge(h), (100.0, None, None), bounds(dtype)[1])
+
+    @pytest.mark.parametrize("function", [loss_of, variance_hinge, covariance_penalty])
+    def test_without_gradients_under_autocast(self, function):
+        h = random(*WIDE, dtype=torch.float16)
+        arguments = {} if function is loss_of else {"backend": "triton"}
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with torch.no_grad(), torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            assert relative(compiled(h, **arguments), function(h, **arguments)) <= tolerances.COMPILED
+
+
+# -- Properties -----------------------------------------------------------------------------------------------------
+
+few = settings(max_examples=6, deadline=None, derandomize=True)
+drawn = given(shape=st.sampled_from([(9, 2, 24), (24, 2, 9), (40, 1, 21)]), seed=st.integers(0, 1000))
+
+
+class TestProperties:
+    @few
+    @drawn
+    def test_the_order_of_samples_does_not_matter(self, shape, seed):
+        h = random(*shape, seed=seed)
+        order = torch.randperm(len(h), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        results = []
+        for x in (h.clone().requires_grad_(), h[order].requires_grad_()):
+            terms = fused(x)
+            results.append((terms.loss, gradients(terms, [x], LOSS)[0]))
+        (loss, gradient), (loss_ordered, gradient_ordered) = results
+        assert relative(loss_ordered, loss) <= tolerances.TF32X3
+        assert relative(gradient_ordered, gradient[order]) <= tolerances.TF32X3
+
+    @few
+    @drawn
+    def test_a_constant_does_not_matter(self, shape, seed):
+        """A power of two above all entries, which are rounded to its last digit first: adding it is exact."""
+        h = random(*shape, seed=seed).mul(2**16).round().div(2**16)
+        (terms, leaf), (moved, moved_leaf) = (
+            (fused(x), x) for x in (h.requires_grad_(), (h.detach() + 64).requires_grad_())
+        )
+        assert relative(moved.loss, terms.loss) <= tolerances.TF32X3
+        ours, other = gradients(moved, [moved_leaf], LOSS)[0], gradients(terms, [leaf], LOSS)[0]
+        assert relative(ours, other) <= tolerances.TF32X3
+
+    @few
+    @drawn
+    def test_the_forms_agree(self, shape, seed):
+        results = []
+        for form in FORMS:
+            h = random(*shape, seed=seed).requires_grad_()
+            terms = fused(h, form=form)
+            results.append((terms.covariance, gradients(terms, [h], LOSS)[0]))
+        (penalty, gradient), (other_penalty, other_gradient) = results
+        assert relative(other_penalty, penalty, tolerances.penalty_scale(h)) <= tolerances.TF32X3
+        assert relative(other_gradient, gradient) <= tolerances.TF32X3
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("seed", [*range(40), *(pytest.param(i, marks=pytest.mark.slow) for i in range(40, 400))])
+def test_any_shape_layout_and_type(seed):
+    draw = Random(seed)
+    dtype = draw.choice([torch.float32, torch.float32, *HALF])
+    n, d = (draw.choice([draw.randint(6, 20), draw.randint(20, 140)]) for _ in range(2))
+    h = random(n, draw.randint(1, 4), d, dtype=dtype, seed=seed)
+    h = placed(h, draw.sample(range(3), 3), [draw.randint(1, 3) for _ in range(3)])
+    form = draw.choice(["auto", *FORMS]) if dtype == torch.float32 else "auto"
+    made, incoming = draw.choice(MADE), [draw.choice(EACH)]
+    assert_agrees(h, form, made, incoming, threshold=draw.choice([0.7, 1.0, 3.0]), eps=draw.choice([1e-4, 1e-2]))
+
+
+# -- On the device --------------------------------------------------------------------------------------------------
+
+
+def step(h: Tensor, made: str = "backward") -> tuple[Tensor, Tensor]:
+    """The loss and its gradient."""
+    loss = fused(h, gradient=made).loss
+    return loss.detach(), torch.autograd.grad(loss, h)[0]
+
+
+_FIRST_CALL = """
+import time, torch
+from vjvcr_fast.losses import vcr_loss
+h = torch.randn(160, 100, 2048, device="cuda", requires_grad=True)
+torch.cuda.synchronize()
+start = time.perf_counter()
+vcr_loss(h, alpha=1.0, beta=1.0, backend="triton").loss.backward()
+torch.cuda.synchronize()
+print(time.perf_counter() - start)
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(INTERPRETED, reason="TRITON_INTERPRET=1 is set: kernels run on CPU tensors")
+class TestCuda:
+    @pytest.fixture
+    def tf32(self) -> Iterator[None]:
+        before = torch.backends.cuda.matmul.fp32_precision
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        yield
+        torch.backends.cuda.matmul.fp32_precision = before
+
+    @pytest.mark.usefixtures("tf32", "configuration")
+    @pytest.mark.parametrize(
+        "shape", [(16, 2, 40), (32, 2, 70), (65, 2, 144), (160, 3, 512), (300, 2, 512), (300, 2, 100), (2000, 2, 256)]
+    )
+    def test_tf32(self, shape):
+        assert_agrees(random(*shape))
+
+    @pytest.mark.usefixtures("configuration")
+    @pytest.mark.parametrize("dtype", HALF)
+    @pytest.mark.parametrize("shape", [(160, 3, 512), (300, 2, 512), (2000, 2, 256), (1100, 1, 1200), (600, 2, 300)])
+    def test_half_precision(self, shape, dtype):
+        assert_agrees(random(*shape, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+    def test_a_sorted_batch(self, dtype):
+        """The first samples are far from the rest of their part: no reason to round more."""
+        h = random(40_000, 1, 64) + torch.linspace(-3, 3, 40_000, device=DEVICE)[:, None, None]
+        assert_agrees(h.to(dtype))
+
+    def test_auto_chooses_it(self):
+        h = random(*WIDE)
+        assert backends.resolve("auto", h) == "triton"
+        assert backends.explain()["cuda"].startswith("triton")
+        plain = vcr_loss(h, alpha=ALPHA, beta=BETA)
+        assert all(torch.equal(a, b) for a, b in zip(plain, fused(h), strict=True))
+
+    def test_float64_stays_float64(self):
+        h = random(*WIDE, dtype=torch.float64)
+        assert backends.resolve("auto", h) == "torch"
+        assert relative(vcr_loss(h, alpha=ALPHA, beta=BETA).loss, judge(h).values[0]) <= tolerances.FLOAT64
+
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("shape", [(64, 5, 128), (300, 5, 64), (300, 2, 400)])
+    def test_graph_capture(self, shape, made):
+        """Captured once, replayed with other numbers."""
+        h = random(*shape).requires_grad_()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                step(h, made)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            loss, gradient = step(h, made)
+        for seed in (1, 2):
+            with torch.no_grad():
+                h.copy_(random(*shape, seed=seed))
+            graph.replay()
+            torch.cuda.synchronize()
+            expected = judge(h)
+            assert relative(loss, expected.values[0], expected.scales[0]) <= tolerances.TF32X3
+            assert relative(gradient, expected.gradients[0]) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("made", MADE)
+    @pytest.mark.parametrize("shape", [(64, 5, 128), (300, 5, 64), (300, 2, 400), (1100, 1, 1200)])
+    def test_never_waits_for_the_device(self, shape, made):
+        h = random(*shape).requires_grad_()
+        step(h, made)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(h, made)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize("made", MADE)
+    def test_peak_memory(self, made):
+        """At CATER's shape, 131 MB."""
+        h = torch.randn(160, 100, 2048, device=DEVICE, requires_grad=True)
+        step(h, made)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(h, made)
+        torch.cuda.synchronize()
+        above = torch.cuda.max_memory_allocated() - before - h.nbytes
+        assert 0 <= above <= tolerances.CUDA_MEMORY_COPIES * h.nbytes
+
+    @pytest.mark.parametrize("shape", [(8, (1 << 18) + 1, 1024), ((1 << 20) + 1, 32, 64)])
+    def test_more_elements_than_32_bits_count(self, shape):
+        """Terms against float64, a few time steps at once; gradients of the first and the last."""
+        n, steps, d = shape
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < 40 << 30:
+            pytest.skip("less than 40 GiB of GPU memory free")
+        h = torch.randn(shape, dtype=torch.bfloat16, device=DEVICE).mul_(0.8)
+        loss, gradient = step(h.requires_grad_())
+        h, expected, width = h.detach(), 0.0, max(1, (1 << 26) // (n * d))
+        for part in h.split(width, dim=1):
+            terms = vcr_loss(part.double(), alpha=ALPHA, beta=BETA, backend="torch")
+            expected += terms.loss * part.shape[1] / steps
+        of_terms, of_gradients = bounds(h.dtype)
+        assert relative(loss, expected) <= of_terms
+        for at in (slice(0, 2), slice(steps - 2, steps)):
+            right = judge(h[:, at]).gradients[0] * (2 / steps)
+            assert relative(gradient[:, at], right) <= of_gradients
+
+    def test_the_first_call_takes_seconds(self, tmp_path):
+        """In a fresh process that finds nothing compiled."""
+        root = Path(backends.__file__).parents[2]
+        environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path)}
+        command = [sys.executable, "-c", _FIRST_CALL]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert float(done.stdout) < 20
+
+    def test_streams(self):
+        tensors = [random(64, 20, 256, seed=i).requires_grad_() for i in range(4)]
+        expected = [step(h) for h in tensors]
+        torch.cuda.synchronize()
+        streams, found = [torch.cuda.Stream() for _ in tensors], []
+        for stream, h in zip(streams, tensors, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(step(h))
+        torch.cuda.synchronize()
+        for (loss, gradient), (right, right_gradient) in zip(found, expected, strict=True):
+            assert torch.equal(loss, right)
+            assert torch.equal(gradient, right_gradient)
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_another_device_than_the_current(self, shape):
+        if torch.cuda.device_count() < 2:
+            pytest.skip("one CUDA device")
+        assert_agrees(random(*shape).to("cuda:1"))

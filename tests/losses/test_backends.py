@@ -1,0 +1,146 @@
+"""Which backend serves which tensor, on machines that this one only pretends to be."""
+
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from vjvcr_fast.losses import VCRLoss, backends, covariance_penalty, variance_hinge, vcr_loss
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch) -> None:
+    """A machine with Triton and an H100."""
+    monkeypatch.setattr(backends, "_INSTALLED", True)
+    monkeypatch.setattr(backends, "_INTERPRETED", False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+
+
+def without_triton(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_INSTALLED", False)
+
+
+def old_gpu(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+def amd(monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+
+
+def interpreter(monkeypatch) -> None:
+    monkeypatch.setattr(backends, "_INTERPRETED", True)
+
+
+OBSTACLES = [
+    (without_triton, r"triton is not installed \(pip install 'vjvcr_fast\[triton\]'\)"),
+    (old_gpu, r"cuda:0 is older than compute capability 8\.0"),
+    (amd, r"built for AMD GPUs"),
+    (interpreter, r"TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors"),
+]
+
+
+def tensor(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `resolve` looks at of a tensor on a device that may not be there."""
+    return SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda")  # type: ignore[return-value]
+
+
+class TestResolve:
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_a_gpu_takes_the_kernels(self, dtype):
+        assert backends.against_triton(CUDA, dtype) is None
+        assert backends.resolve("auto", tensor(CUDA, dtype)) == "triton"
+        assert backends.resolve("triton", tensor(CUDA, dtype)) == "triton"
+
+    @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (10, 0), (12, 0)])
+    def test_from_compute_capability_8_on(self, capability, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        assert backends.resolve("auto", tensor(CUDA)) == "triton"
+
+    @pytest.mark.parametrize(("obstacle", "message"), OBSTACLES)
+    def test_where_it_cannot_auto_falls_back_and_triton_says_why(self, obstacle, message, monkeypatch):
+        obstacle(monkeypatch)
+        assert backends.resolve("auto", tensor(CUDA)) == "torch"
+        with pytest.raises(ValueError, match=f"backend='triton': .*{message}"):
+            backends.resolve("triton", tensor(CUDA))
+
+    @pytest.mark.parametrize("device", [CPU, CUDA])
+    def test_float64(self, device):
+        assert backends.resolve("auto", tensor(device, torch.float64)) == "torch"
+        with pytest.raises(ValueError, match=r"backend='triton': h is float64"):
+            backends.resolve("triton", tensor(device, torch.float64))
+
+    @pytest.mark.parametrize("device", ["cpu", "mps", "meta"])
+    def test_other_devices(self, device):
+        h = tensor(torch.device(device))
+        assert backends.resolve("auto", h) == "torch"
+        with pytest.raises(ValueError, match=rf"h is on {device}: a CUDA tensor is needed \(TRITON_INTERPRET=1 "):
+            backends.resolve("triton", h)
+
+    def test_the_interpreter_is_never_chosen(self, monkeypatch):
+        """It is there to test with, and slower than plain operations."""
+        interpreter(monkeypatch)
+        assert backends.resolve("auto", tensor(CPU)) == "torch"
+        assert backends.resolve("triton", tensor(CPU)) == "triton"
+        with pytest.raises(ValueError, match="float64"):
+            backends.resolve("triton", tensor(CPU, torch.float64))
+
+    @pytest.mark.parametrize("backend", ["torch", "reference"])
+    @pytest.mark.parametrize("device", [CPU, CUDA])
+    def test_a_name_is_an_order(self, backend, device):
+        assert backends.resolve(backend, tensor(device)) == backend
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match=r"backend='cuda': choose one of auto, torch, triton, reference"):
+            backends.resolve("cuda", tensor(CUDA))
+
+
+class TestLosses:
+    """On CPU tensors."""
+
+    @pytest.mark.parametrize(
+        "function",
+        [
+            lambda h: vcr_loss(h, alpha=1.0, beta=1.0, backend="triton"),
+            lambda h: VCRLoss(1.0, 1.0, backend="triton")(h),
+            lambda h: variance_hinge(h, backend="triton"),
+            lambda h: covariance_penalty(h, backend="triton"),
+        ],
+    )
+    def test_triton_raises_where_it_cannot_serve(self, function):
+        with pytest.raises(ValueError, match=r"backend='triton': h is on cpu"):
+            function(torch.randn(4, 3))
+        with pytest.raises(ValueError, match=r"backend='triton': h is float64"):
+            function(torch.randn(4, 3, dtype=torch.float64))
+
+    def test_auto_on_a_cpu_is_torch(self, monkeypatch):
+        interpreter(monkeypatch)
+        h = torch.randn(4, 3)
+        terms = [vcr_loss(h, alpha=1.0, beta=1.0, backend=backend) for backend in ("auto", "torch")]
+        assert all(torch.equal(a, b) for a, b in zip(*terms, strict=True))
+
+
+class TestExplain:
+    def test_a_gpu(self):
+        assert backends.explain() == {
+            "cpu": "torch (analytic gradient in cache-sized blocks)",
+            "cuda": "triton (fused kernels)",
+        }
+
+    @pytest.mark.parametrize(("obstacle", "message"), OBSTACLES)
+    def test_why_not(self, obstacle, message, monkeypatch):
+        obstacle(monkeypatch)
+        assert re.match(rf"torch \(plain torch operations\): .*{message}", backends.explain()["cuda"])
+
+    @pytest.mark.parametrize(("cuda", "message"), [(None, "this torch has no CUDA"), ("13.0", "none visible")])
+    def test_no_gpu(self, cuda, message, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert backends.explain()["cuda"] == f"no CUDA device ({message})"

@@ -1,0 +1,301 @@
+"""What surrounds the numbers of test_losses.py: errors, precision contexts, the compiler, functional gradients, and
+what is never done: a synchronisation, a d x d matrix where N < d, work for a gradient nobody wants."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tolerances
+import torch
+from tolerances import relative
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vjvcr_fast import reference
+from vjvcr_fast.losses import (
+    VCRLoss,
+    VCRTerms,
+    VICRegLoss,
+    analytic,
+    backends,
+    covariance_penalty,
+    variance_hinge,
+    vcr_loss,
+)
+
+ALPHA, BETA = 1.7, 0.4
+WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance form's
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).mul(0.8).to(dtype)
+
+
+def loss_of(h: Tensor) -> Tensor:
+    return vcr_loss(h, alpha=ALPHA, beta=BETA).loss
+
+
+def reference_gradient(h: Tensor) -> Tensor:
+    x = h.detach().double().requires_grad_()
+    return torch.autograd.grad(reference.vcr(x, ALPHA, BETA)[0], x)[0]
+
+
+class Recorder(TorchDispatchMode):
+    """The name of every operation under it, and the size of its largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(func.overloadpacket.__name__)
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return out
+
+    def products(self) -> int:
+        return sum(name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_") for name in self.names)
+
+
+class TestErrors:
+    @pytest.mark.parametrize("function", [variance_hinge, covariance_penalty, loss_of])
+    @pytest.mark.parametrize(
+        ("h", "error", "message"),
+        [
+            (torch.randn(1, 3, 4), ValueError, r"shape \(1, 3, 4\) and dtype torch.float32.*N >= 2"),
+            (torch.randn(5), ValueError, r"shape \(5,\) and dtype torch.float32"),
+            (torch.tensor(1.0), ValueError, r"shape \(\) and dtype torch.float32"),
+            (torch.ones(4, 3, dtype=torch.int64), TypeError, r"shape \(4, 3\) and dtype torch.int64"),
+            (torch.ones(4, 3, dtype=torch.complex64), TypeError, r"dtype torch.complex64"),
+            (torch.ones(4, 0, 3), ValueError, r"shape \(4, 0, 3\).*empty"),
+            ([], ValueError, "empty sequence"),
+            ([torch.ones(4, 3), "h_y"], TypeError, r"h\[1\] is str"),
+            ([torch.ones(4, 3), torch.ones(5, 3)], ValueError, r"h\[1\] has shape \(5, 3\).*\(4, 3\)"),
+            ([torch.ones(4, 3), torch.ones(4, 2)], ValueError, r"h\[1\] has shape \(4, 2\).*\(4, 3\)"),
+            ([torch.ones(4, 3), torch.ones(4, 3).double()], TypeError, r"torch.float64.*torch.float32"),
+            ([torch.ones(4, 3), torch.ones(4, 3, device="meta")], ValueError, "on meta"),
+        ],
+    )
+    def test_input(self, function, h, error, message):
+        with pytest.raises(error, match=message):
+            function(h)
+
+    def test_arguments(self):
+        h = torch.ones(4, 3)
+        with pytest.raises(ValueError, match=r"form='fast'.*gram, covariance"):
+            vcr_loss(h, alpha=1, beta=1, form="fast")
+        with pytest.raises(ValueError, match=r"backend='cuda'.*torch, triton, reference"):
+            vcr_loss(h, alpha=1, beta=1, backend="cuda")
+        for call in (lambda: vcr_loss(h, alpha=1, beta=1, eps=-1.0), lambda: variance_hinge(h, eps=-1.0)):
+            with pytest.raises(ValueError, match=r"eps=-1.0"):
+                call()
+
+
+class TestInterfaces:
+    def test_module(self):
+        h = random(*WIDE)
+        terms = VCRLoss(ALPHA, BETA, threshold=2.0, eps=1e-3, form="covariance")(h)
+        assert isinstance(terms, VCRTerms)
+        expected = vcr_loss(h, alpha=ALPHA, beta=BETA, threshold=2.0, eps=1e-3, form="covariance")
+        assert all(torch.equal(a, b) for a, b in zip(terms, expected, strict=True))
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_backends_agree(self, shape):
+        gradients = []
+        for backend in ("auto", "torch", "reference"):
+            leaves = [random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()]
+            vcr_loss(leaves, alpha=ALPHA, beta=BETA, backend=backend).loss.backward()
+            gradients.append(torch.cat([leaf.grad for leaf in leaves], dim=1))
+        assert all(relative(g, gradients[-1]) <= tolerances.FLOAT32 for g in gradients)
+        assert set(backends.explain()) == {"cpu", "cuda"}
+
+    def test_gradient_of_one_tensor_of_a_sequence(self):
+        h_x, h_y = random(*WIDE), random(*WIDE, seed=1).requires_grad_()
+        vcr_loss([h_x, h_y], alpha=ALPHA, beta=BETA).loss.backward()
+        right = reference_gradient(torch.cat([h_x, h_y.detach()], dim=1))[:, WIDE[1] :]
+        assert h_x.grad is None
+        assert relative(h_y.grad, right) <= tolerances.FLOAT32
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_autocast_computes_in_float32(self, shape, dtype):
+        """Forward and, though nobody should, backward under autocast: the same bits as without."""
+        plain, under = (random(*shape, dtype=dtype).requires_grad_() for _ in range(2))
+        loss_of(plain).backward()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = loss_of(under)
+            loss.backward()
+            assert VICRegLoss()(under, under).dtype == torch.float32
+        assert loss.dtype == torch.float32
+        assert torch.equal(under.grad, plain.grad)
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_without_gradients(self, context):
+        h = random(*WIDE).requires_grad_()
+        with context():
+            terms = vcr_loss(h, alpha=ALPHA, beta=BETA)
+        assert not any(x.requires_grad for x in terms)
+        assert torch.equal(terms.loss, loss_of(h))
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_functional_gradients(self, shape, monkeypatch):
+        monkeypatch.setattr(analytic, "_BLOCK", 1)
+        h = random(*shape)
+        assert relative(torch.func.grad(loss_of)(h), reference_gradient(h)) <= tolerances.FLOAT32
+
+        def penalty(f):
+            return lambda x: torch.func.grad(f)(x).square().sum()
+
+        x = h.double()
+        right = torch.func.grad(penalty(lambda x: reference.vcr(x, ALPHA, BETA)[0]))(x)
+        assert relative(torch.func.grad(penalty(loss_of))(x), right) <= tolerances.FLOAT64
+
+        gradients = torch.func.grad(lambda *h: vcr_loss(h, alpha=ALPHA, beta=BETA).loss, argnums=(0, 1))(h, h + 1)
+        right = reference_gradient(torch.cat([h, h + 1], dim=1))
+        assert relative(torch.cat(gradients, dim=1), right) <= tolerances.FLOAT32
+
+
+class TestCompiled:
+    """Under torch.compile(fullgraph=True): nothing breaks the graph and the numbers stay."""
+
+    @pytest.fixture(autouse=True)
+    def fresh(self):
+        torch._dynamo.reset()
+
+    @pytest.mark.parametrize(("shape", "form"), [(WIDE, "auto"), (WIDE, "covariance")])
+    def test_inductor(self, shape, form):
+        def step(h_x: Tensor, h_y: Tensor) -> Tensor:
+            terms = vcr_loss([h_x * 2, h_y], alpha=ALPHA, beta=BETA, form=form)
+            return terms.loss + terms.variance - terms.covariance
+
+        results = []
+        for function in (step, torch.compile(step, fullgraph=True)):
+            leaves = [random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()]
+            loss = function(*leaves)
+            loss.backward()
+            results.append((loss, torch.cat([leaf.grad for leaf in leaves])))
+        assert all(relative(b, a) <= tolerances.COMPILED for a, b in zip(*results, strict=True))
+
+    def test_large_half_precision(self):
+        leaf = (random(*WIDE) * 1e3).half().requires_grad_()
+        expected = vcr_loss(leaf, alpha=ALPHA, beta=0.0).loss
+        compiled = torch.compile(lambda h: vcr_loss(h, alpha=ALPHA, beta=0.0).loss, fullgraph=True, backend="aot_eager")
+        assert compiled(leaf).isfinite()
+        assert relative(compiled(leaf), expected, scale=1.0) <= tolerances.COMPILED
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_double_backward_is_refused(self, dtype):
+        """It cannot work in a compiled graph; what must not happen is a gradient that is silently wrong."""
+        leaf = random(*WIDE).to(dtype).requires_grad_()
+        loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="double backward"):
+            torch.autograd.grad(gradient.square().sum(), leaf)
+
+    @pytest.mark.parametrize("d", [20, 3])
+    def test_any_batch_size_is_one_graph(self, d):
+        compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
+        for i, n in enumerate((6, 8, 11)):
+            leaf = random(n, 3, d).requires_grad_()
+            with torch._dynamo.config.patch(error_on_recompile=i > 0):
+                compiled(leaf).backward()
+            assert relative(leaf.grad, reference_gradient(leaf)) <= tolerances.COMPILED
+
+    def test_without_gradients_under_autocast_and_in_modules(self):
+        h = random(*WIDE, dtype=torch.bfloat16)
+        module, vicreg = VCRLoss(ALPHA, BETA), VICRegLoss()
+        for function in (lambda h: module(h).loss, lambda h: vicreg(h, h + 1), variance_hinge, covariance_penalty):
+            compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+            with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+                assert relative(compiled(h), function(h)) <= tolerances.COMPILED
+
+
+class TestNeverDone:
+    def test_a_matrix_of_features_where_samples_are_fewer(self):
+        n, steps, d = 8, 4, 256
+        h = random(n, steps, d).requires_grad_()
+        with Recorder() as recorder:
+            loss_of(h).backward()
+        assert recorder.largest <= n * steps * d < d * d
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_work_for_the_gradient_without_gradients(self, shape):
+        h = random(*shape).requires_grad_()
+        with torch.no_grad(), Recorder() as recorder:
+            loss_of(h)
+        assert recorder.products() == 1
+        with Recorder() as recorder:
+            terms = vcr_loss(h, alpha=ALPHA, beta=BETA)
+        assert recorder.products() == 1, "the forward pass with gradients"
+        with Recorder() as recorder:
+            terms.loss.backward()
+        assert recorder.products() == 1, "the backward pass"
+        with Recorder() as recorder:
+            variance_hinge(h).backward()
+        assert recorder.products() == 0, "the hinge alone needs none"
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_work_for_the_gradient_twice(self, shape, monkeypatch):
+        """In blocks the forward pass makes the gradient of the loss, but only where one will be asked for."""
+        monkeypatch.setattr(analytic, "_BLOCK", 1)
+        h, steps = random(*shape).requires_grad_(), shape[1]
+        with torch.no_grad(), Recorder() as recorder:
+            loss_of(h)
+        assert recorder.products() == steps
+        with Recorder() as recorder:
+            loss_of(h.detach())
+        assert recorder.products() == steps, "no input needs a gradient"
+        with Recorder() as recorder:
+            terms = vcr_loss(h, alpha=ALPHA, beta=BETA)
+        assert recorder.products() == 2 * steps
+        with Recorder() as recorder:
+            terms.loss.backward()
+        assert recorder.products() == 0
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_synchronisation_with_the_host(self, shape, monkeypatch):
+        h = random(*shape).requires_grad_()
+        for block in (1, analytic._BLOCK):
+            monkeypatch.setattr(analytic, "_BLOCK", block)
+            with Recorder() as recorder:
+                loss_of(h).backward()
+                VICRegLoss()(h, h + 1).backward()
+            assert not {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"} & set(recorder.names)
+        # Tensors without data take the path of a GPU; reading a value from one raises.
+        leaf = torch.empty(shape, device="meta", requires_grad=True)
+        terms = vcr_loss([leaf, leaf], alpha=ALPHA, beta=BETA)
+        (terms.loss + terms.variance + terms.covariance).backward()
+        assert leaf.grad.shape == shape
+
+
+_MEMORY = """
+import sys, torch
+from vjvcr_fast.losses import vcr_loss
+
+def status(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) * 1024
+
+n, steps, d = map(int, sys.argv[1:])
+vcr_loss(torch.randn(n, 2, d, requires_grad=True), alpha=1.0, beta=1.0).loss.backward()  # libraries load
+h = torch.randn(n, steps, d, requires_grad=True)
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark restarts here
+before = status("VmRSS")
+vcr_loss(h, alpha=1.0, beta=1.0).loss.backward()
+print((status("VmHWM") - before) / h.nbytes)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("shape", [(160, 24, 1024), pytest.param((160, 100, 2048), marks=pytest.mark.slow, id="CATER")])
+def test_peak_memory(shape):
+    """In a process of its own; the paper's CATER shape is the slow one."""
+    arguments = [sys.executable, "-c", _MEMORY, *map(str, shape)]
+    root = Path(backends.__file__).parents[2]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root)
+    assert done.returncode == 0, done.stderr
+    copies = float(done.stdout)
+    assert 0.9 <= copies <= tolerances.MEMORY_COPIES  # the gradient is one copy: less would mean nothing was measured

@@ -1,0 +1,124 @@
+"""`reproduce all`: its page, that parts which fail or lack data do not keep the others from being made, and stops."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+
+from vjvcr_fast.cli import main
+from vjvcr_fast.paper import ReproduceError, everything
+from vjvcr_fast.paper.everything import PARTS, Part
+
+OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
+OF_DIGITS = tuple(part for part in PARTS if not part.files)
+LACKING = tuple(part for part in PARTS if part.files == "cater")
+
+
+def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(everything, "PARTS", (OF_DIGITS[0], *LACKING))
+    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "all"
+    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *OPTIONS]) == 0
+    page = (out / "summary.md").read_text()
+    assert "## Table 1, MovingMNIST, and figure 5" in page
+    assert "| VJ-VCR with decoder | yes | yes | yes |" in page
+    assert "± " in page
+    assert "left out: no mujoco, av to simulate videos: pip install 'vjvcr_fast[simulate,video]'" in page
+    assert "## Figure 2" not in page
+    assert page in capsys.readouterr().out
+    for image in ("figure5.png", "curves.png"):
+        assert f"(mnist/{image})" in page
+        assert (out / "mnist" / image).stat().st_size > 0
+    first = json.loads((out / "mnist" / "cost.json").read_text())["table1"]
+    assert first["seconds"] > 1
+    assert first["memory"] > 50
+
+    began = (out / "mnist" / "vj-vcr-seed1" / "evaluation.json").stat().st_mtime_ns
+    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *OPTIONS]) == 0
+    assert (out / "mnist" / "vj-vcr-seed1" / "evaluation.json").stat().st_mtime_ns == began
+    assert json.loads((out / "mnist" / "cost.json").read_text())["table1"]["seconds"] > first["seconds"]
+
+
+def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Part("Broken", "table1", "moving-mnist", "broken", "table1.md", ())
+    monkeypatch.setattr(everything, "PARTS", (broken, LACKING[0]))
+    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ReproduceError, match="1 of 2 parts failed"):
+        everything.everything(tmp_path, [0], {"data.root": "/there/is/none"}, {})
+    page = (tmp_path / "summary.md").read_text()
+    assert "| Broken | " in page
+    assert "exit code 1" in page
+    assert "## Broken" not in page
+
+
+def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
+    assert everything._data("cater", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
+
+
+def test_a_gpu_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(everything, "default_preset", lambda name: name)
+    assert everything._data("cater", tmp_path, {}, {}) == "left out: --cater DIR says where its videos are"
+
+
+def test_videos_that_could_not_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is a failure, and what simulating took is on the page."""
+    monkeypatch.setattr(everything, "PARTS", LACKING)
+    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(everything.SIMULATED, "cater", ["--videos", "none"])
+    with pytest.raises(ReproduceError, match="1 of 3 parts failed"):
+        everything.everything(tmp_path, [0], {}, {})
+    page = (tmp_path / "summary.md").read_text()
+    assert (
+        "| videos in the format of cater | 0.0 min |" in page or "| videos in the format of cater | 0.1 min |" in page
+    )
+    assert "left out: its videos were not simulated, see cater-videos.log" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--preset", "moving-mnist"], "has presets of its own"),
+        (["--clevrer", "/there/is/none"], "--clevrer=/there/is/none: no such folder"),
+        (["--train.lr", "x"], "train.lr='x'"),
+        (["--seeds", "1,1"], "must be different"),
+    ],
+)
+def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str], says: str) -> None:
+    assert main(["reproduce", "all", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_every_part_is_a_command_with_these_files() -> None:
+    from vjvcr_fast.cli import TARGETS
+    from vjvcr_fast.config import PRESETS
+
+    for part in PARTS:
+        assert part.target in TARGETS
+        assert {part.preset, f"{part.preset}-mini"} <= set(PRESETS)
+
+
+@pytest.mark.slow
+def test_a_stop_goes_on(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "vjvcr_fast", "reproduce", "all", "--out", str(tmp_path), *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "--train.steps=100000", "--train.validate_every=50000"],
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    run, began = tmp_path / "mnist" / "vj-vcr-seed0", time.monotonic()
+    while not (run / "metrics.jsonl").exists() and time.monotonic() - began < 120:
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    assert "the same command goes on" in error
+    assert (run / "last.pt").exists()

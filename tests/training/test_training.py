@@ -1,0 +1,566 @@
+"""The training loop: it learns, stops and goes on bit for bit, never waits for the device, and fails in one line."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tolerances import BFLOAT16_TRAINING, COMPILED_TRAINING, COMPILED_TRAINING_LATER, FLOAT32
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vjvcr_fast.cli import REQUEUE, main
+from vjvcr_fast.config import Config, ConfigError, override
+from vjvcr_fast.data.digits import Digits
+from vjvcr_fast.evaluation.evaluate import evaluate_run
+from vjvcr_fast.evaluation.probes import training_probe
+from vjvcr_fast.models.energy import ROWS, EnergyModel
+from vjvcr_fast.runs import load_run
+from vjvcr_fast.training import build, checkpoint, loop
+from vjvcr_fast.training import step as one_step
+from vjvcr_fast.training.build import build_data, build_model, build_videos
+from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
+from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("digits", "one_thread")
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """What is the same between two runs of the same config."""
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in ("videos_per_second", "data_wait")} for row in rows]
+
+
+def logged(run: Path, name: str) -> dict[int, float]:
+    return {row["step"]: row[name] for row in metrics(run) if name in row}
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.equal(b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """The steps asked for, kept in the checkpoints' config, and the time it took may differ."""
+    assert metrics(a) == metrics(b)
+    for name in ("last.pt", "best.pt"):
+        ours, theirs = ({**checkpoint.load(run / name), "config": None, "seconds": None} for run in (a, b))
+        assert same(ours, theirs), name
+
+
+class Probe:
+    """A probe for every step of `train` that does `action` at the n-th step of its life."""
+
+    def __init__(self, n: int = 0, action: Any = None) -> None:
+        self.left, self.action = n, action
+
+    def __call__(self, model: EnergyModel, config: Config, digits: Digits) -> dict[str, float]:
+        self.left -= 1
+        if self.left == 0:
+            self.action()
+        return {"speed_mse": 0.5}
+
+
+def send(*numbers: int) -> Any:
+    return lambda: [os.kill(os.getpid(), number) for number in numbers]
+
+
+@pytest.fixture
+def probed(tiny: Config) -> Config:
+    return override(tiny, {"train.probe_every": 1})
+
+
+# -- Learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_the_loss_goes_down(tmp_path: Path, tiny: Config, row: str) -> None:
+    changes = {"model.row": row, "train.steps": 60, "train.log_every": 10, "train.validate_every": 60, "train.lr": 3e-3}
+    train(override(tiny, changes), tmp_path)
+    loss = [*logged(tmp_path, "loss").values()]
+    assert loss[-1] < 0.8 * loss[0]
+    has = ROWS[row]
+    for name, on in {"hidden": has.hidden, "pixel": has.pixel, "variance": has.vcr, "covariance": has.vcr}.items():
+        assert all((value > 0) == on for value in logged(tmp_path, name).values())
+
+
+def test_what_a_run_writes(tmp_path: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny, tmp_path / "run")
+    files = {"config.json", "metrics.jsonl", "last.pt", "best.pt", "checkpoints"}
+    assert {f.name for f in (tmp_path / "run").iterdir()} == files
+    kept = sorted(f.name for f in (tmp_path / "run" / "checkpoints").iterdir())
+    assert kept == ["step-00000008.pt", "step-00000012.pt"]
+    assert (tmp_path / "run" / "checkpoints" / kept[1]).samefile(tmp_path / "run" / "last.pt")
+    assert Config.load(tmp_path / "run" / "config.json") == tiny
+    assert [*logged(tmp_path / "run", "loss")] == [5, 10, 12]
+    assert [*logged(tmp_path / "run", "validation_loss")] == [4, 8, 12]
+    shown = capsys.readouterr().err
+    assert "vj-vcr (cpu)" in shown
+    assert "12/12" in shown
+    assert "videos/s=" in shown
+    assert "hidden=" in shown
+
+
+def test_the_same_config_gives_the_same_run(tmp_path: Path, tiny: Config) -> None:
+    for name in ("a", "b"):
+        torch.manual_seed(hash(name) % 1000)  # whatever the caller's random numbers are
+        train(tiny, tmp_path / name)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    train(override(tiny, {"train.seed": 1}), tmp_path / "c")
+    assert metrics(tmp_path / "c") != metrics(tmp_path / "a")
+
+
+def test_logged_terms_are_means_since_the_last_line(tmp_path: Path, tiny: Config) -> None:
+    for every in (1, 5):
+        train(override(tiny, {"train.log_every": every}), tmp_path / str(every))
+    each = [*logged(tmp_path / "1", "loss").values()]
+    means = [sum(part) / len(part) for part in (each[:5], each[5:10], each[10:])]
+    assert [*logged(tmp_path / "5", "loss").values()] == pytest.approx(means, rel=FLOAT32)
+
+
+def test_the_rate_is_that_of_training_alone(tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that steps, probes and validations move: also across a stop and a validation between log lines."""
+    now = 0.0
+
+    def takes(seconds: float, result: Any) -> Any:
+        def spend(*args: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return result(*args)
+
+        return spend
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(one_step, "split_frames", takes(2.0, one_step.split_frames))
+    monkeypatch.setattr(loop, "validate", takes(50.0, lambda *_: 1.0))
+    for probe in (Probe(7, send(signal.SIGINT)), Probe()):
+        with contextlib.suppress(StopRequestedError):
+            train(probed, tmp_path, takes(100.0, probe))
+    rates = [r["videos_per_second"] for r in read_metrics(tmp_path / "metrics.jsonl") if "loss" in r]
+    assert rates == [probed.train.batch / 2] * 3
+
+
+@pytest.mark.parametrize(("row", "decay"), [("vj-vcr", 0.5), ("generative", 0.25)])
+def test_weight_decay_is_the_rows(
+    tmp_path: Path, tiny: Config, row: str, decay: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adam, seen = torch.optim.Adam, []
+
+    def record(*args: Any, **settings: Any) -> torch.optim.Adam:
+        seen.append(settings["weight_decay"])
+        return adam(*args, **settings)
+
+    monkeypatch.setattr(torch.optim, "Adam", record)
+    changes = {"model.row": row, "train.weight_decay": 0.5, "train.weight_decay_generative": 0.25, "train.steps": 1}
+    train(override(tiny, changes), tmp_path)
+    assert seen == [decay]
+
+
+def rates(config: Config, run: Path, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rate of every step of a run."""
+    step, seen = torch.optim.Adam.step, []
+
+    def record(self: torch.optim.Adam, *args: Any) -> Any:
+        seen.append(self.param_groups[0]["lr"])
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", record)
+        train(config, run)
+    return seen
+
+
+def test_warm_up(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = override(tiny, {"train.warmup": 6, "train.lr": 7e-3})
+    right = [1e-3 * min(i, 7) for i in range(1, 13)]
+    assert rates(config, tmp_path / "whole", monkeypatch) == pytest.approx(right)
+    first = rates(override(config, {"train.steps": 4}), tmp_path / "parts", monkeypatch)
+    assert first + rates(config, tmp_path / "parts", monkeypatch) == pytest.approx(right)
+    assert metrics(tmp_path / "parts")[-1] == metrics(tmp_path / "whole")[-1]
+    assert rates(tiny, tmp_path / "without", monkeypatch) == [1e-3] * 12
+
+
+def test_the_development_split_shares_nothing(tiny: Config) -> None:
+    development = override(tiny, {"data.split": "development"})
+    data = {config.data.split: build_data(config) for config in (tiny, development)}
+    assert data["development"][0].fingerprint() != data["validation"][0].fingerprint()
+    videos = [
+        build_videos(config, data["validation"][1], "validation", torch.device("cpu")).batch(0, 4)
+        for config in (tiny, development)
+    ]
+    assert not videos[0].speed.equal(videos[1].speed)  # of the same digits: other streams
+
+
+def test_bfloat16(tmp_path: Path, tiny: Config) -> None:
+    for precision in ("fp32", "bf16"):
+        train(override(tiny, {"train.precision": precision, "model.row": "vj-vcr-decoder"}), tmp_path / precision)
+    first, second = (logged(tmp_path / precision, "loss")[5] for precision in ("fp32", "bf16"))
+    assert first != second
+    assert second == pytest.approx(first, rel=BFLOAT16_TRAINING)
+    state = checkpoint.load(tmp_path / "bf16" / "last.pt")
+    assert {v.dtype for v in state["model"].values() if v.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.slow
+def test_compiled_is_the_same_training(tmp_path: Path, tiny: Config) -> None:
+    for choice in ("off", "on"):
+        changes = {"train.compile": choice, "model.row": "vj-vcr-decoder", "train.log_every": 1}
+        train(override(tiny, changes), tmp_path / choice)
+    eager, compiled = (logged(tmp_path / choice, "loss") for choice in ("off", "on"))
+    for step in (1, 2, 3):
+        assert compiled[step] == pytest.approx(eager[step], rel=COMPILED_TRAINING)
+    assert compiled[12] == pytest.approx(eager[12], rel=COMPILED_TRAINING_LATER)
+
+
+# -- No step waits for the device -----------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts what would stop for a GPU: values read by the host, results whose shape depends on values."""
+
+    OPS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "is_nonzero", "equal")
+    READS = ("tolist", "cpu", "numpy")  # on a CPU tensor these read without dispatch
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count = 0
+        for name in self.READS:
+            patch.setattr(torch.Tensor, name, self._counted(getattr(torch.Tensor, name)))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__ in self.OPS
+        return func(*args, **(kwargs or {}))
+
+    def _counted(self, method: Any) -> Any:
+        def read(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            return method(*args, **kwargs)
+
+        return read
+
+
+@pytest.mark.parametrize("row", ["vj-vcr-decoder", "generative"])
+def test_no_step_waits_for_the_device(tmp_path: Path, tiny: Config, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starting, the last log line and the last validation may wait: as often in 12 steps as in 6, across epochs."""
+    counts = []
+    for steps in (6, 12):
+        changes = {"train.steps": steps, "train.log_every": 1000, "train.validate_every": 1000, "model.row": row}
+        with monkeypatch.context() as patch, Waits(patch) as waits:
+            train(override(tiny, changes), tmp_path / str(steps))
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
+
+
+# -- Validation and checkpoints -------------------------------------------------------------------------------------
+
+
+def test_best_is_the_state_of_least_validation_loss(
+    tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = {4: 3.0, 8: 1.0, 12: 2.0}
+    measured = iter(losses.values())
+    monkeypatch.setattr(loop, "validate", lambda *_: next(measured))
+    with pytest.raises(StopRequestedError):  # also across a stop
+        train(probed, tmp_path, Probe(9, send(signal.SIGINT)))
+    train(probed, tmp_path, Probe())
+    assert logged(tmp_path, "validation_loss") == losses
+    best, last = checkpoint.load(tmp_path / "best.pt"), checkpoint.load(tmp_path / "last.pt")
+    assert (best["step"], best["best"]) == (8, 1.0)
+    assert (last["step"], last["best"]) == (12, 1.0)
+
+
+def test_best_gives_its_validation_loss_again(tmp_path: Path, tiny: Config) -> None:
+    train(tiny, tmp_path)
+    config, model = load_run(tmp_path)
+    losses = logged(tmp_path, "validation_loss")
+    step = checkpoint.load(tmp_path / "best.pt")["step"]
+    assert losses[step] == min(losses.values())
+    _, held_out = build_data(config)
+    assert not model.training
+    videos = build_videos(config, held_out, "validation", CPU)
+    assert loop.validate(model, videos, config, Latents(config, model)) == losses[step]
+
+
+def test_validation_changes_nothing(tiny: Config) -> None:
+    model = build_model(tiny, CPU)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _, held_out = build_data(tiny)
+    videos = build_videos(tiny, held_out, "validation", CPU)
+    first, second = (loop.validate(model, videos, tiny, Latents(tiny, model)) for _ in range(2))
+    assert first == second
+    assert model.training
+    assert same(before, dict(model.state_dict()))
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_probe_during_training(tmp_path: Path, tiny: Config) -> None:
+    train(override(tiny, {"train.probe_every": 3}), tmp_path / "with", training_probe)
+    train(tiny, tmp_path / "without")
+    assert [*logged(tmp_path / "with", "speed_mse")] == [3, 6, 9, 12]
+    assert all(0 < mse < math.inf for mse in logged(tmp_path / "with", "speed_mse").values())
+    rest = [row for row in metrics(tmp_path / "with") if "speed_mse" not in row]
+    assert rest == metrics(tmp_path / "without")  # looking changes nothing
+
+
+def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
+    """Also across a crash: what is trained again replaces what was there."""
+
+    def crash() -> None:
+        raise MemoryError
+
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = override(tiny, {"train.tensorboard": True, "train.probe_every": 1, "model.row": "vj-vcr-decoder"})
+    with pytest.raises(MemoryError):
+        train(config, tmp_path, Probe(7, crash))
+    train(config, tmp_path, Probe())
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert {*events.Tags()["scalars"]} > {"loss", "hidden", "pixel", "variance", "covariance", "validation_loss"}
+    for name in ("loss", "validation_loss"):
+        shown = [(event.step, pytest.approx(event.value)) for event in events.Scalars(name)]
+        assert shown == [*logged(tmp_path, name).items()]
+    images = events.Images("videos")
+    assert [image.step for image in images] == [4, 8, 12]
+    # Eight videos of two lines (target, prediction), five frames of 16 pixels side by side.
+    assert (images[0].height, images[0].width) == (8 * 2 * 16, 5 * 16)
+
+
+# -- Stopping and going on ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder"])
+@pytest.mark.parametrize("step", [1, 5, 7, 8])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_and_resumed_is_never_stopped(
+    tmp_path: Path, probed: Config, row: str, step: int, number: signal.Signals
+) -> None:
+    """At a start, at a log line, in between (the sums go on) and at a validation."""
+    config = override(probed, {"model.row": row})
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(StopRequestedError, match=f"stopped at step {step} of 12; the same command goes on from there"):
+        train(config, tmp_path / "stopped", Probe(step, send(number)))
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
+    assert checkpoint.load(tmp_path / "stopped" / "last.pt")["step"] == step
+    torch.rand(7)
+    train(config, tmp_path / "stopped", Probe())
+    train(config, tmp_path / "whole", Probe())
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("step", [3, 6, 11])
+def test_crashed_and_resumed_is_never_crashed(tmp_path: Path, probed: Config, step: int) -> None:
+    """From the last validation's checkpoint, or from the start; lines written after it are written anew."""
+
+    def crash() -> None:
+        with (tmp_path / "crashed" / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 1')
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train(probed, tmp_path / "crashed", Probe(step, crash))
+    assert (tmp_path / "crashed" / "last.pt").exists() == (step > 4)
+    train(probed, tmp_path / "crashed", Probe())
+    train(probed, tmp_path / "whole", Probe())
+    assert_same_run(tmp_path / "crashed", tmp_path / "whole")
+
+
+def test_a_second_interrupt_interrupts_at_once(tmp_path: Path, probed: Config) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        train(probed, tmp_path, Probe(6, send(signal.SIGINT, signal.SIGINT)))
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path: Path, tiny: Config) -> None:
+    train(tiny, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    train(tiny, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
+
+
+def test_a_run_can_be_prolonged(tmp_path: Path, tiny: Config) -> None:
+    train(override(tiny, {"train.steps": 8}), tmp_path / "more")
+    train(tiny, tmp_path / "more")
+    train(tiny, tmp_path / "whole")
+    assert checkpoint.load(tmp_path / "more" / "last.pt")["step"] == 12
+    assert Config.load(tmp_path / "more" / "config.json") == tiny
+    assert logged(tmp_path / "more", "validation_loss") == logged(tmp_path / "whole", "validation_loss")
+
+
+def test_going_on_with_another_config_is_refused(tmp_path: Path, tiny: Config) -> None:
+    train(tiny, tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    other = override(tiny, {"train.lr": 0.5, "model.row": "generative", "evaluate.probe_epochs": 9})
+    with pytest.raises(ConfigError) as error:
+        train(other, tmp_path)
+    changes = "model.row vj-vcr -> generative, train.lr 0.001 -> 0.5"
+    assert str(error.value) == f"{tmp_path} holds a run of another config ({changes}); choose another --out"
+    assert (tmp_path / "config.json").read_text() == before
+    train(override(tiny, {"evaluate.probe_epochs": 9, "train.tensorboard": False, "train.steps": 13}), tmp_path)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 13
+
+
+def test_a_run_without_a_checkpoint_binds_nobody(tmp_path: Path, tiny: Config) -> None:
+    """A first call that failed, on missing digits say, must not stand in the way of the corrected one."""
+    (tmp_path / "config.json").write_text(override(tiny, {"train.lr": 0.5, "data.root": "typo"}).to_json())
+    train(tiny, tmp_path)
+    assert Config.load(tmp_path / "config.json") == tiny
+
+
+def test_going_on_with_other_digits_is_refused(
+    tmp_path: Path, tiny: Config, digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tiny, tmp_path)
+    longer = override(tiny, {"train.steps": 13, "data.root": "moved"})
+    with monkeypatch.context() as patch:
+        other = dataclasses.replace(digits, images=digits.images.flip(1), source="MNIST t10k")
+        patch.setattr(build, "load_digits", lambda *_, **__: other)
+        for goes_on in (lambda: train(longer, tmp_path), lambda: evaluate_run(tmp_path)):
+            with pytest.raises(ConfigError) as error:
+                goes_on()
+            message = f"{tmp_path} was trained on blobs: 40 digits; here are MNIST t10k: set --data.root or VJVCR_DATA"
+            assert str(error.value).startswith(message)
+    train(longer, tmp_path)  # the same ones may lie elsewhere
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 13
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """What went on from the one before it is the same run."""
+    train(tiny, tmp_path / "damaged")
+    train(tiny, tmp_path / "whole")
+    last = tmp_path / "damaged" / "last.pt"
+    content = last.read_bytes()
+    at = content.index(checkpoint.load(last)["model"]["predictor.layers.0.weight"].numpy().tobytes()) + 3
+    last.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])  # one bit of one weight
+    capsys.readouterr()
+    train(tiny, tmp_path / "damaged")
+    earlier = tmp_path / "damaged" / "checkpoints" / "step-00000008.pt"
+    said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
+    assert said[0].startswith(f"{last}: damaged: its content is not what was written, by its checksum; going on from ")
+    assert said[-1].endswith(f"going on from {earlier}")
+    assert_same_run(tmp_path / "damaged", tmp_path / "whole")
+
+
+def test_damaged_checkpoints_stop_a_resume(tmp_path: Path, tiny: Config) -> None:
+    train(tiny, tmp_path)
+    file = tmp_path / "last.pt"
+    whole, metrics_before = file.read_bytes(), (tmp_path / "metrics.jsonl").read_text()
+    for one in (file, *(tmp_path / "checkpoints").iterdir()):
+        one.unlink()
+        one.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=f"^{file}: damaged"):
+        train(tiny, tmp_path)
+    other = build_model(override(tiny, {"model.hidden": 8}), CPU)
+    checkpoint.save(file, {"model": other.state_dict(), "step": 4})
+    with pytest.raises(CheckpointError, match=f"^{file}: its model is not this run's"):
+        train(tiny, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == metrics_before
+
+
+def test_training_works_outside_the_main_thread(tmp_path: Path, tiny: Config) -> None:
+    thread = threading.Thread(target=train, args=(tiny, tmp_path))
+    thread.start()
+    thread.join()
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 12
+
+
+# -- Divergence -----------------------------------------------------------------------------------------------------
+
+
+def last_good_state(run: Path) -> bool:
+    """Whether every number in last.pt is finite and validation of it was."""
+    state = checkpoint.load(run / "last.pt")["model"]
+    return all(value.isfinite().all() for value in state.values())
+
+
+def break_the_weights(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """NaN in every loss from batch `after` of the training stream on."""
+    original, seen = one_step.split_frames, iter(range(10**6))
+
+    def poisoned(videos: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
+        x, y = original(videos, config)
+        return (x * math.nan, y) if torch.is_grad_enabled() and next(seen) >= after else (x, y)
+
+    monkeypatch.setattr(one_step, "split_frames", poisoned)
+
+
+def test_divergence_at_a_log_line(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_weights(monkeypatch, after=8)
+    with pytest.raises(DivergedError) as error:
+        train(tiny, tmp_path)
+    kept = f"the last good state is {tmp_path / 'last.pt'}"
+    terms = "loss, hidden, variance, covariance"
+    assert str(error.value) == f"{terms} not finite at step 9; {kept}, of step 8"
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 8
+    assert last_good_state(tmp_path)
+
+
+def test_divergence_before_any_checkpoint(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_weights(monkeypatch, after=1)
+    with pytest.raises(DivergedError) as error:
+        train(override(tiny, {"train.validate_every": 1000}), tmp_path)
+    assert str(error.value).endswith("not finite at step 2; no checkpoint had been written")
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_divergence_never_reaches_a_checkpoint(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation between log lines names the step that a log line would have."""
+    break_the_weights(monkeypatch, after=5)
+    with pytest.raises(DivergedError, match=r"^loss, .* not finite at step 6; the last good state is "):
+        train(tiny, tmp_path)
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+    assert last_good_state(tmp_path)
+    assert all(math.isfinite(value) for row in metrics(tmp_path) for value in row.values())
+
+
+def test_divergence_and_a_stop(tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_the_weights(monkeypatch, after=5)
+    with pytest.raises(DivergedError, match="not finite at step 6"):
+        train(probed, tmp_path, Probe(7, send(signal.SIGINT)))
+    assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
+
+
+def test_a_learning_rate_far_too_large(tmp_path: Path, tiny: Config) -> None:
+    with pytest.raises(DivergedError):
+        train(override(tiny, {"train.lr": 1e30}), tmp_path)
+
+
+# -- As a process ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_process_stopped_by_a_signal(
+    tmp_path: Path, tiny_options: list[str], number: signal.Signals, embedded_digits: None
+) -> None:
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    command = [sys.executable, "-m", "vjvcr_fast", "train", *tiny_options, "--out", str(run), "--steps", "1000000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
+        while process.poll() is None and len(metrics(run)) < 3:
+            time.sleep(0.02)
+        process.send_signal(number)
+        shown = process.stderr.read() if process.stderr else ""
+    step = checkpoint.load(run / "last.pt")["step"]
+    assert process.returncode == REQUEUE, shown
+    assert f"vjvcr-fast: stopped at step {step} of 1000000; the same command goes on from there" in shown
+    assert "Traceback" not in shown
+    assert json.loads((run / "config.json").read_text())["train"]["steps"] == 1_000_000
+    for out in (run, whole):
+        assert main(["train", *tiny_options, "--out", str(out), "--steps", str(step + 7)]) == 0
+    assert_same_run(run, whole)
