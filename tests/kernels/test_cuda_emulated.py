@@ -17,7 +17,8 @@ from tolerances import relative
 from torch import Tensor
 
 from vjvcr_fast import native
-from vjvcr_fast.latents import ExpandedMLPEnergy, MLPEnergy, _Rule, _start, _State, _step
+from vjvcr_fast.latents import ExpandedMLPEnergy, MLPEnergy
+from vjvcr_fast.latents.descent import Rule, _start, _State, _step
 
 SOURCE = Path(__file__).parent / "cuda" / "emulated.cpp"
 FLAGS = (
@@ -57,9 +58,9 @@ class Result(NamedTuple):
     streams: bool = False  # some of the weights, step by step
 
 
-def rule(latent: int, **changes) -> _Rule:
+def rule(latent: int, **changes) -> Rule:
     default = {"momentum": None, "step_rule": "backtracking", "lr": 1.0, "tolerance": 1e-4, "weight": 0.02}
-    return _Rule(**({"shape": (latent,)} | default | changes))
+    return Rule(**({"shape": (latent,)} | default | changes))
 
 
 def problem(n: int, hidden: int, latent: int, outputs: int = 50, seed: int = 0) -> tuple[MLPEnergy, Tensor]:
@@ -76,7 +77,7 @@ def problem(n: int, hidden: int, latent: int, outputs: int = 50, seed: int = 0) 
     return energy, random(n, latent) / 16
 
 
-def plain(energy: MLPEnergy, z0: Tensor, rule: _Rule, steps: int, dtype: torch.dtype = torch.float64) -> Result:
+def plain(energy: MLPEnergy, z0: Tensor, rule: Rule, steps: int, dtype: torch.dtype = torch.float64) -> Result:
     z0 = rule.project(z0.to(dtype))
     inner = energy.to(dtype).expand(z0)
     state: _State = _start(inner, rule, z0)
@@ -85,14 +86,14 @@ def plain(energy: MLPEnergy, z0: Tensor, rule: _Rule, steps: int, dtype: torch.d
     return Result(state.z, *(x.flatten() for x in (state.energy, state.step, state.steps, state.lost)))
 
 
-def of_rule(rule: _Rule, scale: float) -> list[float | bool]:
+def of_rule(rule: Rule, scale: float) -> list[float | bool]:
     """The operator's numbers from scale to tolerance."""
     low, high = (-torch.inf if rule.low is None else rule.low), (torch.inf if rule.high is None else rule.high)
     momentum = -1.0 if rule.momentum is None else rule.momentum
     return [scale, rule.weight, low, high, momentum, rule.step_rule == "backtracking", rule.lr, rule.tolerance]
 
 
-def operands(energy: MLPEnergy, z0: Tensor, rule: _Rule) -> tuple[Tensor, MLPEnergy, ExpandedMLPEnergy]:
+def operands(energy: MLPEnergy, z0: Tensor, rule: Rule) -> tuple[Tensor, MLPEnergy, ExpandedMLPEnergy]:
     """In float32: the start, the energy, and about the start."""
     z0, energy = rule.project(z0.float()).contiguous(), energy.to(torch.float32)
     return z0, energy, energy.expand(z0)
@@ -107,7 +108,7 @@ def emulated(
     emulator: ctypes.CDLL,
     energy: MLPEnergy,
     z0: Tensor,
-    rule: _Rule,
+    rule: Rule,
     steps: int,
     cluster: int = 2,
     samples: int = 8,
@@ -371,7 +372,7 @@ def test_heads_that_are_not_finite_never_win(emulator):
 # -- The real launch --------------------------------------------------------------------------------------------------
 
 
-def launched(energy: MLPEnergy, z0: Tensor, rule: _Rule, steps: int, bf16: bool) -> Result:
+def launched(energy: MLPEnergy, z0: Tensor, rule: Rule, steps: int, bf16: bool) -> Result:
     z0, of, about = operands(energy, z0, rule)
     inputs = (z0, of.p, of.w1z, of.w2, of.b2, about.G, about.u0, about.r, about.start)
     inputs = tuple(x.cuda() for x in inputs)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tolerances import relative
 from torch import Tensor
 
-from vjvcr_fast import latents, native, reference
-from vjvcr_fast.latents import ContinuousLatent, LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent
+from vjvcr_fast import native, reference
+from vjvcr_fast.latents import ContinuousLatent, LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent, descent
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
@@ -169,7 +169,7 @@ def infer(latent, energy: MLPEnergy, dtype: torch.dtype = torch.float64, z0: Ten
     """In one operator."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latents, "_fused", lambda *a, fused=latents._fused: calls.append(1) or fused(*a))
+        patch.setattr(descent, "_fused", lambda *a, fused=descent._fused: calls.append(1) or fused(*a))
         result = latent.infer(energy, len(energy.p), device=energy.p.device, dtype=dtype, z0=z0)
     assert calls, "the operator was not asked"
     return result
