@@ -1,8 +1,8 @@
 // The kernels on a CPU, called through ctypes: see emulator.h. All arrays are copied to where going beyond them shows.
 #include "emulator.h"
 //
-#include "../../csrc/discrete_argmin.cuh"
-#include "../../csrc/fista_mlp.cuh"
+#include "../../../csrc/discrete_argmin.cuh"
+#include "../../../csrc/fista_mlp.cuh"
 
 namespace vjvcr {
 namespace {
