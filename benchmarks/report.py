@@ -22,6 +22,7 @@ DISTRIBUTED = RESULTS / "distributed-cpu.json"
 LATENTS = RESULTS / "latents-cpu.json"
 TRAINING = RESULTS / "training-cpu.json"
 SCALING = RESULTS / "scaling-cpu.json"
+BUSY = RESULTS / "busy-cpu.json"
 DOCS = ROOT / "docs" / "results"
 ACCURACY = DOCS / "accuracy.png"
 SCALED = DOCS / "scaling-cpu.png"
@@ -351,6 +352,21 @@ def scaling() -> str:
     return f"{_markdown(titles, cells)}\n\n{about} {_measured(results, SCALING)}"
 
 
+def busy() -> str:
+    """A training step beside busy processes, against the same on a quiet machine."""
+    results, cells = json.loads(BUSY.read_text()), {}
+    for row in results["rows"]:
+        cells.setdefault((row["how"], str(row["threads"])), {})[row["busy"]] = row["x quiet"]
+    counts = sorted({row["busy"] for row in results["rows"]})
+    alone = {row["how"]: row["x one thread"] for row in results["rows"] if row["busy"] == 0}
+    lines = [
+        (how, threads, f"{alone[how]:.2f}", *(f"{by_count[n]:.1f}x" for n in counts))
+        for (how, threads), by_count in cells.items()
+    ]
+    titles = ("process", "threads", "quiet, of one thread", *(f"beside {n}" for n in counts))
+    return f"{_markdown(titles, lines)}\n\n{_measured(results, BUSY)}"
+
+
 def _measured(results: Results, path: Path) -> str:
     """Where, by which command, and the file."""
     where = f"{results['processor']}, {results['threads']} threads, torch {results['torch']}"
@@ -391,6 +407,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
         "parts": parts,
         "latents": latents,
         "decode": decode,
+        "busy": busy,
     },
 }
 GPU = re.compile(r"(<!-- losses-gpu -->\n)(.*?)(<!-- /losses-gpu -->)", re.DOTALL)

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,26 +21,44 @@ def blocks(page: str) -> list[tuple[str, str]]:
     return re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
 
 
-@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
-def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
-    """A python block that starts with a file's name in a comment is that file, for later blocks to use."""
-    for package in NEEDS.get(guide.stem, ()):
-        pytest.importorskip(package)
-    folder = f"{Path(sys.executable).parent}{os.pathsep}"
-    environment = {**os.environ, "PATH": folder + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
-    environment.pop("VJVCR_DATA", None)
+RUN_PYTHON = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for file in sys.argv[1:]]"
+
+
+def commands(folder: Path, guide: Path) -> Iterator[list[str]]:
+    """What runs a guide's blocks, written into a folder: bash for each of its own, python once for those in a row.
+
+    A python block that starts with a file's name in a comment is that file, for later blocks to use."""
+    python: list[str] = []
     for number, (language, text) in enumerate(blocks(guide.read_text())):
         named = re.match(r"# (\w+\.py)\n", text)
-        file = tmp_path / (named[1] if named else f"block_{number}.{language}")
+        file = folder / (named[1] if named else f"block_{number}.{language}")
         assert language in ("python", "bash"), f"block {number}: {language!r} does not run"
         file.write_text(text if language == "python" else f"set -euo pipefail\n{text}")
         if "init_process_group" in text:
             continue  # a script of several processes, started by a later block
-        command = [sys.executable if language == "python" else "bash", file.name]
+        if language == "python":
+            python.append(file.name)
+            continue
+        if python:
+            yield [sys.executable, "-c", RUN_PYTHON, *python]
+            python = []
+        yield ["bash", file.name]
+    if python:
+        yield [sys.executable, "-c", RUN_PYTHON, *python]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
+def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
+    for package in NEEDS.get(guide.stem, ()):
+        pytest.importorskip(package)
+    folder = f"{Path(sys.executable).parent}{os.pathsep}"
+    environment = {**os.environ, "PATH": folder + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    for command in commands(tmp_path, guide):
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
-        assert done.returncode == 0, f"block {number}:\n{text}\n{done.stdout}\n{done.stderr[-3000:]}"
+        assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr[-3000:]}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)

@@ -45,17 +45,48 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def build(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The wheel, and what its build said."""
+def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of a build without CUDA kernels, by a compiler that optimises nothing: what is installed is the same."""
+    script = tmp_path_factory.mktemp("compiler") / "c++"
+    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -g0\n')
+    script.chmod(0o755)
+    return {"VJVCR_CUDA": "0"} | ({"CXX": str(script)} if shutil.which(os.environ.get("CXX", "c++")) else {})
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, quick: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """By the hook that pip calls, in one process; pip would load torch for two more questions."""
     out = tmp_path_factory.mktemp("wheel")
-    said = pip("wheel", ".", "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=source)
+    hook = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    done = run(sys.executable, "-c", hook, cwd=source, **quick)
+    assert done.returncode == 0, done.stdout
+    (built,) = out.iterdir()
+    return built
+
+
+@pytest.fixture(scope="module")
+def full_build(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A user's wheel, optimised and with CUDA kernels where there is an nvcc, and what its build said."""
+    copy, out = tmp_path_factory.mktemp("full") / "tree", tmp_path_factory.mktemp("full-wheel")
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))  # nothing of the quick build's
+    said = pip("wheel", ".", "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=copy)
     (built,) = out.iterdir()
     return built, said
 
 
 @pytest.fixture(scope="module")
-def wheel(build: tuple[Path, str]) -> Path:
-    return build[0]
+def full_wheel(full_build: tuple[Path, str]) -> Path:
+    return full_build[0]
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install(wheel, tmp_path_factory.mktemp("installed") / "target")
+
+
+def install(wheel: Path, target: Path) -> Path:
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel, cwd=target.parent)
+    return target
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +133,7 @@ def test_metadata(metadata: email.message.Message) -> None:
 def test_entry_point_and_licence(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         text = {name.split(".dist-info/")[1]: name for name in archive.namelist() if ".dist-info/" in name}
-        assert "vjvcr-fast = vjvcr_fast.cli:main" in archive.read(text["entry_points.txt"]).decode()
+        assert "vjvcr-fast = vjvcr_fast.__main__:main" in archive.read(text["entry_points.txt"]).decode()
         assert any(name.endswith("LICENSE") for name in text)
 
 
@@ -123,13 +154,24 @@ def test_every_package_is_listed(wheel: Path) -> None:
 # -- What is compiled -----------------------------------------------------------------------------------------------
 
 
-def test_one_operator_library_serves_cpu_and_cuda_torch(wheel: Path, tmp_path: Path) -> None:
-    """It has no Python ABI and needs no CUDA library; it loads here and its CPU operators run, wherever it was built.
-    The architectures of its CUDA kernels stand in its binary."""
+def test_one_operator_library_serves_cpu_and_cuda_torch(installed: Path, tmp_path: Path) -> None:
+    """It has no Python ABI and needs no CUDA library; it loads here and its CPU operators run."""
+    assert_serves(installed, tmp_path)
+
+
+@pytest.mark.slow
+def test_the_full_operator_library_serves_cpu_and_cuda_torch(full_wheel: Path, tmp_path: Path) -> None:
+    """The architectures of its CUDA kernels stand in its binary."""
+    library = assert_serves(install(full_wheel, tmp_path / "target"), tmp_path)
+    if shutil.which("nvcc") and shutil.which("cuobjdump"):
+        listed = run("cuobjdump", "--list-elf", library, cwd=tmp_path).stdout
+        assert {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\w+?(?=\.)", listed))
+
+
+def assert_serves(target: Path, tmp_path: Path) -> Path:
+    """The operator library of an install."""
     if shutil.which("c++") is None:
         pytest.skip("there is no C++ compiler")
-    target = tmp_path / "target"
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
     (library,) = target.glob("vjvcr_fast/_operators*.so")
     assert "cpython" not in library.name
     lines = (
@@ -141,30 +183,30 @@ def test_one_operator_library_serves_cpu_and_cuda_torch(wheel: Path, tmp_path: P
     if shutil.which("readelf"):
         needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library, cwd=tmp_path).stdout)
         assert not [name for name in needed if "python" in name or "cuda" in name]
-    if shutil.which("nvcc") and shutil.which("cuobjdump"):
-        listed = run("cuobjdump", "--list-elf", library, cwd=tmp_path).stdout
-        assert {"sm_80", "sm_90a"} <= set(re.findall(r"sm_\w+?(?=\.)", listed))
+    return library
 
 
-def test_cuda_kernels_do_not_spill(build: tuple[Path, str]) -> None:
+@pytest.mark.slow
+def test_cuda_kernels_do_not_spill(full_build: tuple[Path, str]) -> None:
     if shutil.which("nvcc") is None:
         pytest.skip("there is no nvcc")
-    compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", build[1])
+    compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", full_build[1])
     assert {"sm_80", "sm_90a"} == set(compiled)
-    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", build[1])
+    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", full_build[1])
     assert used == [("0", "0", "0")] * len(compiled)
-    registers = [int(number) for number in re.findall(r"Used (\d+) registers", build[1])]
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", full_build[1])]
     assert len(registers) == len(compiled)
     assert max(registers) * 256 <= 65536  # of a block, of a multiprocessor
 
 
-def test_cuda_products_run_on_tensor_cores(wheel: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_cuda_products_run_on_tensor_cores(full_wheel: Path, tmp_path: Path) -> None:
     found = importlib.util.find_spec("triton")
     beside = Path(found.origin).parent / "backends/nvidia/bin" if found and found.origin else Path()
     cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
     if shutil.which("nvcc") is None or cuobjdump is None:
         pytest.skip("there is no nvcc, or no cuobjdump")
-    with zipfile.ZipFile(wheel) as archive:
+    with zipfile.ZipFile(full_wheel) as archive:
         (library,) = (name for name in archive.namelist() if name.startswith("vjvcr_fast/_operators"))
         archive.extract(library, tmp_path)
     for architecture in ("sm_80", "sm_90a"):
@@ -206,11 +248,9 @@ def assert_imports(python: Path | str, cwd: Path, inside: Path, **environment: s
         assert Path(line).resolve().is_relative_to(inside.resolve()), line
 
 
-def test_the_installed_wheel_works_elsewhere(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel, cwd=tmp_path)
-    assert_imports(sys.executable, tmp_path, target, PYTHONPATH=str(target))
-    assert not (target / "kernels").exists()
+def test_the_installed_wheel_works_elsewhere(installed: Path, tmp_path: Path) -> None:
+    assert_imports(sys.executable, tmp_path, installed, PYTHONPATH=str(installed))
+    assert not (installed / "kernels").exists()
 
 
 @pytest.fixture
@@ -224,11 +264,15 @@ def venv(tmp_path: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def test_editable_install(source: Path, venv: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_editable_install(compiled: bool, source: Path, venv: Path, quick: dict[str, str], tmp_path: Path) -> None:
+    """Without a compiler it is one of Python alone."""
     copy = tmp_path / "tree"
-    shutil.copytree(source, copy)
-    arguments = "--python", venv, "install", "--no-deps", "--no-build-isolation", "--editable", copy
-    pip(*arguments, cwd=tmp_path, VJVCR_CUDA="0")
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    arguments = "--python", venv, "install", "--verbose", "--no-deps", "--no-build-isolation", "--editable", copy
+    said = pip(*arguments, cwd=tmp_path, **(quick if compiled else quick | {"CXX": "no-such-compiler"}))
+    assert ("no C++ compiler" in said) != (compiled and "CXX" in quick)
+    assert bool(list(copy.glob("vjvcr_fast/_operators*.so"))) == (compiled and "CXX" in quick)
     assert_imports(venv, tmp_path, copy)
     shown = run(venv.parent / "vjvcr-fast", "--version", cwd=tmp_path)
     assert shown.stdout.startswith("vjvcr_fast ")

@@ -1,13 +1,19 @@
 """Videos for tests, made with PyAV: every frame shows its own number, in blocks that survive any compression."""
 
-from collections.abc import Callable
+import contextlib
+import functools
+import multiprocessing
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
+import processes  # noqa: F401 - says what the server that others fork from imports
 import pytest
 import torch
 from torch import Tensor
+
+from vjvcr_fast.data.simulated import clevrer as simulate
 
 BITS = 8
 FPS = 25
@@ -111,3 +117,26 @@ def cut(path: Path, share: float) -> Path:
 
 def _block(bit: int, width: int) -> tuple[int, int]:
     return bit * width // BITS, (bit + 1) * width // BITS
+
+
+# -- Simulated ones -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def drawing() -> tuple[str, str]:
+    """What MuJoCo draws with, or "" and why it cannot; asked once, in a process of its own."""
+    try:
+        return simulate.gl_backend(), ""
+    except RuntimeError as error:
+        return "", str(error)
+
+
+@contextlib.contextmanager
+def quick_workers(how: str = "forkserver") -> Iterator[None]:
+    """The processes of simulations fork from one that has imported torch, which costs each of them two seconds else,
+    and what can draw is asked once. Spawned ones are in the tests without it."""
+    context, backend = multiprocessing.get_context(how), drawing()[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(simulate, "gl_backend", lambda: backend)
+        patch.setattr(simulate.multiprocessing, "get_context", lambda method: context)
+        yield

@@ -432,8 +432,29 @@ def test_figure_of_spectra(tmp_path: Path) -> None:
 # -- Table 1 --------------------------------------------------------------------------------------------------------
 
 
+def stopped_at_the_third(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any]) -> list[str]:
+    """Makes a table, which Ctrl-C ends as its third run begins; the list will name the runs that are trained."""
+    trained: list[str] = []
+
+    def counted(config: Config, run: Path, probe: Any) -> None:
+        if len(trained) == 2:
+            trained.append("stopped")
+            raise KeyboardInterrupt
+        trained.append(run.name)
+        train(config, run, probe)
+
+    monkeypatch.setattr(side_by_side, "train", counted)
+    with pytest.raises(KeyboardInterrupt):
+        make()
+    return trained
+
+
 def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a command that was stopped: what it had trained is not trained again."""
+    trained = stopped_at_the_third(monkeypatch, lambda: paper.table1(tiny, tmp_path, seeds=(0, 3)))
     text = paper.table1(tiny, tmp_path, seeds=(0, 3))
+    runs = [f"{row}-seed{s}" for row in ROWS for s in (0, 3)]
+    assert trained == [*runs[:2], "stopped", *runs[2:]]
     assert (tmp_path / "table1.md").read_text() == text
     assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {*paper.TABLE1_FILES}
     assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {f"{row}-seed{s}" for row in ROWS for s in (0, 3)}
@@ -469,25 +490,9 @@ def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -
 
     for owner, name in [(side_by_side, "train"), (probes, "extract")]:
         monkeypatch.setattr(owner, name, fail)
+    for owner, name in [(paper, "figure5"), (figures, "spectrum"), (figures, "probes")]:  # drawn before
+        monkeypatch.setattr(owner, name, lambda *_: None)
     assert paper.table1(tiny, tmp_path, seeds=(0, 3)) == text
-
-
-def test_table1_goes_on_where_it_was_stopped(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained: list[str] = []
-
-    def counted(config: Config, run: Path, probe: Any) -> None:
-        if len(trained) == 2:
-            trained.append("stopped")
-            raise KeyboardInterrupt
-        trained.append(run.name)
-        train(config, run, probe)
-
-    monkeypatch.setattr(side_by_side, "train", counted)
-    with pytest.raises(KeyboardInterrupt):
-        paper.table1(tiny, tmp_path, seeds=(0,))
-    paper.table1(tiny, tmp_path, seeds=(0,))
-    rows = [f"{row}-seed0" for row in ROWS]
-    assert trained == [*rows[:2], "stopped", *rows[2:]]
 
 
 def test_a_table_is_of_one_config(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,14 +14,21 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
+# Two processes of about the same length each, which may run beside each other.
 @pytest.mark.parametrize(
-    ("marker", "fewest"), [("not slow", 300), pytest.param("slow", 300, marks=pytest.mark.slow, id="slow")]
+    ("part", "marker", "fewest"),
+    [
+        ("TestNumbers", "not slow", 95),
+        ("not TestNumbers", "not slow", 75),
+        pytest.param("TestNumbers", "slow", 105, marks=pytest.mark.slow),
+        pytest.param("not TestNumbers", "slow", 155, marks=pytest.mark.slow),
+    ],
 )
-def test_kernels_in_the_interpreter(marker, fewest, tmp_path):
+def test_kernels_in_the_interpreter(part, marker, fewest, tmp_path):
     pytest.importorskip("triton", reason="triton is not installed (pip install 'vjvcr_fast[triton]')")
     report = tmp_path / "report.xml"
     environment = os.environ | {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "FAIL_WITHOUT_CUDA": "0"}
-    options = ["-m", marker, "--tb=short", f"--junit-xml={report}"]
+    options = ["-m", marker, "-k", part, "--tb=short", f"--junit-xml={report}"]
     command = [sys.executable, "-m", "pytest", "tests/kernels/test_triton.py", *options]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

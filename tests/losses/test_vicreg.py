@@ -3,6 +3,7 @@
 import pytest
 import tolerances
 import torch
+from processes import in_processes
 from tolerances import relative
 from torch import Tensor, nn
 
@@ -66,22 +67,16 @@ class TestVICReg:
             VICRegLoss(variance_branches="max")
 
 
-def _gathering_process(rank: int, size: int, folder: str) -> None:
+def _gathering(rank: int, size: int) -> dict[str, Tensor]:
     """One process of test_gathered_over_processes: its shard through the shared weight, as DDP would average it."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/init", rank=rank, world_size=size)
-    try:
-        model = _model()
-        views = [x.chunk(size)[rank] for x in _views()]
-        loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in views))
-        loss.backward()
-        gradient = model.weight.grad
-        torch.distributed.all_reduce(gradient)
-        torch.distributed.all_reduce(loss.detach_())
-        second = _second_derivative(*views)
-        torch.save({"loss": loss / size, "gradient": gradient / size, "second": second}, f"{folder}/{rank}.pt")
-    finally:
-        torch.distributed.destroy_process_group()
+    model = _model()
+    views = [x.chunk(size)[rank] for x in _views()]
+    loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in views))
+    loss.backward()
+    gradient = model.weight.grad
+    torch.distributed.all_reduce(gradient)
+    torch.distributed.all_reduce(loss.detach_())
+    return {"loss": loss / size, "gradient": gradient / size, "second": _second_derivative(*views)}
 
 
 def _second_derivative(z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -106,8 +101,7 @@ def test_gathered_over_processes(tmp_path):
     model = _model()
     loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in _views()))  # no process group: the batch is whole
     loss.backward()
-    torch.multiprocessing.spawn(_gathering_process, args=(2, str(tmp_path)), nprocs=2)
-    results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    results = in_processes(_gathering, 2, tmp_path)
     for result in results:
         assert relative(result["loss"], loss) <= tolerances.FLOAT64
         assert relative(result["gradient"], model.weight.grad) <= tolerances.FLOAT64

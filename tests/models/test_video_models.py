@@ -282,7 +282,7 @@ def test_bfloat16_autocast() -> None:
     torch.testing.assert_close(rough.loss, exact.loss, rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("checkpoint", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compiles_as_one_graph(checkpoint: bool) -> None:
     torch._dynamo.reset()
     x, y = frames()

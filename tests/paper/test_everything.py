@@ -1,30 +1,48 @@
 """`reproduce all`: its page, that parts which fail or lack data do not keep the others from being made, and stops."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import TINY
 
 from vjvcr_fast.cli import main
-from vjvcr_fast.paper import ReproduceError, everything
-from vjvcr_fast.paper.everything import PARTS, Part
+from vjvcr_fast.paper import ReproduceError, everything, figures
+from vjvcr_fast.paper.everything import PARTS, Made, Part
 
+ONE = ["--processes", "1"]  # at a time; several are those of tests/paper/test_side_by_side.py
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
 OF_DIGITS = tuple(part for part in PARTS if not part.files)
 LACKING = tuple(part for part in PARTS if part.files == "cater")
 
 
-def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def in_this_process(command: Sequence[str], log: Path) -> Made:
+    """In the place of `everything._run`."""
+    began = time.perf_counter()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file, contextlib.redirect_stdout(file):
+        assert main(command) == 0
+    return Made(*everything._spent(log, time.perf_counter() - began, 51.0), "")
+
+
+@pytest.mark.usefixtures("digits", "one_thread")
+@pytest.mark.parametrize("run", [in_this_process, pytest.param(everything._run, marks=pytest.mark.slow)])
+def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Any) -> None:
+    monkeypatch.setattr(everything, "_run", run)
+    for name in ("spectrum", "probes"):  # they take a second, and the page has them not
+        monkeypatch.setattr(figures, name, lambda *_: None)
     monkeypatch.setattr(everything, "PARTS", (OF_DIGITS[0], *LACKING))
     monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "all"
-    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *OPTIONS]) == 0
+    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *ONE, *OPTIONS]) == 0
     page = (out / "summary.md").read_text()
     assert "## Table 1, MovingMNIST, and figure 5" in page
     assert "| VJ-VCR with decoder | yes | yes | yes |" in page
@@ -40,7 +58,7 @@ def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert first["memory"] > 50
 
     began = (out / "mnist" / "vj-vcr-seed1" / "evaluation.json").stat().st_mtime_ns
-    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *OPTIONS]) == 0
+    assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *ONE, *OPTIONS]) == 0
     assert (out / "mnist" / "vj-vcr-seed1" / "evaluation.json").stat().st_mtime_ns == began
     assert json.loads((out / "mnist" / "cost.json").read_text())["table1"]["seconds"] > first["seconds"]
 

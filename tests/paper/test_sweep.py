@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from conftest import TINY
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import ConfigError
-from vjvcr_fast.paper import sweep
+from vjvcr_fast.paper import side_by_side, sweep
 
 FIELDS = json.dumps(TINY)  # JSON is YAML
 
@@ -81,7 +82,11 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argume
     assert main(["sweep", *arguments]) == 2
 
 
-def test_a_sweep_runs_fails_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("digits", "one_thread")
+def test_a_sweep_runs_fails_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_by_side, "_start", forked.start)
     text = "list: {a: {}, b: {model.hidden: 8}, none: {data.root: /there/is/none}}\nseeds: [0, 1]"
     file, out = written(tmp_path, text), tmp_path / "out"
     asked = ["sweep", str(file), "--out", str(out), "--processes", "3"]
@@ -105,6 +110,7 @@ def test_a_sweep_runs_fails_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFi
     assert all((out / name).stat().st_size > 0 for name in sweep.SWEEP_FILES)
 
 
+@pytest.mark.usefixtures("digits", "one_thread")
 def test_one_entry_alone(tmp_path: Path, tiny: Any) -> None:
     file = written(tmp_path, "seeds: [5, 6]\nmeasure: [psnr]")
     assert main(["sweep", str(file), "--out", str(tmp_path), "--entry", "1"]) == 0

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_evaluation import fail, image
+from test_evaluation import fail, image, stopped_at_the_third
 from tolerances import FLOAT32
 from torch import Tensor
 
@@ -165,8 +165,12 @@ def test_a_run_of_another_latent(tmp_path: Path, tiny_stochastic: Config) -> Non
 # -- Table 2 --------------------------------------------------------------------------------------------------------
 
 
-def test_table2(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table2_and_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a command that was stopped; the figure is of the table's runs."""
+    trained = stopped_at_the_third(monkeypatch, lambda: table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)))
     text = table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3))
+    runs = [f"{name}-seed{s}" for name in LATENTS for s in (0, 3)]
+    assert trained == [*runs[:2], "stopped", *runs[2:]]
     assert (tmp_path / "table2.md").read_text() == text
     assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {*table2.TABLE2_FILES}
     assert {f.name for f in tmp_path.iterdir() if f.is_dir()} == {f"{n}-seed{s}" for n in LATENTS for s in (0, 3)}
@@ -196,26 +200,22 @@ def test_table2(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.Mon
     monkeypatch.setattr(side_by_side, "train", fail)
     monkeypatch.setattr(latents, "extract_codes", fail)
     assert table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)) == text
+    check_figure3(tmp_path, tiny_stochastic, monkeypatch)
 
 
-def test_table2_goes_on_where_it_was_stopped(
-    tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained: list[str] = []
-
-    def counted(config: Config, run: Path, probe: Any) -> None:
-        if len(trained) == 2:
-            trained.append("stopped")
-            raise KeyboardInterrupt
-        trained.append(run.name)
-        train(config, run, probe)
-
-    monkeypatch.setattr(side_by_side, "train", counted)
-    with pytest.raises(KeyboardInterrupt):
-        table2.table2(tiny_stochastic, tmp_path, seeds=(0,))
-    table2.table2(tiny_stochastic, tmp_path, seeds=(0,))
-    runs = [f"{name}-seed0" for name in LATENTS]
-    assert trained == [*runs[:2], "stopped", *runs[2:]]
+def check_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = table2.figure3(tiny_stochastic, tmp_path, seeds=(0,))
+    assert (tmp_path / "figure3.md").read_text() == text
+    assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {*table2.TABLE2_FILES, *table2.FIGURE3_FILES}
+    image(tmp_path / "figure3.png")
+    numbers = json.loads((tmp_path / "figure3.json").read_text())
+    assert {*numbers["psnr"]} == {*LATENTS}
+    assert all(0 < db < 100 for db in numbers["psnr"].values())
+    for name, db in numbers["psnr"].items():
+        assert f"| {table2.title(tiny_stochastic, name)} | {db:.1f} |" in text
+        assert (tmp_path / f"{name}-seed0" / "decoder.pt").exists()
+    monkeypatch.setattr(evaluate, "F", None)  # no decoder is trained again
+    assert table2.figure3(tiny_stochastic, tmp_path, seeds=(0,)) == text
 
 
 @pytest.mark.parametrize("make", [table2.table2, table2.figure3])
@@ -234,23 +234,6 @@ def test_the_papers_numbers() -> None:
 
 
 # -- Figure 3 -------------------------------------------------------------------------------------------------------
-
-
-def test_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = table2.figure3(tiny_stochastic, tmp_path, seeds=(0,))
-    assert (tmp_path / "figure3.md").read_text() == text
-    assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {*table2.FIGURE3_FILES}
-    image(tmp_path / "figure3.png")
-    numbers = json.loads((tmp_path / "figure3.json").read_text())
-    assert {*numbers["psnr"]} == {*LATENTS}
-    assert all(0 < db < 100 for db in numbers["psnr"].values())
-    for name, db in numbers["psnr"].items():
-        assert f"| {table2.title(tiny_stochastic, name)} | {db:.1f} |" in text
-        assert (tmp_path / f"{name}-seed0" / "decoder.pt").exists()
-    monkeypatch.setattr(side_by_side, "train", fail)  # nor are the decoders trained again
-    monkeypatch.setattr(evaluate, "F", None)
-    assert table2.figure3(tiny_stochastic, tmp_path, seeds=(0,)) == text
-    monkeypatch.undo()
 
 
 def test_one_of_each_direction(tiny_stochastic: Config) -> None:

@@ -5,11 +5,13 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,31 @@ def probed(tiny: Config) -> Config:
     return override(tiny, {"train.probe_every": 1})
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Path]:
+    """The run of a config, never stopped, made once: to compare with, or to copy."""
+    made: dict[str, Path] = {}
+
+    def of(config: Config) -> Path:
+        key = config.to_json()
+        if key not in made:
+            run = tmp_path_factory.mktemp("whole")
+            train(config, run, Probe())
+            made[key] = run
+        return made[key]
+
+    return of
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]) -> Path:
+    """A copy of the run of `tiny`, whose last checkpoint is one file of two names, too."""
+    run = Path(shutil.copytree(whole(tiny), tmp_path / "trained"))
+    (run / "last.pt").unlink()
+    os.link(run / "checkpoints" / "step-00000012.pt", run / "last.pt")
+    return run
+
+
 # -- Learning -------------------------------------------------------------------------------------------------------
 
 
@@ -118,7 +145,7 @@ def test_what_a_run_writes(tmp_path: Path, tiny: Config, capsys: pytest.CaptureF
     assert "hidden=" in shown
 
 
-def test_the_same_config_gives_the_same_run(tmp_path: Path, tiny: Config) -> None:
+def test_the_same_config_gives_the_same_run(tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]) -> None:
     for name in ("a", "b"):
         torch.manual_seed(hash(name) % 1000)  # whatever the caller's random numbers are
         train(tiny, tmp_path / name)
@@ -127,12 +154,13 @@ def test_the_same_config_gives_the_same_run(tmp_path: Path, tiny: Config) -> Non
     assert metrics(tmp_path / "c") != metrics(tmp_path / "a")
 
 
-def test_logged_terms_are_means_since_the_last_line(tmp_path: Path, tiny: Config) -> None:
-    for every in (1, 5):
-        train(override(tiny, {"train.log_every": every}), tmp_path / str(every))
-    each = [*logged(tmp_path / "1", "loss").values()]
+def test_logged_terms_are_means_since_the_last_line(
+    tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]
+) -> None:
+    train(override(tiny, {"train.log_every": 1}), tmp_path)
+    each = [*logged(tmp_path, "loss").values()]
     means = [sum(part) / len(part) for part in (each[:5], each[5:10], each[10:])]
-    assert [*logged(tmp_path / "5", "loss").values()] == pytest.approx(means, rel=FLOAT32)
+    assert [*logged(whole(tiny), "loss").values()] == pytest.approx(means, rel=FLOAT32)
 
 
 def test_the_rate_is_that_of_training_alone(tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,11 +314,10 @@ def test_best_is_the_state_of_least_validation_loss(
     assert (last["step"], last["best"]) == (12, 1.0)
 
 
-def test_best_gives_its_validation_loss_again(tmp_path: Path, tiny: Config) -> None:
-    train(tiny, tmp_path)
-    config, model = load_run(tmp_path)
-    losses = logged(tmp_path, "validation_loss")
-    step = checkpoint.load(tmp_path / "best.pt")["step"]
+def test_best_gives_its_validation_loss_again(trained: Path, tiny: Config) -> None:
+    config, model = load_run(trained)
+    losses = logged(trained, "validation_loss")
+    step = checkpoint.load(trained / "best.pt")["step"]
     assert losses[step] == min(losses.values())
     _, held_out = build_data(config)
     assert not model.training
@@ -310,13 +337,12 @@ def test_validation_changes_nothing(tiny: Config) -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_probe_during_training(tmp_path: Path, tiny: Config) -> None:
+def test_probe_during_training(tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]) -> None:
     train(override(tiny, {"train.probe_every": 3}), tmp_path / "with", training_probe)
-    train(tiny, tmp_path / "without")
     assert [*logged(tmp_path / "with", "speed_mse")] == [3, 6, 9, 12]
     assert all(0 < mse < math.inf for mse in logged(tmp_path / "with", "speed_mse").values())
     rest = [row for row in metrics(tmp_path / "with") if "speed_mse" not in row]
-    assert rest == metrics(tmp_path / "without")  # looking changes nothing
+    assert rest == metrics(whole(tiny))  # looking changes nothing
 
 
 def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
@@ -344,11 +370,17 @@ def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
 # -- Stopping and going on ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder"])
-@pytest.mark.parametrize("step", [1, 5, 7, 8])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("step", "row", "number"),
+    [
+        (1, "vj-vcr-decoder", signal.SIGTERM),
+        (5, "vj-vcr", signal.SIGINT),
+        (7, "vj-vcr-decoder", signal.SIGINT),
+        (8, "vj-vcr", signal.SIGTERM),
+    ],
+)
 def test_stopped_and_resumed_is_never_stopped(
-    tmp_path: Path, probed: Config, row: str, step: int, number: signal.Signals
+    tmp_path: Path, probed: Config, whole: Callable[[Config], Path], row: str, step: int, number: signal.Signals
 ) -> None:
     """At a start, at a log line, in between (the sums go on) and at a validation."""
     config = override(probed, {"model.row": row})
@@ -359,12 +391,13 @@ def test_stopped_and_resumed_is_never_stopped(
     assert checkpoint.load(tmp_path / "stopped" / "last.pt")["step"] == step
     torch.rand(7)
     train(config, tmp_path / "stopped", Probe())
-    train(config, tmp_path / "whole", Probe())
-    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+    assert_same_run(tmp_path / "stopped", whole(config))
 
 
 @pytest.mark.parametrize("step", [3, 6, 11])
-def test_crashed_and_resumed_is_never_crashed(tmp_path: Path, probed: Config, step: int) -> None:
+def test_crashed_and_resumed_is_never_crashed(
+    tmp_path: Path, probed: Config, whole: Callable[[Config], Path], step: int
+) -> None:
     """From the last validation's checkpoint, or from the start; lines written after it are written anew."""
 
     def crash() -> None:
@@ -376,8 +409,7 @@ def test_crashed_and_resumed_is_never_crashed(tmp_path: Path, probed: Config, st
         train(probed, tmp_path / "crashed", Probe(step, crash))
     assert (tmp_path / "crashed" / "last.pt").exists() == (step > 4)
     train(probed, tmp_path / "crashed", Probe())
-    train(probed, tmp_path / "whole", Probe())
-    assert_same_run(tmp_path / "crashed", tmp_path / "whole")
+    assert_same_run(tmp_path / "crashed", whole(probed))
 
 
 def test_a_second_interrupt_interrupts_at_once(tmp_path: Path, probed: Config) -> None:
@@ -386,33 +418,30 @@ def test_a_second_interrupt_interrupts_at_once(tmp_path: Path, probed: Config) -
     assert checkpoint.load(tmp_path / "last.pt")["step"] == 4
 
 
-def test_a_finished_run_is_left_as_it_is(tmp_path: Path, tiny: Config) -> None:
-    train(tiny, tmp_path)
-    before = {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    train(tiny, tmp_path)
-    assert {file.name: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
+def test_a_finished_run_is_left_as_it_is(trained: Path, tiny: Config) -> None:
+    before = {file.name: file.read_bytes() for file in trained.rglob("*.*")}
+    train(tiny, trained)
+    assert {file.name: file.read_bytes() for file in trained.rglob("*.*")} == before
 
 
-def test_a_run_can_be_prolonged(tmp_path: Path, tiny: Config) -> None:
+def test_a_run_can_be_prolonged(tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]) -> None:
     train(override(tiny, {"train.steps": 8}), tmp_path / "more")
     train(tiny, tmp_path / "more")
-    train(tiny, tmp_path / "whole")
     assert checkpoint.load(tmp_path / "more" / "last.pt")["step"] == 12
     assert Config.load(tmp_path / "more" / "config.json") == tiny
-    assert logged(tmp_path / "more", "validation_loss") == logged(tmp_path / "whole", "validation_loss")
+    assert logged(tmp_path / "more", "validation_loss") == logged(whole(tiny), "validation_loss")
 
 
-def test_going_on_with_another_config_is_refused(tmp_path: Path, tiny: Config) -> None:
-    train(tiny, tmp_path)
-    before = (tmp_path / "config.json").read_text()
+def test_going_on_with_another_config_is_refused(trained: Path, tiny: Config) -> None:
+    before = (trained / "config.json").read_text()
     other = override(tiny, {"train.lr": 0.5, "model.row": "generative", "evaluate.probe_epochs": 9})
     with pytest.raises(ConfigError) as error:
-        train(other, tmp_path)
+        train(other, trained)
     changes = "model.row vj-vcr -> generative, train.lr 0.001 -> 0.5"
-    assert str(error.value) == f"{tmp_path} holds a run of another config ({changes}); choose another --out"
-    assert (tmp_path / "config.json").read_text() == before
-    train(override(tiny, {"evaluate.probe_epochs": 9, "train.tensorboard": False, "train.steps": 13}), tmp_path)
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 13
+    assert str(error.value) == f"{trained} holds a run of another config ({changes}); choose another --out"
+    assert (trained / "config.json").read_text() == before
+    train(override(tiny, {"evaluate.probe_epochs": 9, "train.tensorboard": False, "train.steps": 13}), trained)
+    assert checkpoint.load(trained / "last.pt")["step"] == 13
 
 
 def test_a_run_without_a_checkpoint_binds_nobody(tmp_path: Path, tiny: Config) -> None:
@@ -423,53 +452,51 @@ def test_a_run_without_a_checkpoint_binds_nobody(tmp_path: Path, tiny: Config) -
 
 
 def test_going_on_with_other_digits_is_refused(
-    tmp_path: Path, tiny: Config, digits: Digits, monkeypatch: pytest.MonkeyPatch
+    trained: Path, tiny: Config, digits: Digits, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train(tiny, tmp_path)
     longer = override(tiny, {"train.steps": 13, "data.root": "moved"})
     with monkeypatch.context() as patch:
         other = dataclasses.replace(digits, images=digits.images.flip(1), source="MNIST t10k")
         patch.setattr(build, "load_digits", lambda *_, **__: other)
-        for goes_on in (lambda: train(longer, tmp_path), lambda: evaluate_run(tmp_path)):
+        for goes_on in (lambda: train(longer, trained), lambda: evaluate_run(trained)):
             with pytest.raises(ConfigError) as error:
                 goes_on()
-            message = f"{tmp_path} was trained on blobs: 40 digits; here are MNIST t10k: set --data.root or VJVCR_DATA"
+            message = f"{trained} was trained on blobs: 40 digits; here are MNIST t10k: set --data.root or VJVCR_DATA"
             assert str(error.value).startswith(message)
-    train(longer, tmp_path)  # the same ones may lie elsewhere
-    assert checkpoint.load(tmp_path / "last.pt")["step"] == 13
+    train(longer, trained)  # the same ones may lie elsewhere
+    assert checkpoint.load(trained / "last.pt")["step"] == 13
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, tiny: Config, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_passed_over(
+    trained: Path, tiny: Config, whole: Callable[[Config], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     """What went on from the one before it is the same run."""
-    train(tiny, tmp_path / "damaged")
-    train(tiny, tmp_path / "whole")
-    last = tmp_path / "damaged" / "last.pt"
+    last = trained / "last.pt"
     content = last.read_bytes()
     at = content.index(checkpoint.load(last)["model"]["predictor.layers.0.weight"].numpy().tobytes()) + 3
     last.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])  # one bit of one weight
     capsys.readouterr()
-    train(tiny, tmp_path / "damaged")
-    earlier = tmp_path / "damaged" / "checkpoints" / "step-00000008.pt"
+    train(tiny, trained)
+    earlier = trained / "checkpoints" / "step-00000008.pt"
     said = [line for line in capsys.readouterr().err.splitlines() if "damaged" in line]
     assert said[0].startswith(f"{last}: damaged: its content is not what was written, by its checksum; going on from ")
     assert said[-1].endswith(f"going on from {earlier}")
-    assert_same_run(tmp_path / "damaged", tmp_path / "whole")
+    assert_same_run(trained, whole(tiny))
 
 
-def test_damaged_checkpoints_stop_a_resume(tmp_path: Path, tiny: Config) -> None:
-    train(tiny, tmp_path)
-    file = tmp_path / "last.pt"
-    whole, metrics_before = file.read_bytes(), (tmp_path / "metrics.jsonl").read_text()
-    for one in (file, *(tmp_path / "checkpoints").iterdir()):
+def test_damaged_checkpoints_stop_a_resume(trained: Path, tiny: Config) -> None:
+    file = trained / "last.pt"
+    whole, metrics_before = file.read_bytes(), (trained / "metrics.jsonl").read_text()
+    for one in (file, *(trained / "checkpoints").iterdir()):
         one.unlink()
         one.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(CheckpointError, match=f"^{file}: damaged"):
-        train(tiny, tmp_path)
+        train(tiny, trained)
     other = build_model(override(tiny, {"model.hidden": 8}), CPU)
     checkpoint.save(file, {"model": other.state_dict(), "step": 4})
     with pytest.raises(CheckpointError, match=f"^{file}: its model is not this run's"):
-        train(tiny, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_text() == metrics_before
+        train(tiny, trained)
+    assert (trained / "metrics.jsonl").read_text() == metrics_before
 
 
 def test_training_works_outside_the_main_thread(tmp_path: Path, tiny: Config) -> None:
@@ -544,17 +571,14 @@ def test_a_learning_rate_far_too_large(tmp_path: Path, tiny: Config) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_process_stopped_by_a_signal(
-    tmp_path: Path, tiny_options: list[str], number: signal.Signals, embedded_digits: None
-) -> None:
+def test_a_process_stopped_by_a_signal(tmp_path: Path, tiny_options: list[str], embedded_digits: None) -> None:
     run, whole = tmp_path / "run", tmp_path / "whole"
     command = [sys.executable, "-m", "vjvcr_fast", "train", *tiny_options, "--out", str(run), "--steps", "1000000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT) as process:
         while process.poll() is None and len(metrics(run)) < 3:
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)
         shown = process.stderr.read() if process.stderr else ""
     step = checkpoint.load(run / "last.pt")["step"]
     assert process.returncode == REQUEUE, shown

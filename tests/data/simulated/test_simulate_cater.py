@@ -1,18 +1,19 @@
 """Simulated videos in CATER's format: what moves, what is written, and that a stopped run is completed."""
 
+import contextlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
 
 import pytest
 import torch
+from videos import drawing, quick_workers
 
 from vjvcr_fast.data.cater import CLASSES, load_split, read_list
 from vjvcr_fast.data.simulated import clevrer as simulate
@@ -28,14 +29,13 @@ SMALL = {"size": (64, 48), "frames": 24}
 @pytest.fixture(scope="module")
 def drawable() -> None:
     pytest.importorskip("mujoco", reason="the extra simulate is not installed")
-    try:
-        simulate.gl_backend()
-    except RuntimeError as error:
-        pytest.skip(str(error))
+    if drawing()[1]:
+        pytest.skip(drawing()[1])
 
 
 @pytest.fixture(scope="module")
 def made(drawable: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four videos, made by one spawned process without interruption."""
     out = tmp_path_factory.mktemp("cater")
     simulate_cater(out, 4, seed=3, processes=1, **SMALL)
     return out
@@ -214,7 +214,7 @@ def test_every_frame_is_a_keyframe(made: Path) -> None:
 def test_rotations_are_seen(drawable: None) -> None:
     """In a process of its own: mujoco may be imported here already, and then takes no other MUJOCO_GL."""
     shapes = [shape for shape, actions in ACTIONS.items() if "_rotate" in actions]
-    assert list(simulate.in_parallel(watch_rotation, shapes, 1, {"MUJOCO_GL": simulate.gl_backend()})) == shapes
+    assert list(simulate.in_parallel(watch_rotation, shapes, 1, {"MUJOCO_GL": drawing()[0]})) == shapes
 
 
 def watch_rotation(shape: str) -> None:
@@ -244,35 +244,36 @@ def test_pictures_change_where_something_acts(made: Path) -> None:
 
 
 def test_processes_and_order_change_nothing(made: Path, tmp_path: Path) -> None:
-    simulate_cater(tmp_path, 2, seed=3, processes=1, **SMALL)
-    simulate_cater(tmp_path, 4, seed=3, processes=2, **SMALL)
+    with quick_workers():
+        simulate_cater(tmp_path, 2, seed=3, processes=1, **SMALL)
+        simulate_cater(tmp_path, 4, seed=3, processes=2, **SMALL)
     assert content(tmp_path) == content(made)
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-from vjvcr_fast.data.simulated.cater import simulate_cater
-if __name__ == "__main__":
-    simulate_cater(Path(sys.argv[1]), 4, seed=3, processes=1, size=(64, 48), frames=24)
-"""
+def simulation(out: Path) -> None:
+    """A program in a process group of its own."""
+    os.setsid()
+    with quick_workers("fork"):
+        simulate_cater(out, 4, seed=3, processes=1, **SMALL)
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Signals) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, str(script), str(out)], stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
-    while not scene_path(out, 0).exists() and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(how)
-    process.communicate(timeout=60)
-    time.sleep(0.5)  # a worker whose parent was killed ends after its video
-    if how == signal.SIGINT:
-        assert read_list(out / "lists" / "actions_present" / "train.txt")
-    simulate_cater(out, 4, seed=3, processes=1, **SMALL)
+    with quick_workers():
+        process = multiprocessing.get_context("").Process(target=simulation, args=(out,))
+        process.start()
+        deadline = time.monotonic() + 60
+        while not scene_path(out, 0).exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert process.pid is not None
+        os.kill(process.pid, how)
+        process.join(60)
+        if how == signal.SIGINT:
+            assert read_list(out / "lists" / "actions_present" / "train.txt")
+        with contextlib.suppress(ProcessLookupError):  # a forked worker does not see its parent die
+            os.killpg(process.pid, signal.SIGKILL)
+        simulate_cater(out, 4, seed=3, processes=1, **SMALL)
     assert content(out) == content(made)
 
 

@@ -1,0 +1,109 @@
+"""Runs of a table in several processes at a time: the numbers of one, what is finished is kept, what fails is named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import forked
+import pytest
+from conftest import TINY
+
+from vjvcr_fast.cli import main
+from vjvcr_fast.models.energy import ROWS
+from vjvcr_fast.paper import figures, side_by_side
+from vjvcr_fast.paper import table1 as paper
+from vjvcr_fast.paper.side_by_side import Job
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+OPTIONS = ["--preset", "moving-mnist-mini", *(f"--{name}={value}" for name, value in TINY.items())]
+RUNS = [f"{row}-seed0" for row in ROWS]
+
+
+def table(out: Path, processes: int) -> list[str]:
+    return ["reproduce", "table1", "--out", str(out), "--processes", str(processes), *OPTIONS]
+
+
+def evaluations(out: Path) -> dict[str, dict[str, Any]]:
+    """Of the runs that have one, without times and what depends on them."""
+    found = {name: out / name / "evaluation.json" for name in RUNS}
+    read = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
+    times = ("train_seconds", "evaluate_seconds", "best")
+    return {name: {k: v for k, v in of.items() if k not in times} for name, of in read.items()}
+
+
+def never(*_: Any, **__: Any) -> Any:
+    raise AssertionError("there is nothing left to do")
+
+
+@pytest.mark.usefixtures("digits")
+def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """One of four runs fails: it is named, the others are finished and kept, and are those of a single process."""
+    for owner, name in ((paper, "figure5"), (figures, "curves"), (figures, "spectrum"), (figures, "probes")):
+        monkeypatch.setattr(owner, name, lambda *_: None)  # two seconds each time
+    out = tmp_path / "two"
+    started: list[str] = []
+
+    def start(job: Job, at_once: int) -> forked.Started:
+        started.append(job.name)
+        wrong = ("--data.root", "/there/is/none") if job.name == RUNS[1] else ()
+        return forked.Started((*job.arguments, *wrong), job.log)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "_start", start)
+        assert main(table(out, 2)) == 1
+    shown = capsys.readouterr()
+    log = out / RUNS[1] / "run.log"
+    assert f"1 of 4 runs failed: {log}: /there/is/none" in shown.err
+    assert f"{RUNS[1]} failed: /there/is/none" in shown.err
+    assert started == RUNS
+    done = evaluations(out)
+    assert [*done] == [RUNS[0], *RUNS[2:]]
+    printed = shown.out.splitlines()
+    assert sum(line.startswith("| model |") for line in printed) == 1
+    assert sum(line.startswith(f"| {terms.title} |") for terms in ROWS.values() for line in printed) == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(side_by_side, "_start", never)  # a single run needs no process of its own
+        assert main(table(out, 2)) == 0
+        assert {name: evaluations(out)[name] for name in done} == done
+        patch.setattr(side_by_side, "train", never)
+        capsys.readouterr()
+        assert main(table(out, 2)) == 0
+        assert "| model |" in capsys.readouterr().out
+    assert main(table(tmp_path / "one", 1)) == 0
+    assert evaluations(tmp_path / "one") == evaluations(out)
+
+
+def test_a_process_of_a_run(tmp_path: Path) -> None:
+    """In a session of its own, with its share of the cores; what it says is in its log."""
+    job = Job("it", tmp_path, 1, ("info",), tmp_path / "new" / "run.log")
+    process = side_by_side._start(job, 1000)
+    assert os.getsid(process.pid) == process.pid
+    assert process.wait(60) == 0
+    assert ", 1 threads" in job.log.read_text()
+
+
+@pytest.mark.slow
+def test_as_a_command(tmp_path: Path) -> None:
+    """With real processes: SIGTERM leaves checkpoints and code 75, the same command goes on, to the numbers of one."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    long = ["--train.steps=400", "--train.validate_every=200"]
+    command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    first, began = tmp_path / "two" / RUNS[0], time.monotonic()
+    while not (first / "metrics.jsonl").exists() and time.monotonic() - began < 120:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, error
+    assert "the same command goes on" in error
+    assert (first / "last.pt").exists()
+    assert "stopped at step" in (first / "run.log").read_text()
+    assert subprocess.run(command, env=environment, timeout=300).returncode == 0
+    assert main([*table(tmp_path / "one", 1), *long]) == 0
+    assert evaluations(tmp_path / "two") == evaluations(tmp_path / "one")
