@@ -157,7 +157,9 @@ class TestCompiled:
     def fresh(self):
         torch._dynamo.reset()
 
-    @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize(
+        "backend", ["aot_eager_decomp_partition", pytest.param("inductor", marks=pytest.mark.slow)]
+    )
     @pytest.mark.parametrize("form", ["auto", "covariance"])
     def test_whole_graph(self, form, backend):
         """The first of the backends is all that inductor does but for its C++ compiler, which takes half a minute."""
