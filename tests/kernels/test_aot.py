@@ -162,13 +162,19 @@ def test_the_command_on_one_of_each(
         assert any(words in line for line in aot.violations([row._replace(**broken)], [90])), words
 
 
-def test_what_does_not_compile_is_told(one_of_each: dict[str, aot.Job], monkeypatch: pytest.MonkeyPatch) -> None:
-    job = one_of_each["moments.scale"]
-
+def test_what_does_not_compile_is_told(
+    one_of_each: dict[str, aot.Job], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     def fails(job: aot.Job) -> aot.Row:
         raise ValueError("no such instruction")
 
-    monkeypatch.setattr(aot, "_jobs", [job])
+    monkeypatch.setattr(aot, "distinct", lambda jobs: [one_of_each["moments.scale"]] * 50)
     monkeypatch.setattr(aot, "compiled", fails)
-    assert str(aot._run(0)).startswith("does not compile: _scale")
-    assert str(aot._run(0)).endswith("sm_90: no such instruction")
+    monkeypatch.setattr(sys, "argv", ["aot", "--archs", "90", "--jobs", "1"])
+    assert aot.main() == 1
+    said = capfd.readouterr()
+    assert said.out.startswith("50 of 50, ")
+    told = [line for line in said.err.splitlines() if not line.startswith("never compiled: ")]
+    assert len(told) == 50
+    assert told[0].startswith("does not compile: _scale")
+    assert told[0].endswith("sm_90: no such instruction")

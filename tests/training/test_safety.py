@@ -89,8 +89,8 @@ def test_killed_twice(tmp_path: Path, flushed: None) -> None:
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path: Path, flushed: None) -> None:
-    survives(tmp_path, 20, model__row="vj-vcr-decoder")
+def test_killed_eight_times(tmp_path: Path, flushed: None) -> None:
+    survives(tmp_path, 8, model__row="vj-vcr-decoder")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

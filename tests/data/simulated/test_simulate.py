@@ -367,6 +367,7 @@ def test_processes_and_number_change_nothing(made: Path, tmp_path: Path) -> None
 def simulation(out: Path, videos: int, errors: Path, workers: str) -> None:
     """A program in a process group of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs behind it ignore Ctrl-C
     with errors.open("wb") as file:
         os.dup2(file.fileno(), 2)
     multiprocessing.set_forkserver_preload(["vjvcr_fast.data.simulated.clevrer"])  # this program's own server, if any

@@ -253,6 +253,7 @@ def test_processes_and_order_change_nothing(made: Path, tmp_path: Path) -> None:
 def simulation(out: Path) -> None:
     """A program in a process group of its own."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs behind it ignore Ctrl-C
     with quick_workers("fork"):
         simulate_cater(out, 4, seed=3, processes=1, **SMALL)
 
