@@ -26,12 +26,12 @@ LIMIT, WHOLE_LIMIT = 600.0, 3600.0  # seconds for a fault's own tests, and for a
 
 # Area, file and tests, the most likely first; then pairs of what is there once and what takes its place.
 TEXT = """
-losses vjvcr_fast/losses/vcr.py test_vicreg test_fuzz_losses
+losses vjvcr_fast/losses/vicreg.py test_vicreg test_fuzz_losses
 - nu /= max(d - 1, 1)
 + nu /= d - 1
 - a, b = (z.to(analytic.compute_dtype(z)) for z in (z_a, z_b))
 + a, b = z_a, z_b
-losses vjvcr_fast/losses/vcr.py test_distributed test_vicreg
+losses vjvcr_fast/losses/vicreg.py test_distributed test_vicreg
 - count = z_a.numel() // len(z_a) * found.total
 + count = z_a.numel() * found.world
 losses vjvcr_fast/losses/vcr.py test_losses test_losses_interfaces test_fuzz_losses
@@ -40,8 +40,8 @@ losses vjvcr_fast/losses/vcr.py test_losses test_losses_interfaces test_fuzz_los
 losses vjvcr_fast/losses/vcr.py test_losses_interfaces test_fuzz_losses
 - (0 * h * h).sum(
 + (h * h * 0).sum(
-- def _as_slices(h: Representations, least: int = 2)
-+ def _as_slices(h: Representations, least: int = 1)
+- def as_slices(h: Representations, least: int = 2)
++ def as_slices(h: Representations, least: int = 1)
 analytic vjvcr_fast/losses/analytic.py test_losses test_fuzz_losses test_losses_interfaces
 - return (squares / (n - 1) + settings.eps).sqrt()
 + return (squares / n + settings.eps).sqrt()
@@ -73,11 +73,13 @@ latents vjvcr_fast/latents/descent.py test_latents test_fuzz_latents test_operat
 + taken = accepted
 - torch.where(v * x > 0, v, 0)
 + torch.where(v * x >= 0, v, 0)
+latents vjvcr_fast/latents/energies.py test_latents test_fuzz_latents test_operators
 - torch.linalg.vecdot(gradient - self.r, change)
 + torch.linalg.vecdot(gradient, change)
+latents vjvcr_fast/latents/kinds.py test_latents test_fuzz_latents test_operators
 - least, index = torch.where(finite, each, torch.inf).min(dim=1)
 + least, index = each.min(dim=1)
-latents vjvcr_fast/latents/descent.py test_latents test_latent_training
+latents vjvcr_fast/latents/kinds.py test_latents test_latent_training
 - module.training = training
 + module.training = True
 csrc csrc/latent_math.h test_operators test_fuzz_latents test_latents
@@ -169,11 +171,16 @@ def parsed(text: str) -> list[Fault]:
         area, file, *tests = head.split()
         for old, new in re.findall(r"((?:- .*\n)+)((?:\+ .*\n)+)", pairs):
             replaced, by = ("\n".join(line[2:] for line in part.splitlines()) for part in (old, new))
-            found.append(Fault(area, file, replaced, by, tuple(f"tests/{name}.py" for name in tests)))
+            found.append(Fault(area, file, replaced, by, tuple(tests)))
     return found
 
 
 FAULTS = parsed(TEXT)
+
+
+def located(root: Path, names: tuple[str, ...]) -> list[str]:
+    """Files of tests by their names, relative to root; those that are there."""
+    return [str(path.relative_to(root)) for name in names for path in sorted((root / "tests").rglob(f"{name}.py"))]
 
 
 class Result(NamedTuple):
@@ -342,8 +349,8 @@ class Copy:
             if code != 0:
                 raise TroubleError(f"does not build: {_last(said)}")
         end = time.monotonic() + LIMIT
-        for name in fault.tests:
-            if (self.root / name).exists() and (by := self.failing(fault, [name], end - time.monotonic())):
+        for name in located(self.root, fault.tests):
+            if by := self.failing(fault, [name], end - time.monotonic()):
                 return "caught", by
         if whole is not None and (by := self.failing(fault, whole, WHOLE_LIMIT)):
             return "whole", by
@@ -403,7 +410,7 @@ def shown(fault: Fault) -> str:
 def listed(faults: list[Fault], checkout: Path) -> int:
     wrong = 0
     for fault in faults:
-        said = " ".join(name if (checkout / name).exists() else f"({name}: not there)" for name in fault.tests)
+        said = " ".join(located(checkout, fault.tests))
         try:
             changed(fault, checkout)
         except TroubleError as error:

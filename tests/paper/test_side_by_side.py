@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,31 @@ def test_a_process_of_a_run(tmp_path: Path) -> None:
     assert os.getsid(process.pid) == process.pid
     assert process.wait(60) == 0
     assert ", 1 threads" in job.log.read_text()
+
+
+@pytest.mark.usefixtures("digits")
+def test_a_stop_reaches_every_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """SIGTERM: the two that run write checkpoints and say where they are; the others do not start."""
+    monkeypatch.setattr(side_by_side, "_start", forked.start)
+    logs = [tmp_path / name / "metrics.jsonl" for name in RUNS[:2]]
+
+    def stop() -> None:
+        end = time.monotonic() + 60
+        while not all(log.exists() for log in logs) and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    assert main([*table(tmp_path, 2), "--train.steps=100000", "--train.validate_every=50000"]) == 75
+    thread.join()
+    assert "the same command goes on" in capsys.readouterr().err
+    for log in logs:
+        assert (log.parent / "last.pt").exists()
+        assert "stopped at step" in (log.parent / "run.log").read_text()
+    assert not (tmp_path / RUNS[2] / "last.pt").exists()
 
 
 @pytest.mark.slow

@@ -287,7 +287,10 @@ def test_a_partial_cache_is_completed_by_decoding(sources: list[Source], tmp_pat
     assert FrameCache(tmp_path, SIZE).serving(sources, torch.device("cpu")).complete
 
 
-def test_processes_fill_the_same_cache(sources: list[Source], tmp_path: Path, pool: Pool) -> None:
+def test_processes_fill_the_same_cache(
+    sources: list[Source], tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "SYNC_SECONDS", 0.0)
     for name, with_pool in (("a", pool), ("b", Pool(0))):
         fill(sources, tmp_path / name, SIZE, "auto", with_pool)
     assert (tmp_path / "a" / "frames.u8").read_bytes() == (tmp_path / "b" / "frames.u8").read_bytes()
