@@ -14,7 +14,7 @@ from vjvcr_fast.evaluation.evaluate import kept
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.paper import ReproduceError
 from vjvcr_fast.training.build import build_data
-from vjvcr_fast.training.checkpoint import exists, load_last, read_metrics
+from vjvcr_fast.training.checkpoint import CheckpointError, exists, load_last, read_metrics
 from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop, claim, train
 
 Rows = dict[str, list[dict[str, Any]]]  # name -> the evaluations of its runs
@@ -126,6 +126,14 @@ def _complete(config: Config, run: Path) -> bool:
         raise ConfigError(f"{run} has {trained} steps, train.steps={config.train.steps}; choose another --out")
     claim(run, config)
     return trained == config.train.steps
+
+
+def is_finished(config: Config, run: Path, evaluation: Evaluation) -> bool:
+    """Whether a run is trained and evaluated under this config; False where that cannot be told."""
+    try:
+        return _complete(config, run) and kept(run, config, evaluation.file) is not None
+    except (ConfigError, CheckpointError):
+        return False
 
 
 Show = Callable[[str], None]

@@ -28,7 +28,15 @@ from vjvcr_fast.config import Config, ConfigError, override, parse, preset
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.paper import SweepError, figures
 from vjvcr_fast.paper.actions import ACTIONS
-from vjvcr_fast.paper.side_by_side import Evaluation, Job, finish_run, processes_for, run_jobs, train_run
+from vjvcr_fast.paper.side_by_side import (
+    Evaluation,
+    Job,
+    finish_run,
+    is_finished,
+    processes_for,
+    run_jobs,
+    train_run,
+)
 from vjvcr_fast.paper.table1 import TABLE1, about, machine, named_seeds, spread
 from vjvcr_fast.paper.table2 import TABLE2
 from vjvcr_fast.training.build import fill_cache
@@ -173,7 +181,11 @@ def run_all(file: Path, out: Path, processes: str = "auto") -> str:
     at_once = processes_for(processes, sweep.base)
     if sweep.base.data.dataset != "moving-mnist" and sweep.base.data.cache != "off":
         fill_cache(sweep.base)
-    jobs = [_job(file, number, entry, out) for number, entry in enumerate(sweep.entries)]
+    jobs = [
+        _job(file, number, entry, out)
+        for number, entry in enumerate(sweep.entries)
+        if not is_finished(entry.config, out / entry.folder, evaluation_of(entry.config))
+    ]
     failed = run_jobs(jobs, at_once, finished=lambda job, show: None)
     text = summarise(sweep, out)
     if failed:
