@@ -25,6 +25,13 @@ SHARDS = {2: {"even": (4, 4), "uneven": (6, 2), "one": (1, 4)}, 4: {"even": (2, 
 # (T of each tensor, d): T below and above the number of processes, d as well.
 SHAPES = {"long": ([7], 5), "sequence": ([3, 6], 9), "one step": ([1], 11), "few features": ([5], 1), "two": ([2], 3)}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtypes(world: int) -> dict[str, torch.dtype]:
+    """Rounding does not depend on the number of processes: with more than two, float64 alone."""
+    return DTYPES if world == 2 else {"float64": torch.float64}
+
+
 LIMITS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": tolerances.BFLOAT16}  # the first two are the issue's
 
 
@@ -66,7 +73,7 @@ def _vcr_of(rank: int, world: int) -> dict[str, Any]:
     found = {}
     for shards, samples in SHARDS[world].items():
         for shape, (steps, d) in SHAPES.items():
-            for name, dtype in DTYPES.items():
+            for name, dtype in dtypes(world).items():
                 for route in ROUTES:
                     model, x = shared(d, dtype), frames(sum(samples), steps, dtype)
                     hs = [model(mine(part, samples, rank)) for part in x]
@@ -87,9 +94,10 @@ def vcr_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("world", "shards"), [(w, s) for w in WORLDS for s in SHARDS[w]])
+@pytest.mark.parametrize(
+    ("world", "shards", "dtype"), [(w, s, t) for w in WORLDS for s in SHARDS[w] for t in dtypes(w)]
+)
 def test_loss_and_gradient_are_those_of_one_process(
     vcr_of: Any, world: int, shards: str, shape: str, dtype: str, route: str
 ) -> None:

