@@ -158,7 +158,7 @@ EXTREME = st.one_of(st.integers(-3, 3), st.integers(-30, 30))
 
 @fuzz(
     150,
-    2500,
+    625,
     problem=problems(EXTREME),
     dtype=DTYPES,
     seed=SEEDS,
@@ -200,7 +200,7 @@ def test_never_above_the_start(
 USUAL, FEW = st.integers(-1, 1), st.integers(1, 8)
 
 
-@fuzz(80, 1000, problem=problems(USUAL), seed=SEEDS, operators=ROUTES, data=st.data())
+@fuzz(80, 250, problem=problems(USUAL), seed=SEEDS, operators=ROUTES, data=st.data())
 def test_samples_do_not_see_each_other(problem: Problem, seed: int, operators: bool, data: st.DataObject) -> None:
     """Not in a part of the batch, and not beside samples without a number among their data."""
     latent = data.draw(latents(problem.m, FEW, USUAL).filter(lambda latent: not latent.check))
@@ -222,7 +222,7 @@ def test_samples_do_not_see_each_other(problem: Problem, seed: int, operators: b
 
 @fuzz(
     60,
-    1000,
+    250,
     problem=problems(USUAL),
     seed=SEEDS,
     operators=ROUTES,
@@ -251,7 +251,7 @@ def test_an_energy_that_is_not_finite(
 # -- One of k -------------------------------------------------------------------------------------------------------
 
 
-@fuzz(60, 1000, n=st.integers(1, 5), k=st.integers(2, 6), dtype=DTYPES, check=st.booleans(), data=st.data())
+@fuzz(60, 250, n=st.integers(1, 5), k=st.integers(2, 6), dtype=DTYPES, check=st.booleans(), data=st.data())
 def test_the_least_of_k(n: int, k: int, dtype: torch.dtype, check: bool, data: st.DataObject) -> None:
     """The first of equals; what is not finite never wins, unless nothing is."""
     numbers = st.one_of(st.sampled_from((0.0, -0.0, 1.0, 1e30, -1e30)), st.floats(width=32))
@@ -272,7 +272,7 @@ def test_the_least_of_k(n: int, k: int, dtype: torch.dtype, check: bool, data: s
 # -- What surrounds it ----------------------------------------------------------------------------------------------
 
 
-@fuzz(30, 300, seed=SEEDS, sparse=st.booleans(), operators=ROUTES)
+@fuzz(30, 75, seed=SEEDS, sparse=st.booleans(), operators=ROUTES)
 def test_parameters_stay_as_they_are(seed: int, sparse: bool, operators: bool) -> None:
     torch.manual_seed(seed)
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
@@ -289,7 +289,7 @@ def test_parameters_stay_as_they_are(seed: int, sparse: bool, operators: bool) -
 NUMBERS = st.one_of(st.integers(-2, 3), st.floats(), st.sampled_from((1e-30, 0.5, 1e30)))
 
 
-@fuzz(100, 2000, dim=st.integers(-1, 2), weight=NUMBERS, steps=st.integers(-1, 3), lr=NUMBERS, tolerance=NUMBERS)
+@fuzz(100, 500, dim=st.integers(-1, 2), weight=NUMBERS, steps=st.integers(-1, 3), lr=NUMBERS, tolerance=NUMBERS)
 def test_settings(dim: int, weight: float, steps: int, lr: float, tolerance: float) -> None:
     """A latent that can be made works; else its error names the setting."""
     make = lambda: SparseLatent(dim, weight, steps, lr=lr, tolerance=tolerance, check=False)  # noqa: E731

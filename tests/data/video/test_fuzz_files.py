@@ -87,14 +87,14 @@ def decoded_or_refused(pool: workers.Pool, path: Path, content: bytes, backend: 
 
 
 @pytest.mark.parametrize("backend", ["auto", "decord", "torchcodec"])
-@fuzz(60, 1000, kind=st.sampled_from(KINDS), data=DRAWN)
+@fuzz(60, 250, kind=st.sampled_from(KINDS), data=DRAWN)
 def test_videos(whole: Any, pool: workers.Pool, tmp_path: Path, backend: str, kind: str, data: st.DataObject) -> None:
     pytest.importorskip({"auto": "decord"}.get(backend, backend))
     content, suffix = whole(kind)
     decoded_or_refused(pool, tmp_path / f"video{suffix}", data.draw(or_noise(content)), backend)
 
 
-@fuzz(6, 60, kind=st.sampled_from(FOR_DALI), data=DRAWN)
+@fuzz(6, 15, kind=st.sampled_from(FOR_DALI), data=DRAWN)
 def test_videos_for_dali(whole: Any, pool: workers.Pool, tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """Its own crashes, at some damaged files, are errors of the process that it runs in."""
     pytest.importorskip("nvidia.dali")
@@ -138,7 +138,7 @@ def test_what_decord_alone_cannot_open_is_left_to_torchcodec(whole: Any, tmp_pat
 ANNOTATION = clevrer_files.annotation(torch.tensor([[True, False], [True, True], [False, True]]), torch.ones(3, 2, 3))
 
 
-@fuzz(150, 3000, content=st.one_of(JSON.map(text_of), changed(ANNOTATION).map(text_of), or_noise(text_of(ANNOTATION))))
+@fuzz(150, 750, content=st.one_of(JSON.map(text_of), changed(ANNOTATION).map(text_of), or_noise(text_of(ANNOTATION))))
 def test_clevrer_annotations(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "annotation_00000.json"
     path.write_bytes(content)
@@ -173,7 +173,7 @@ def test_values_that_are_no_annotations(tmp_path: Path, field: str, value: Any, 
 SCENE = cater_files.SCENE
 
 
-@fuzz(150, 3000, content=st.one_of(JSON.map(text_of), changed(SCENE).map(text_of), or_noise(text_of(SCENE))))
+@fuzz(150, 750, content=st.one_of(JSON.map(text_of), changed(SCENE).map(text_of), or_noise(text_of(SCENE))))
 def test_cater_scenes(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "CLEVR_new_000000.json"
     path.write_bytes(content)
@@ -185,7 +185,7 @@ LINE = st.one_of(st.text("a.v, 0139-٣\n\r\x85\0/", max_size=12), st.just("a.avi
 LINES = st.lists(LINE, max_size=4).map(lambda lines: "\n".join(lines).encode())
 
 
-@fuzz(100, 3000, content=st.one_of(LINES, or_noise(b"a.avi 0,3,7\n\nb.avi\nc.avi 13,\n")))
+@fuzz(100, 750, content=st.one_of(LINES, or_noise(b"a.avi 0,3,7\n\nb.avi\nc.avi 13,\n")))
 def test_cater_lists(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "train.txt"
     path.write_bytes(content)
@@ -226,7 +226,7 @@ def small_mnist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "MD5", sums)
 
 
-@fuzz(100, 3000, victim=st.sampled_from(NAMES), zipped=st.booleans(), data=DRAWN)
+@fuzz(100, 750, victim=st.sampled_from(NAMES), zipped=st.booleans(), data=DRAWN)
 def test_digits(small_mnist: None, tmp_path: Path, victim: str, zipped: bool, data: st.DataObject) -> None:
     right = {name: gzip.compress(content, mtime=0) if zipped else content for name, content in PLAIN.items()}
     for name, content in right.items():
@@ -260,7 +260,7 @@ GROUPS = st.dictionaries(
 
 @fuzz(
     200,
-    3000,
+    750,
     content=st.one_of(JSON.map(text_of), GROUPS.map(text_of), changed(CONFIG).map(text_of), or_noise(text_of(CONFIG))),
 )
 def test_configs(tmp_path: Path, content: bytes) -> None:
@@ -293,7 +293,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, dict[str, An
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-@fuzz(200, 3000, data=DRAWN)
+@fuzz(200, 750, data=DRAWN)
 def test_checkpoints(saved: tuple[bytes, dict[str, Any]], tmp_path: Path, data: st.DataObject) -> None:
     """What loads is what was saved: torch checks the sums of what it reads."""
     content, right = saved
@@ -311,7 +311,7 @@ METRICS = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 @fuzz(
     100,
-    3000,
+    750,
     content=st.one_of(changed(ROWS[1]).map(lambda row: METRICS + text_of(row) + b"\n" + METRICS), or_noise(METRICS)),
 )
 def test_metrics(tmp_path: Path, content: bytes) -> None:
@@ -361,7 +361,7 @@ def read_cache(sources: list[Any], folder: Path) -> list[bool]:
 ENTRY = {"video": "videos/1.mp4", "bytes": 101, "frames": 5, "stride": 1, "first": 3, "crc32": 7}
 
 
-@fuzz(150, 3000, victim=st.sampled_from(CACHE), gone=st.integers(0, 9), data=DRAWN)
+@fuzz(150, 750, victim=st.sampled_from(CACHE), gone=st.integers(0, 9), data=DRAWN)
 def test_a_damaged_cache(cached: Any, victim: str, gone: int, data: st.DataObject) -> None:
     """It serves right frames or none; one `--verify` repairs it."""
     sources, folder, right = cached
