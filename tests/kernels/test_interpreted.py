@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
         ("TestNumbers", "not slow", 95),
         ("not TestNumbers", "not slow", 75),
         pytest.param("TestNumbers", "slow", 105, marks=pytest.mark.slow),
-        pytest.param("not TestNumbers", "slow", 155, marks=pytest.mark.slow),
+        pytest.param("not TestNumbers", "slow", 125, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_in_the_interpreter(part, marker, fewest, tmp_path):

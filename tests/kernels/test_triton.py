@@ -840,8 +840,8 @@ class TestProperties:
         assert relative(other_gradient, gradient) <= tolerances.TF32X3
 
 
-# The interpreter: seven, and sixty-one that are slow; a device: forty, and 360.
-FEW, MANY = (8, 68) if INTERPRETED else (41, 400)
+# The interpreter: seven, and thirty-one that are slow; a device: forty, and 360.
+FEW, MANY = (8, 38) if INTERPRETED else (41, 400)
 SEEDS = [*range(1, FEW), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(FEW, MANY)))]
 
 

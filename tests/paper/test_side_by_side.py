@@ -118,7 +118,7 @@ def test_a_stop_reaches_every_run(
 def test_as_a_command(tmp_path: Path) -> None:
     """With real processes: SIGTERM leaves checkpoints and code 75, the same command goes on, to the numbers of one."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    long = ["--train.steps=400", "--train.validate_every=200"]
+    long = ["--train.steps=100", "--train.validate_every=50"]
     command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     first, began = tmp_path / "two" / RUNS[0], time.monotonic()
