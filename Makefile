@@ -33,13 +33,13 @@ $(VENV)/.dev: $(VENV)/.train
 	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,dev]'
 	@touch $@
 
-train: $(VENV)/.train  ## pre-train, probe, decode; ends with Table 1 (MovingMNIST) and figure 5
+train: $(VENV)/.train  ## pre-train, probe, decode: Table 1 (MovingMNIST) and figure 5; 5 minutes on two CPU cores
 	@$(BIN)/vjvcr-fast reproduce table1 --dataset moving-mnist $(ARGS)
 
-test: $(VENV)/.dev  ## the test suite
+test: $(VENV)/.dev  ## the test suite; 5 minutes on two CPU cores
 	$(PYTEST) -m "not slow and not aot" $(ARGS)
 
-test-slow: $(VENV)/.dev  ## what needs longer
+test-slow: $(VENV)/.dev  ## what needs longer; some 10 minutes
 	$(PYTEST) -m "slow and not aot" $(ARGS)
 
 check: $(VENV)/.dev  ## linter, formatter, types
@@ -51,7 +51,7 @@ format: $(VENV)/.dev  ## format and fix in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there; registers, spills, tensor cores
+aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there: registers, spills, tensor cores; 3 minutes
 	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/kernels/test_aot.py
 
 bench: $(VENV)/.dev  ## benchmarks against the reference, some minutes; ARGS=--full: all of them, half an hour
