@@ -166,8 +166,12 @@ class TestValues:
         leaf = random(6, 3, 5).requires_grad_()
         terms = vcr_loss(leaf, alpha=ALPHA, beta=BETA, form=form)
         (first,) = torch.autograd.grad(terms.loss, leaf, retain_graph=True)
-        (second,) = torch.autograd.grad(terms.loss, leaf)
+        (second,) = torch.autograd.grad(terms.loss, leaf, retain_graph=True)
         assert torch.equal(first, second)
+        (third,) = torch.autograd.grad(-3 * terms.loss, leaf, retain_graph=True)  # is no change to one that was given
+        (fourth,) = torch.autograd.grad(-3 * terms.loss, leaf)
+        assert torch.equal(third, fourth)
+        assert relative(third, -3 * first) <= tolerances.FLOAT32
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
     @pytest.mark.parametrize("shape", [(4, 2, 1), (4, 2, 6), (8, 2, 3)])
