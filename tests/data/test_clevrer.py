@@ -336,3 +336,12 @@ def test_a_real_location_moves_by_seven_tenths_of_the_velocity(real: Path) -> No
     step, mean = (place[2:] - place[:-2]).norm(dim=1) / 2, velocity[1:-1].norm(dim=1)
     ratio = 25 * step / mean
     assert (ratio.median() - 0.7).abs() < 0.002
+
+
+def test_targets_with_a_stride_are_of_the_last_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clevrer_files.write(tmp_path, "train", 0, frames=12)
+    real = clevrer.examine
+    monkeypatch.setattr(clevrer, "examine", lambda *a, **k: {**real(*a, **k), "fastest": torch.arange(12.0)})
+    (source,) = load_split(tmp_path, "train", 2, 2, stride=2).sources
+    assert source.starts.tolist() == [0, 1, 2]
+    assert source.targets.tolist() == [2.0 * (start + 3) for start in (0, 1, 2)]

@@ -588,3 +588,14 @@ def test_a_process_stopped_by_a_signal(tmp_path: Path, tiny_options: list[str], 
     for out in (run, whole):
         assert main(["train", *tiny_options, "--out", str(out), "--steps", str(step + 7)]) == 0
     assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("count", [16, 20])
+def test_a_validation_takes_every_whole_batch(tiny: Config, digits: Any, count: int) -> None:
+    config = override(tiny, {"train.validation_videos": count})
+    model, asked = build_model(config, CPU), []
+    videos = build_videos(config, build_data(config)[1], "validation", CPU)
+    whole = videos.batch
+    videos.batch = lambda start, n: asked.append((start, n)) or whole(start, n)
+    loop.validate(model, videos, config, Latents(config, model))
+    assert asked == [(0, 8), (8, 8)]
