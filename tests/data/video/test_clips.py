@@ -372,11 +372,13 @@ def test_a_shortened_cache_serves_what_is_left(sources: list[Source], tmp_path: 
     assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (1, 5, {})
 
 
-def test_a_changed_video_is_decoded_again(copied: list[Source], tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [-6, 6])
+def test_a_changed_video_is_decoded_again(copied: list[Source], tmp_path: Path, change: int) -> None:
+    """Also where it has become longer: it does not take the place of the next one."""
     folder = tmp_path / "cache"
     fill(copied, folder, SIZE, "auto", Pool(0))
     root = copied[0].path.parents[2]
-    clevrer_files.write(root, "train", 0, frames=24)
+    clevrer_files.write(root, "train", 0, frames=clevrer_files.FRAMES + change)
     now = load_split(root, "train", 2, 4).sources
     assert videos(now, cache=FrameCache(folder, SIZE)).batch(0, 12).frames.equal(videos(now).batch(0, 12).frames)
     assert fill(now, folder, SIZE, "auto", Pool(0)) == (1, 5, {})
