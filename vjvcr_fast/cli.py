@@ -398,9 +398,10 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     config = _config(arguments, target.preset)
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
+    at_once = processes_for(arguments.processes, config)
     print(f"reproduce {arguments.target}: {where}; runs that are there already go on or are kept", flush=True)
     _use_one_thread(arguments, config)
-    text = getattr(module, target.function)(config, out, seeds, processes_for(arguments.processes, config))
+    text = getattr(module, target.function)(config, out, seeds, at_once)
     print(f"\n{text}\nwrote {', '.join(str(out / name) for name in getattr(module, target.files))}")
 
 
@@ -420,7 +421,7 @@ def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...]) -> Non
     for name, given in roots.items():
         if not Path(given).is_dir():
             raise ConfigError(f"--{name}={given}: no such folder")
-    override(Config(), _overrides(arguments))  # a wrong value is said now
+    processes_for(arguments.processes, override(Config(), _overrides(arguments)))  # a wrong value is said now
     text = everything(out, seeds, _overrides(arguments), roots, arguments.processes)
     print(f"\n{text}\nwrote {out / PAGE}")
 
