@@ -90,7 +90,35 @@ class ConvDecoder(nn.Module):
         return self.spatial(_over_time(self.temporal, maps, t)).unflatten(0, (n, t))
 
 
-class MLPPredictor(nn.Module):
+class LatentPredictor(nn.Module):
+    """A predictor that can take a latent z (N, m), which enters linearly through `latent_in`.
+
+    The columns of `latent_in` have unit norm: otherwise the weights could grow and z shrink, and a penalty on z would
+    do nothing. A subclass calls `add_latent` after it has drawn its other weights.
+    """
+
+    def add_latent(self, latent_dim: int, width: int) -> None:
+        """latent_dim: m, or 0 for no latent. width: of the layer that z enters."""
+        self.latent_dim = latent_dim
+        if latent_dim > 0:
+            self.latent_in = nn.Linear(latent_dim, width, bias=False)
+            self.normalize_latent()
+
+    @torch.no_grad()
+    def normalize_latent(self) -> None:
+        """Scales the columns of `latent_in` back to unit norm, in place. Without a latent does nothing."""
+        if self.latent_dim > 0:
+            self.latent_in.weight.copy_(F.normalize(self.latent_in.weight, dim=0))
+
+    def check_latent(self, z: Tensor | None, n: int, width: int) -> None:
+        """Raises ValueError unless z is (n, width), or None for width 0."""
+        if (z is not None) != (width > 0):
+            raise ValueError(f"this predictor {f'needs z ({n}, {width})' if width else 'has no latent, so takes no z'}")
+        if z is not None and z.shape != (n, width):
+            raise ValueError(f"z has shape {tuple(z.shape)}: {(n, width)} is needed")
+
+
+class MLPPredictor(LatentPredictor):
     """h_x (N, T_x, d) -> predicted h_y (N, T_y, d): two hidden layers of ReLU, all target frames at once.
 
     Args:
@@ -108,7 +136,7 @@ class MLPPredictor(nn.Module):
         super().__init__()
         if latent_dim < 0 or heads < 1 or (latent_dim > 0 and heads > 1):
             raise ValueError(f"latent_dim={latent_dim}, heads={heads}: one latent, latent_dim > 0 or heads > 1")
-        self.frames_out, self.latent_dim, self.heads = frames_out, latent_dim, heads
+        self.frames_out, self.heads = frames_out, heads
         self.layers = nn.Sequential(
             nn.Linear(frames_in * d, hidden),
             nn.ReLU(),
@@ -118,12 +146,10 @@ class MLPPredictor(nn.Module):
         )
         if heads > 1:
             self.last = nn.ModuleList(nn.Linear(hidden, frames_out * d) for _ in range(heads))
-        if latent_dim > 0:
-            self.latent_in = nn.Linear(latent_dim, hidden, bias=False)
-            self.normalize_latent()
+        self.add_latent(latent_dim, hidden)
 
     def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
-        self._check(z, len(h_x))
+        self.check_latent(z, len(h_x), self.latent_dim if self.heads == 1 else self.heads)
         if self.heads == 1 or z is None:
             return self._frames(self.layers[4](self.hidden(h_x, z)))
         u = self.hidden(h_x)
@@ -151,21 +177,8 @@ class MLPPredictor(nn.Module):
         p, w1z = first(h_x.flatten(1)), self.latent_in.weight
         return MLPEnergy(p, w1z, second.weight, second.bias, last.weight, last.bias, h_y.flatten(1))
 
-    @torch.no_grad()
-    def normalize_latent(self) -> None:
-        """Projects the columns of `latent_in` back to unit norm, in place; nothing to do for other predictors."""
-        if self.latent_dim > 0:
-            self.latent_in.weight.copy_(F.normalize(self.latent_in.weight, dim=0))
-
     def _frames(self, flat: Tensor) -> Tensor:
         return flat.unflatten(1, (self.frames_out, -1))
-
-    def _check(self, z: Tensor | None, n: int) -> None:
-        width = self.latent_dim if self.heads == 1 else self.heads
-        if (z is not None) != (width > 0):
-            raise ValueError(f"this predictor {f'needs z ({n}, {width})' if width else 'has no latent, so takes no z'}")
-        if z is not None and z.shape != (n, width):
-            raise ValueError(f"z has shape {tuple(z.shape)}: {(n, width)} is needed")
 
 
 def _upsample(a: int, b: int, bias: bool) -> nn.Module:

@@ -7,9 +7,8 @@ Nothing depends on the other samples of the batch. Sizes are [NS] in the paper a
 A frame's representation is its map by rows, the channels of a cell together: with channels_last that is a view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
@@ -19,19 +18,6 @@ GROUPS = 2  # of GroupNorm, as SimVP has it
 
 def _block(conv: nn.Module, channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.GroupNorm(GROUPS, channels), nn.SiLU())
-
-
-class _Stages(nn.ModuleList):
-    """Stages one after another; with `checkpoint` their activations are computed again in backward."""
-
-    def __init__(self, stages: Sequence[nn.Module], checkpoint: bool) -> None:
-        super().__init__(stages)
-        self.checkpoint = checkpoint
-
-    def forward(self, maps: Tensor) -> Tensor:
-        for stage in self:
-            maps = run(stage, maps, self.checkpoint and self.training)
-        return maps
 
 
 class SimVPEncoder(nn.Module):
@@ -57,18 +43,18 @@ class SimVPEncoder(nn.Module):
         super().__init__()
         self.map = check_sizes(channels, size, features)
         self.d = self.map[0] * self.map[1] * self.map[2]
-        self.stages = _Stages(
-            [
+        self.checkpoint = checkpoint
+        self.stages = nn.Sequential(
+            *(
                 nn.Sequential(_block(nn.Conv2d(a, b, 3, 1, 1), b), _block(nn.Conv2d(b, b, 3, 2, 1), b))
                 for a, b in pairwise([in_channels, *channels])
-            ],
-            checkpoint,
+            )
         )
         self.last = nn.Conv2d(channels[-1], features, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
         n, t = frames.shape[:2]
-        maps = self.last(self.stages(frames.flatten(0, 1)))
+        maps = self.last(run(self.stages, frames.flatten(0, 1), self.checkpoint and self.training))
         return maps.permute(0, 2, 3, 1).reshape(n, t, self.d)
 
 
@@ -90,15 +76,12 @@ class SimVPDecoder(nn.Module):
         self.map = check_sizes(channels, size, features)
         self.first = nn.Conv2d(features, channels[-1], 1)
         widths = [*reversed(channels), channels[0]]
-        self.stages = _Stages(
-            [
-                nn.Sequential(
-                    _block(nn.ConvTranspose2d(a, a, 4, 2, 1), a),
-                    _block(nn.Conv2d(a, b, 3, 1, 1), b),
-                )
+        self.checkpoint = checkpoint
+        self.stages = nn.Sequential(
+            *(
+                nn.Sequential(_block(nn.ConvTranspose2d(a, a, 4, 2, 1), a), _block(nn.Conv2d(a, b, 3, 1, 1), b))
                 for a, b in pairwise(widths)
-            ],
-            checkpoint,
+            )
         )
         self.last = nn.Conv2d(channels[0], in_channels, 1)
 
@@ -106,12 +89,16 @@ class SimVPDecoder(nn.Module):
         n, t = h.shape[:2]
         features, height, width = self.map
         maps = h.reshape(n * t, height, width, features).permute(0, 3, 1, 2)
-        return self.last(self.stages(self.first(maps))).unflatten(0, (n, t))
+        maps = run(self.stages, self.first(maps), self.checkpoint and self.training)
+        return self.last(maps).unflatten(0, (n, t))
 
 
-def run(module: nn.Module, x: Tensor, checkpoint: bool) -> Any:
-    """module(x); with `checkpoint` its activations are computed again in backward. There is no randomness to replay."""
-    return recompute(module, x, use_reentrant=False, preserve_rng_state=False) if checkpoint else module(x)
+def run(modules: Iterable[nn.Module], x: Tensor, checkpoint: bool) -> Tensor:
+    """The modules one after the other. checkpoint: recompute the activations inside each one in backward."""
+    for module in modules:
+        # Nothing in these modules is random, so that there is no generator state to restore.
+        x = recompute(module, x, use_reentrant=False, preserve_rng_state=False) if checkpoint else module(x)
+    return x
 
 
 def check_sizes(channels: Sequence[int], size: int, features: int) -> tuple[int, int, int]:

@@ -6,16 +6,15 @@ as what it differs by from the last input frame. Depth, width, window and that d
 ours: without it a predictor learns for long to let anything through.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vjvcr_fast.models.convnet import LatentPredictor
 from vjvcr_fast.models.simvp import run
 
 
-class SwinPredictor(nn.Module):
+class SwinPredictor(LatentPredictor):
     """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), d = C H W of a map as `SimVPEncoder` lays it out.
 
     Predicted h_y[t] = h_x[last] + Swin(h_x, z)[t].
@@ -41,62 +40,43 @@ class SwinPredictor(nn.Module):
         heads: int = 8,
         window: int = 4,
         latent_dim: int = 0,
-        mlp_ratio: int = 4,
         checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if latent_dim < 0:
             raise ValueError(f"latent_dim={latent_dim}: must be at least 0")
-        channels, *grid = map
-        side = check_sizes((grid[0], grid[1]), dim, heads, window)
-        self.map, self.frames_out, self.latent_dim, self.checkpoint = map, frames_out, latent_dim, checkpoint
+        channels, grid = map[0], map[1:]
+        side = check_sizes(grid, dim, heads, window)
+        self.map, self.frames_out, self.checkpoint = map, frames_out, checkpoint
         self.embed = nn.Linear(frames_in * channels, dim)
         shifts = [side[0] // 2 if i % 2 and side[0] < max(grid) else 0 for i in range(depth)]
-        self.blocks = nn.ModuleList(_Block((grid[0], grid[1]), dim, heads, side, s, mlp_ratio) for s in shifts)
+        self.blocks = nn.ModuleList(_Block(grid, dim, heads, side, s) for s in shifts)
         self.norm = nn.LayerNorm(dim)
         self.last = nn.Linear(dim, frames_out * channels)
         self.apply(_initialise)
-        if latent_dim > 0:
-            self.latent_in = nn.Linear(latent_dim, dim, bias=False)
-            self.normalize_latent()
+        self.add_latent(latent_dim, dim)
 
     def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
-        self._check(z, len(h_x))
+        self.check_latent(z, len(h_x), self.latent_dim)
         channels, height, width = self.map
         n, t = h_x.shape[:2]
         cells = h_x.reshape(n, t, height, width, channels).permute(0, 2, 3, 1, 4).flatten(3)  # (N, H, W, T_x C)
         tokens = self.embed(cells)
         if z is not None:
             tokens = tokens + self.latent_in(z)[:, None, None]
-        for block in self.blocks:
-            tokens = run(block, tokens, self.checkpoint and self.training)
+        tokens = run(self.blocks, tokens, self.checkpoint and self.training)
         out = self.last(self.norm(tokens)).unflatten(3, (self.frames_out, channels))
         return h_x[:, -1:] + out.permute(0, 3, 1, 2, 4).reshape(n, self.frames_out, -1)
-
-    @torch.no_grad()
-    def normalize_latent(self) -> None:
-        """Projects the columns of `latent_in` back to unit norm, in place; nothing to do without a latent."""
-        if self.latent_dim > 0:
-            self.latent_in.weight.copy_(F.normalize(self.latent_in.weight, dim=0))
-
-    def _check(self, z: Tensor | None, n: int) -> None:
-        width = self.latent_dim
-        if (z is not None) != (width > 0):
-            raise ValueError(f"this predictor {f'needs z ({n}, {width})' if width else 'has no latent, so takes no z'}")
-        if z is not None and z.shape != (n, width):
-            raise ValueError(f"z has shape {tuple(z.shape)}: {(n, width)} is needed")
 
 
 class _Block(nn.Module):
     """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), of tokens (N, H, W, dim)."""
 
-    def __init__(
-        self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int, mlp_ratio: int
-    ) -> None:
+    def __init__(self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.attention = WindowAttention(grid, dim, heads, window, shift)
-        self.mlp = nn.Sequential(nn.Linear(dim, mlp_ratio * dim), nn.GELU(), nn.Linear(mlp_ratio * dim, dim))
+        self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -112,7 +92,7 @@ class WindowAttention(nn.Module):
     """
 
     offset: Tensor
-    apart: Tensor | None
+    apart: Tensor
 
     def __init__(self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int) -> None:
         super().__init__()
@@ -122,33 +102,26 @@ class WindowAttention(nn.Module):
         offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, offsets), std=0.02, a=-0.04, b=0.04))
         self.register_buffer("offset", _offsets(window), persistent=False)
-        self.register_buffer("apart", _apart(grid, window, shift) if shift else None, persistent=False)
+        self.register_buffer("apart", _apart(grid, window, shift), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, dim = x.shape
+        (rows, columns), (a, b) = self.counts, self.window
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
-        # Windows and heads together are SDPA's heads, so that one bias serves all samples.
-        qkv = self._windows(self.qkv(x)).unflatten(-1, (3, self.heads, dim // self.heads)).permute(3, 0, 1, 4, 2, 5)
-        q, k, v = qkv.flatten(2, 3)  # each (N, windows heads, cells, dim / heads)
+        # Windows and heads together are the heads that SDPA sees, so that one bias serves all samples.
+        qkv = self.qkv(x).reshape(n, rows, a, columns, b, 3, self.heads, dim // self.heads)
+        q, k, v = qkv.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)  # (N, windows heads, cells, size)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._bias().to(q.dtype))
-        out = out.unflatten(1, (-1, self.heads)).transpose(2, 3).flatten(3)  # (N, windows, cells, dim)
-        rows, columns = self.counts
-        out = out.reshape(n, rows, columns, *self.window, dim).transpose(2, 3).reshape(n, height, width, dim)
+        out = out.reshape(n, rows, columns, self.heads, a, b, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        out = out.reshape(n, height, width, dim)
         if self.shift:
             out = out.roll((self.shift, self.shift), (1, 2))
         return self.out(out)
 
-    def _windows(self, x: Tensor) -> Tensor:
-        """(N, H, W, C) -> (N, windows, cells, C), both by rows."""
-        (rows, columns), (a, b) = self.counts, self.window
-        return x.unflatten(1, (rows, a)).unflatten(3, (columns, b)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
-
     def _bias(self) -> Tensor:
         """(1, windows heads, cells, cells)."""
-        bias = self.table[:, self.offset][None]  # (1, heads, cells, cells)
-        if self.apart is None:
-            return bias.expand(self.counts[0] * self.counts[1], -1, -1, -1).flatten(0, 1)[None]
+        bias = self.table[:, self.offset]  # (heads, cells, cells)
         return bias.masked_fill(self.apart[:, None], float("-inf")).flatten(0, 1)[None]
 
 
@@ -166,15 +139,14 @@ def _apart(grid: tuple[int, int], window: tuple[int, int], shift: int) -> Tensor
     # In the shifted grid the last `shift` rows and columns have come around from the other side.
     rows, columns = torch.arange(height) >= height - shift, torch.arange(width) >= width - shift
     side = 2 * rows[:, None].long() + columns[None, :].long()
-    cells = side.unflatten(0, (-1, a)).unflatten(2, (-1, b)).transpose(1, 2).flatten(2).flatten(0, 1)
+    cells = side.reshape(height // a, a, width // b, b).transpose(1, 2).reshape(-1, a * b)
     return cells[:, :, None] != cells[:, None, :]
 
 
-def _initialise(module: Any) -> None:
+def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02, a=-0.04, b=0.04)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        nn.init.zeros_(module.bias)
 
 
 def check_sizes(grid: tuple[int, int], dim: int, heads: int, window: int) -> tuple[int, int]:
