@@ -93,6 +93,6 @@ def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyMod
     config = config or Config.load(run / "config.json")
     device = resolve_device(config.train.device)
     model = build_model(config, device)
-    state = checkpoint.load(run / "best.pt", device)
+    state = checkpoint.load(run / "best.pt")
     checkpoint.restore(run / "best.pt", state, model=model)
     return override(config, {"latent.weight": state.get("latent_weight", config.latent.weight)}), model.eval()

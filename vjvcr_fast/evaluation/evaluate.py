@@ -144,7 +144,7 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) ->
     steps, batch, file, done = config.evaluate.decoder_steps, config.train.batch, run / "decoder.pt", 0
     decodes = checkpoint.digest(run / "best.pt")
     if file.exists():
-        state = checkpoint.load(file, device)
+        state = checkpoint.load(file)
         if state["step"] <= steps and state.get("decodes") == decodes:
             checkpoint.restore(file, state, model=decoder, optimizer=optimizer)
             done = state["step"]

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import sys
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,19 +51,18 @@ def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
     save(run / LAST, state)
     folder = run / EARLIER
     folder.mkdir(exist_ok=True)
-    kept, beside = folder / f"step-{state['step']:08d}.pt", folder / f".{uuid.uuid4().hex}"
+    kept = folder / f"step-{state['step']:08d}.pt"
+    kept.unlink(missing_ok=True)
     try:
-        os.link(run / LAST, beside)
-        os.replace(beside, kept)
+        os.link(run / LAST, kept)
     except OSError:  # a file system without links, or one that has no place left: then a copy, or none
-        beside.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
             write_atomic(kept, (run / LAST).read_bytes())
     for file in _earlier(run)[keep:]:
         file.unlink()
 
 
-def load_last(run: Path, device: torch.device | str = "cpu") -> tuple[Path, dict[str, Any]]:
+def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
     """The newest checkpoint of a run that is whole, and its file; on stderr why newer ones were passed over.
 
     Raises CheckpointError where there is none.
@@ -72,7 +70,7 @@ def load_last(run: Path, device: torch.device | str = "cpu") -> tuple[Path, dict
     reasons = []
     for file in [run / LAST, *_earlier(run)]:
         try:
-            state = load(file, device)
+            state = load(file)
         except CheckpointError as error:
             reasons.append(str(error))
             continue
@@ -92,7 +90,7 @@ def _earlier(run: Path) -> list[Path]:
     return sorted((run / EARLIER).glob("step-*.pt"), reverse=True)
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """Reads what `save` wrote; anything but tensors and plain values is refused.
 
     Raises CheckpointError naming the file: missing, damaged, or holding objects that are not plain data.
@@ -110,7 +108,7 @@ def load(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]:
         raise CheckpointError(f"{path}: has no checksum: it was made by version {state.get('version')} or another")
     if found != checksum(state):
         raise CheckpointError(f"{path}: damaged: its content is not what was written, by its checksum")
-    return _moved(state, torch.device(device))
+    return state
 
 
 def check_generation(path: Path, state: dict[str, Any]) -> None:
@@ -147,17 +145,6 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _moved(value: Any, device: torch.device) -> Any:
-    """Every tensor in dicts and lists on `device`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if isinstance(value, dict):
-        return type(value)((key, _moved(inner, device)) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return type(value)(_moved(inner, device) for inner in value)
-    return value
-
-
 def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
     """Loads state[name] into every part (a module or an optimizer). `path`, where state comes from, is for the error.
 
@@ -187,15 +174,13 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
     rows = []
-    for line in text.split("\n"):
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        for line in text.split("\n"):
             row = json.loads(line)
-        except (ValueError, RecursionError):
-            break
-        if not isinstance(row, dict) or type(row.get("step")) is not int:
-            break
-        if up_to is None or row["step"] <= up_to:
-            rows.append(row)
+            if not isinstance(row, dict) or type(row.get("step")) is not int:
+                break
+            if up_to is None or row["step"] <= up_to:
+                rows.append(row)
     return rows
 
 
