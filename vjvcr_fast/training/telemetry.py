@@ -37,10 +37,9 @@ class Telemetry:
         """h: (N, T, d) float32, N >= 2, on any device. Never waits for it."""
         flat = h.flatten(0, 1)
         rows = flat[:: -(-len(flat) // ROWS)]
-        values, rows, ready = _to_host(statistics(h)), _to_host(rows), None
-        if h.is_cuda:
-            ready = torch.cuda.Event()
-            ready.record()
+        # From a GPU such a copy goes to pinned memory: the host does not wait for it, the thread waits for `ready`.
+        values, rows = (t.to("cpu", non_blocking=True, copy=True) for t in (statistics(h), rows))
+        ready = torch.cuda.current_stream(h.device).record_event() if h.is_cuda else None
         self._under_way.append((step, self._thread.submit(_read, values, rows, ready)))
 
     def collect(self) -> list[tuple[int, dict[str, float]]]:
@@ -67,12 +66,6 @@ def statistics(h: Tensor) -> Tensor:
     pairs = (unit @ unit.mT).square().sum(dim=(1, 2)) - unit.square().sum(dim=1).square().sum(dim=1)
     correlation = (pairs.clamp_min(0) / max(d * (d - 1), 1)).sqrt()
     return torch.stack([std.mean(), std.mean(dim=0).min(), correlation.mean()])
-
-
-def _to_host(tensor: Tensor) -> Tensor:
-    if not tensor.is_cuda:
-        return tensor.clone()
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def _read(values: Tensor, rows: Tensor, ready: Any) -> dict[str, float]:
