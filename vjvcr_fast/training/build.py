@@ -1,4 +1,4 @@
-"""From a Config to its model and its videos."""
+"""From a Config to its model, its data and its videos."""
 
 import os
 import sys
@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vjvcr_fast.config import Config, ConfigError, resolve_device
 from vjvcr_fast.data import cater, clevrer, folder
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, development_digits, load_digits, split_digits
 from vjvcr_fast.data.files import cores
-from vjvcr_fast.data.moving_mnist import MovingMNIST
+from vjvcr_fast.data.moving_mnist import MovingMNIST, Videos
 from vjvcr_fast.data.video.cache import Filled, FrameCache, fill
-from vjvcr_fast.data.video.clips import VideoClips
+from vjvcr_fast.data.video.clips import Clips, VideoClips
 from vjvcr_fast.data.video.decode import resolve
 from vjvcr_fast.data.video.scan import Split
 from vjvcr_fast.data.video.workers import Pool
@@ -25,22 +25,14 @@ from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
 
 FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater, "folder": folder}
-CACHE = "vjvcr-cache"  # in the folder of the data
+CACHE = "vjvcr-cache"  # the folder of decoded frames, inside that of the data
 
-Data = Digits | Split  # one split of a data set: what videos are made from
-
-
-class Batch(Protocol):
-    """frames: (N, T, C, S, S), float32 in [0, 1] or uint8. speed: (N,) float32."""
-
-    @property
-    def frames(self) -> Tensor: ...
-    @property
-    def speed(self) -> Tensor: ...
+Data = Digits | Split  # one split of a data set, from which videos are made
+Batch = Videos | Clips  # with frames (N, T, C, S, S), float32 in [0, 1] or uint8, and speed (N,) float32
 
 
 class VideoSource(Protocol):
-    """Videos by their numbers, every one a function of its number alone."""
+    """Gives videos by their numbers: the same number, the same video."""
 
     @property
     def device(self) -> torch.device: ...
@@ -49,22 +41,21 @@ class VideoSource(Protocol):
 
 
 def build_model(config: Config, device: torch.device) -> EnergyModel:
-    """The energy model of `config.model`, its weights drawn from `config.train.seed`.
+    """The energy model of `config.model` on `device`, in channels_last, with weights drawn from `config.train.seed`.
 
-    The weights of encoder and predictor do not depend on the row: each part has its own seed.
+    Each part is drawn with a seed of its own, so that all rows begin with the same encoder and predictor.
     """
     model = config.model
+    parts: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        _seed(config, 0)
-        encoder = build_encoder(config)
-        _seed(config, 1)
-        predictor = build_predictor(config)
-        _seed(config, 2)
-        decoder = build_decoder(config) if ROWS[model.row].pixel else None
+        for number, build in enumerate((build_encoder, build_predictor, build_decoder)):
+            torch.manual_seed(config.train.seed * 1_000 + number)
+            parts.append(build(config))
+    encoder, predictor, decoder = parts
     energy = EnergyModel(
         encoder,
         predictor,
-        decoder,
+        decoder if ROWS[model.row].pixel else None,
         model.row,
         alpha=model.alpha,
         beta=model.beta,
@@ -77,6 +68,7 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
 
 
 def build_encoder(config: Config) -> nn.Module:
+    """The encoder of `config.model`, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
         return ConvEncoder(data.channels, model.channels, data.canvas, model.pool, model.norm_scale)
@@ -84,7 +76,7 @@ def build_encoder(config: Config) -> nn.Module:
 
 
 def build_decoder(config: Config) -> nn.Module:
-    """The mirror of the encoder, its weights from torch's generator as it is."""
+    """The mirror of the encoder, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
         return ConvDecoder(data.channels, model.channels, data.canvas, model.pool)
@@ -92,6 +84,7 @@ def build_decoder(config: Config) -> nn.Module:
 
 
 def build_predictor(config: Config) -> nn.Module:
+    """The predictor of `config.model` and `config.latent`, with weights from torch's global generator as it is."""
     data, model, latent, latent_dim = config.data, config.model, config.latent, config.latent_dim
     if model.kind == "conv":
         heads = latent.heads if latent.kind == "discrete" else 1
@@ -110,27 +103,43 @@ def build_predictor(config: Config) -> nn.Module:
 
 
 def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
-    """(training, validation) data of `config.data`; with split "development" both are of the training digits, and what
-    is held out for validation does not appear. processes: that share the cores for decoding (on one machine).
+    """The training and the validation data of `config.data`. Files that are left out are named on stderr.
 
-    Raises DigitsError, DataError, VideoError or ImportError where there are none or a file cannot be used.
+    With data.split "development" both are parts of the training digits, and the validation digits are not used at all.
+    processes: how many share the cores of this machine for decoding.
+
+    Raises DigitsError, DataError, VideoError or ImportError if there are no data or a file cannot be used.
     """
     data = config.data
     if data.dataset == "moving-mnist":
         digits = load_digits(data.root, download=data.download)
         return development_digits(digits) if data.split == "development" else split_digits(digits)
-    workers = max(cores() // processes, 1) if data.workers == -1 and processes > 1 else data.workers
-    pool = Pool(workers, data.decode_timeout)
-    splits = [_split(config, split, pool) for split in ("train", "validation")]
-    for split in splits:
-        for line in split.remarks():
-            print(line, file=sys.stderr)
+    pool = Pool(max(cores() // processes, 1) if data.workers == -1 else data.workers, data.decode_timeout)
+    root, cache = data_root(config), _cache_top(config)
+    splits = [
+        FILES[data.dataset].load_split(
+            root,
+            name,
+            data.frames_in,
+            data.frames_out,
+            data.stride,
+            backend=data.decoder,
+            pool=pool,
+            index=cache and cache / f"{name}-scan.pt",
+            on_bad=data.on_bad_video,
+        )
+        for name in ("train", "validation")
+    ]
+    for line in (line for split in splits for line in split.remarks()):
+        print(line, file=sys.stderr)
     return splits[0], splits[1]
 
 
 def build_videos(config: Config, part: Data, stream: str, device: torch.device) -> VideoSource:
-    """The videos of `config.data` made from `part`; streams ("train", "probe", "validation") share no video, or, of
-    files, no draw."""
+    """The videos that `config.data` asks for, made from the split `part`.
+
+    stream: "train", "probe", "validation", ...: streams of digits share no video, streams of files no random draw.
+    """
     data = config.data
     if isinstance(part, Split):
         return VideoClips(
@@ -162,7 +171,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
 
 
 def data_root(config: Config) -> Path:
-    """The folder of `data.root`, or of VJVCR_DATA. Raises ConfigError without either."""
+    """The folder `data.root`, or else VJVCR_DATA. Raises ConfigError if neither is set."""
     root = config.data.root or os.environ.get(ENVIRONMENT, "")
     if not root:
         raise ConfigError(f"data.root is empty and {ENVIRONMENT} not set: which folder holds the videos?")
@@ -170,14 +179,17 @@ def data_root(config: Config) -> Path:
 
 
 def cache_folder(config: Config, split: str) -> Path | None:
-    """Where the decoded frames of a split are kept; None where `data.cache` is "off"."""
+    """The folder for the decoded frames of a split, or None if `data.cache` is "off"."""
     top = _cache_top(config)
     stride = f"-every{config.data.stride}" if config.data.stride > 1 else ""
     return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}{stride}"
 
 
 def open_cache(config: Config, part: Split) -> FrameCache | None:
-    """The decode-once cache of a split, where there is one, opened once. Raises CacheError where it does not fit."""
+    """The cache of a split's decoded frames, or None if there is none. Raises CacheError if its frames do not fit.
+
+    It is opened once and shared, so that a GPU holds its frames once.
+    """
     folder, size = cache_folder(config, part.name), (config.data.canvas, config.data.canvas)
     if folder is None or not (folder / "meta.json").exists():
         return None
@@ -188,10 +200,11 @@ def open_cache(config: Config, part: Split) -> FrameCache | None:
 
 
 def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
-    """Decodes what the caches of both splits lack; {split: what was done}.
+    """Decodes into the caches of both splits what they lack. Returns what was done, by split.
 
-    verify: check what is there, and decode anew what is damaged. Raises as `build_data`; CacheError; ConfigError where
-    the videos are not files or `data.cache` is "off".
+    verify: also check what is there, and decode it again if it is damaged.
+
+    Raises ConfigError if the videos are not files or `data.cache` is "off"; CacheError; what `build_data` raises.
     """
     if config.data.dataset == "moving-mnist" or config.data.cache == "off":
         raise ConfigError(f"data.dataset={config.data.dataset}, data.cache={config.data.cache!r}: nothing to cache")
@@ -220,22 +233,3 @@ def _cache_top(config: Config) -> Path | None:
     if chosen == "off":
         return None
     return Path(chosen).expanduser() if chosen else FILES[config.data.dataset].find_root(data_root(config)) / CACHE
-
-
-def _split(config: Config, split: str, pool: Pool) -> Split:
-    data, top = config.data, _cache_top(config)
-    return FILES[data.dataset].load_split(
-        data_root(config),
-        split,
-        data.frames_in,
-        data.frames_out,
-        data.stride,
-        backend=data.decoder,
-        pool=pool,
-        index=top and top / f"{split}-scan.pt",
-        on_bad=data.on_bad_video,
-    )
-
-
-def _seed(config: Config, part: int) -> None:
-    torch.manual_seed(config.train.seed * 1_000 + part)
