@@ -1,7 +1,7 @@
-"""Updates that are left out because their loss or gradient is not finite, decided on the device.
+"""Leaving out updates whose loss or gradient is not finite (`train.on_nonfinite` "skip"), decided on the device.
 
-The optimizer's fused kernel reads `found_inf`, as it does for torch.amp.GradScaler: where that is one, weights, moments
-and step count stay as they are. The model's buffers (running statistics) had already seen the batch: they are put back.
+The optimizer's fused kernel reads `found_inf`, as it does for torch.amp.GradScaler: if it is 1, weights, moments and
+step count stay as they are. The model's buffers (running statistics) have seen the batch by then; we put them back.
 """
 
 from typing import Any
@@ -10,29 +10,25 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vjvcr_fast.training.processes import Processes
 
+@torch.no_grad()
+def skip_if_not_finite(loss: Tensor, model: nn.Module, before: list[Tensor], optimizer: Any, group: Any) -> Tensor:
+    """To be called between backward and the update; never waits for the device.
 
-class Skipping:
-    """optimizer: a fused Adam. `remember` before the forward pass, `decide` after backward, before the update."""
+    Args:
+        loss: a scalar. It and the gradients of `model` are checked.
+        before: copies of the model's buffers from before the forward pass, put back if the update is skipped.
+        optimizer: a fused Adam.
+        group: of torch.distributed, or None. All its processes skip if one has to.
 
-    def __init__(self, model: nn.Module, optimizer: Any, processes: Processes) -> None:
-        self.model, self.optimizer, self.processes = model, optimizer, processes
-        self.before: list[Tensor] = []
-
-    def remember(self) -> None:
-        """Keeps the buffers, which are small."""
-        self.before = [buffer.clone() for buffer in self.model.buffers()]
-
-    @torch.no_grad()
-    def decide(self, loss: Tensor) -> Tensor:
-        """(1,) float32: 1 where the update is left out, on all processes alike. Never waits for the device."""
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        bad = (~(norm + loss.detach()).isfinite()).float()
-        if self.processes.group is not None:
-            dist.all_reduce(bad, dist.ReduceOp.MAX)
-        for buffer, before in zip(self.model.buffers(), self.before, strict=True):
-            buffer.copy_(torch.where(bad.bool(), before, buffer).view_as(buffer))
-        self.optimizer.grad_scale, self.optimizer.found_inf = None, bad
-        return bad.reshape(1)
+    Returns:
+        (1,) float32: 1 if the update is skipped, else 0.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    bad = (~(nn.utils.get_total_norm(gradients) + loss.detach()).isfinite()).float()
+    if group is not None:
+        dist.all_reduce(bad, dist.ReduceOp.MAX, group)
+    for buffer, old in zip(model.buffers(), before, strict=True):
+        buffer.copy_(torch.where(bad.bool(), old, buffer).view_as(buffer))
+    optimizer.grad_scale, optimizer.found_inf = None, bad
+    return bad.reshape(1)

@@ -13,7 +13,7 @@ from vjvcr_fast.training.build import Batch, build_model
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
 from vjvcr_fast.training.latents import DuringForward, Latents
 from vjvcr_fast.training.processes import Processes
-from vjvcr_fast.training.safety import Skipping
+from vjvcr_fast.training.safety import skip_if_not_finite
 
 
 class Step:
@@ -38,7 +38,6 @@ class Step:
                 check_no_mixing(self.model)
             except ValueError as error:
                 raise ConfigError(f"train.chunk={settings.chunk}: {error}") from None
-        self.skipping = Skipping(self.model, self.optimizer, processes) if settings.on_nonfinite == "skip" else None
         self.names = (*Energy._fields, *self.latents.names)
 
     def warm_up(self, step: int) -> None:
@@ -52,8 +51,8 @@ class Step:
         """The terms of the energy, what `latents` measured and whether the update was skipped, (len(names) + 1,)."""
         config, model, chunk = self.config, self.model, self.config.train.chunk
         x, y = split_frames(clips, config)
-        if self.skipping:
-            self.skipping.remember()
+        skips = config.train.on_nonfinite == "skip"
+        before = [buffer.clone() for buffer in model.buffers()] if skips else []
         with autocast(config, x.device):
             given = actions(clips, config)
             if chunk or given is not None or config.latent.kind == "none":
@@ -66,7 +65,9 @@ class Step:
             self.processes.mean_gradients(model)
         else:
             terms.loss.backward()
-        skipped = self.skipping.decide(terms.loss) if self.skipping else x.new_zeros(1)
+        skipped = x.new_zeros(1)
+        if skips:
+            skipped = skip_if_not_finite(terms.loss, model, before, self.optimizer, self.processes.group)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.latents.project()
