@@ -117,18 +117,18 @@ data vjvcr_fast/data/video/cache.py test_clips test_fuzz_files
 - first = old.first if old is not None and old.frames == video.frames else self._next
 + first = old.first if old is not None else self._next
 training vjvcr_fast/training/loop.py test_training test_safety
-- history[:counted] = state["history"]
-+ counted = 0
+- self.history = [row.to(self.processes.device) for row in state["history"]]
++ self.history = []
 training vjvcr_fast/training/loop.py test_latent_training test_training
-- latents.weight = state.get("latent_weight", latents.weight)
-+ latents.weight = config.latent.weight
+- self.update.latents.weight = state.get("latent_weight", self.update.latents.weight)
++ self.update.latents.weight = self.config.latent.weight
 - range(0, config.train.validation_videos - batch + 1, batch)
 + range(0, config.train.validation_videos - batch, batch)
 training vjvcr_fast/training/step.py test_training
 - if step <= settings.warmup:
 + if step < settings.warmup:
 training vjvcr_fast/training/safety.py test_safety
-- torch.where(bad.bool(), before, buffer).view_as(buffer)
+- torch.where(bad.bool(), old, buffer).view_as(buffer)
 + buffer
 training vjvcr_fast/training/chunked.py test_chunked test_video_training
 - len(x[part]) / len(x)

@@ -1,21 +1,34 @@
-"""The training loop: one file, top to bottom.
+"""The training loop of a run: `_Training.loop`, to be read from top to bottom.
 
-A run is a folder: config.json, metrics.jsonl (a line every `log_every` steps, one every validation), last.pt, the few
-before it in checkpoints/, best.pt (least self-supervised validation loss), tensorboard/. Starting it again goes on from
-last.pt; on a CPU the loss curve is then the same, bit for bit, as that of a run that was never stopped.
+A run is a folder:
 
-A loss that is not finite is found at the next log line, where the host reads what the steps left on the device
-(`train.on_nonfinite`): "stop" names step and term; "rollback" goes on from the last checkpoint with the batches after
-the one that failed; "skip" leaves the update out, decided on the device, step by step.
+    config.json     the settings
+    metrics.jsonl   a line of numbers every `train.log_every` steps, and one for every validation
+    last.pt         the newest checkpoint; checkpoints/ has the last few (`train.keep`)
+    best.pt         the checkpoint with the lowest validation loss
+    tensorboard/    curves and example videos
+
+Resuming: `train` on a folder with a checkpoint goes on from there. On a CPU the run is then bit for bit the one that
+was never stopped.
+
+Ctrl-C and SIGTERM: training stops after the current step, saves last.pt and raises StopRequestedError. A second signal
+stops it at once (`asked_to_stop`).
+
+A loss that is not finite is noticed at the next log line or validation, when the host reads what the steps left on the
+device. What then happens is `train.on_nonfinite`: "stop" raises DivergedError, naming the step and the term;
+"rollback" goes back to the last checkpoint and on with the batch after the one that failed; "skip" leaves such updates
+out, which is decided on the device in every step (`vjvcr_fast.training.safety`).
 """
 
+import math
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -32,184 +45,222 @@ from vjvcr_fast.training.processes import Processes, joined, launched
 from vjvcr_fast.training.step import Step, actions, autocast, split_frames
 from vjvcr_fast.training.telemetry import Telemetry
 
-# What may differ between a run's config.json and the config it goes on with: nothing that changes a step. Which data
-# there are is checked by what they are, not by where they lie.
+# Fields that may change when a run is resumed. None of them affects a training step. The data are compared by their
+# content (`check_data`), so that their folder may change too.
 _FREE = (
     *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout", "data.on_bad_video"),
     *("model.checkpoint", "train.chunk", "train.steps", "train.tensorboard", "train.keep", "evaluate."),
     *("train.on_nonfinite", "train.telemetry_every"),
 )
-ROLLBACKS = 3  # to one and the same checkpoint
-ECHO = 2.0  # seconds in which a launcher repeats a signal
+ROLLBACKS = 3  # to one and the same checkpoint, before training gives up
+ECHO = 2.0  # seconds within which a launcher may repeat a signal
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
 Resume = Literal["auto", "never", "must"]
 
 
 class StopRequestedError(RuntimeError):
-    """Training was asked to stop (Ctrl-C, SIGTERM) and did, after writing last.pt."""
+    """Training was asked to stop (Ctrl-C or SIGTERM), and did so after writing last.pt."""
 
 
 class DivergedError(RuntimeError):
-    """The loss is not finite any more; the message names the term, the step and the last good checkpoint."""
+    """The loss is no longer finite. The message names the term, the step and the last good checkpoint."""
 
 
 class _NotFiniteError(Exception):
-    """Terms `names` were not finite at `step`; `batch` is the number of the batch after that step's."""
+    """The terms `names` were not finite at step `step`. batch: the number of the batch after that step's."""
 
     def __init__(self, names: Sequence[str], step: int, batch: int) -> None:
         super().__init__(f"{', '.join(names)} not finite at step {step}")
         self.step, self.batch = step, batch
 
 
-class _Moved(NamedTuple):
-    """After a rollback to `step` the data go on with batch `batch`, the one after the step that failed, `failed`."""
-
-    step: int
-    batch: int
-    failed: int
-
-
 def train(config: Config, run: Path, probe: Probe | None = None, resume: Resume = "auto") -> None:
-    """Pre-trains config's model in the folder `run`, or goes on with what is there.
+    """Pre-trains the model of `config` in the folder `run`, or goes on with the run that is there.
 
-    probe: what to measure of the frozen model, by name; called every `config.train.probe_every` steps. resume: "auto"
-    goes on where there is something, "must" refuses to begin, "never" to go on. In several processes, as torchrun
-    starts them, every one calls this (`vjvcr_fast.training.processes`).
+    In several processes, as torchrun starts them, every process calls this (`vjvcr_fast.training.processes`).
+
+    Args:
+        config: the settings. All that affects a step must be as in the run's config.json.
+        run: the folder, made if missing.
+        probe: measures the model and returns numbers by name, which are logged. Called every `train.probe_every` steps.
+        resume: "auto" goes on if there is a checkpoint, "must" raises if there is none, "never" raises if there is one.
 
     Raises:
-        ConfigError: `run` holds a run of another config or of other data, or resume forbids it.
-        CheckpointError: its checkpoints are damaged or of another version, or one cannot be written. As `build_data`:
-        no data. DivergedError, StopRequestedError, LostProcessError: see there.
+        ConfigError: `run` holds a run of another config or of other data, or `resume` forbids to go on or to begin.
+        CheckpointError: all checkpoints are damaged, another version made them, or one cannot be written.
+        DivergedError, StopRequestedError, LostProcessError: see there. What `build_data` raises without usable data.
     """
     with joined(config) as processes:
         claim(run, config, resume, writes=processes.main)
         with processes.main_first():
             data = build_data(config, processes.world)
-        moved: _Moved | None = None
-        times = 0
+        failed: _NotFiniteError | None = None
+        rollbacks: Counter[int] = Counter()  # by the step of the checkpoint
         while True:
             try:
-                return _train(config, run, probe, processes, data, moved)
+                return _Training(config, run, processes, data).loop(probe, failed)
             except _NotFiniteError as error:
-                if not checkpoint.exists(run):
-                    raise DivergedError(f"{error}; no checkpoint had been written") from None
-                file, state = checkpoint.load_last(run)
-                good = f"{error}; the last good state is {file}, of step {state['step']}"
-                if config.train.on_nonfinite != "rollback":
-                    raise DivergedError(good) from None
-                times = times + 1 if moved is not None and moved.step == state["step"] else 1
-                if times > ROLLBACKS:
-                    raise DivergedError(f"{good}; {ROLLBACKS} rollbacks to it have not helped") from None
-                moved = _Moved(state["step"], error.batch, error.step)
+                failed = error.with_traceback(None)  # its frames keep the model in memory
+            if not checkpoint.exists(run):
+                raise DivergedError(f"{failed}; no checkpoint had been written")
+            file, state = checkpoint.load_last(run)
+            good = f"{failed}; the last good state is {file}, of step {state['step']}"
+            if config.train.on_nonfinite != "rollback":
+                raise DivergedError(good)
+            rollbacks[state["step"]] += 1
+            if rollbacks[state["step"]] > ROLLBACKS:
+                raise DivergedError(f"{good}; {ROLLBACKS} rollbacks to it have not helped")
 
 
-def _train(
-    config: Config, run: Path, probe: Probe | None, processes: Processes, data: tuple[Data, Data], moved: _Moved | None
-) -> None:
-    settings, device = config.train, processes.device
-    part = processes.part(settings.batch)
-    videos = build_videos(config, data[0], "train", device)
-    held_out = build_videos(config, data[1], "validation", device)
+class _Training:
+    """A run in memory: its data, the model with its optimizer, and how far it has come.
 
-    update = Step(config, processes)
-    model, latents, optimizer = update.model, update.latents, update.optimizer
-    torch.manual_seed(settings.seed)
+    step: updates so far. batch: the number of the next batch, which is `step` until a rollback passes some over. best:
+    the lowest validation loss. history: what the steps since the last log line measured, on the device.
+    """
 
-    # A step of the optimizer takes the batch of its number, until a rollback passes some over.
-    step, batch, best, started = 0, 0, float("inf"), time.perf_counter()
-    history, counted = torch.zeros(settings.log_every, len(update.names) + 1, device=device), 0
-    if checkpoint.exists(run):
-        file, state = checkpoint.load_last(run, device)
-        checkpoint.check_generation(file, state)
-        checkpoint.restore(file, state, model=model, optimizer=optimizer)
-        check_data(run, state, data[0])
-        step, batch, best, counted = state["step"], state["batch"], state["best"], len(state["history"])
-        history[:counted] = state["history"]
-        latents.weight = state.get("latent_weight", latents.weight)
-        started -= state["seconds"]
-        _set_rng(state["rng"])
-    batch = moved.batch if moved else batch
+    def __init__(self, config: Config, run: Path, processes: Processes, data: tuple[Data, Data]) -> None:
+        self.config, self.run, self.processes, self.data = config, run, processes, data[0]
+        self.part = processes.part(config.train.batch)
+        self.videos = build_videos(config, data[0], "train", processes.device)
+        self.held_out = build_videos(config, data[1], "validation", processes.device)
+        self.update = Step(config, processes)
+        torch.manual_seed(config.train.seed)
+        self.step, self.batch, self.best, self.started = 0, 0, float("inf"), time.perf_counter()
+        self.history: list[Tensor] = []
+        if checkpoint.exists(run):
+            self._resume()
+        many = f", {processes.world} processes" if processes.world > 1 else ""
+        title = f"{config.model.row} ({processes.device.type}{many})"
+        self.log = Log(run, self.step, config.train, title, quiet=not processes.main)
+        self.telemetry = Telemetry()
 
-    def save(best_too: bool = False) -> None:
-        for at, numbers in telemetry.collect():
-            log.write(at, numbers)
+    def loop(self, probe: Probe | None, failed: _NotFiniteError | None = None) -> None:
+        """Trains until `train.steps`. failed: the step from which a rollback led here; its batch is passed over."""
+        settings, processes, update, log = self.config.train, self.processes, self.update, self.log
+        with log, self.telemetry, asked_to_stop() as stop:
+            if failed:
+                self.batch = failed.batch
+                log.write(self.step, {"rolled_back_from": failed.step})
+            batches = self.videos.batches(self.batch, self.part, processes.rank, processes.world)
+            while self.step < settings.steps:
+                with log.waiting():
+                    clips = next(batches)
+                update.warm_up(self.step)
+                self.history.append(update(clips))  # the host does not wait for the device
+                self.batch += 1
+                self.step += 1
+                step, end = self.step, self.step == settings.steps
+
+                if step % settings.log_every == 0 or end:
+                    means = self._means()
+                    log.training(step, means | update.latents.adapt(step, means, update.optimizer))
+                    self.history = []
+                    self._log_telemetry()
+                if settings.telemetry_every and step % settings.telemetry_every == 0:
+                    h_x = update.representations(clips)
+                    if processes.main:
+                        self.telemetry.measure(step, h_x)
+                if probe and settings.probe_every and step % settings.probe_every == 0 and processes.main:
+                    with log.paused():
+                        log.write(step, probe(update.model, self.config, self.data))
+                if step % settings.validate_every == 0 or end:
+                    with log.paused():
+                        self._validate()
+                if processes.agree(stop()):
+                    self._means()
+                    self._save()
+                    raise StopRequestedError(
+                        f"stopped at step {step} of {settings.steps}; the same command goes on from there"
+                    )
+
+    def _validate(self) -> None:
+        """Logs the validation loss and saves the model. Raises _NotFiniteError before anything is saved."""
+        self._means()
+        model, latents = self.update.model, self.update.latents
+        loss = validate(model, self.held_out, self.config, latents, self.processes)
+        if not math.isfinite(loss):
+            raise _NotFiniteError(["validation_loss"], self.step, self.batch)
+        self.log.write(self.step, {"validation_loss": loss})
+        if self.log.board is not None:
+            self.log.videos(self.step, examples(model, self.held_out, self.config, latents))
+        better, self.best = loss < self.best, min(loss, self.best)
+        self._save(better)
+
+    def _means(self) -> dict[str, float]:
+        """The mean of every term since the last log line, over all processes; here the host waits for the device.
+
+        With `train.on_nonfinite` "skip", skipped steps are left out and counted as "skipped". Raises _NotFiniteError,
+        naming the first such step, if a step was not finite; with "skip" only if all were.
+        """
+        if not self.history:
+            return {}
+        names, skips = self.update.names, self.config.train.on_nonfinite == "skip"
+        rows = self.processes.mean(torch.stack(self.history)).tolist()  # the last column: whether a step was skipped
+        bad = [i for i, row in enumerate(rows) if row[-1] or not all(map(math.isfinite, row))]
+        good = [row for i, row in enumerate(rows) if i not in bad]
+        if bad and not (skips and good):
+            since = len(rows) - 1 - bad[0]
+            terms = [n for n, value in zip(names, rows[bad[0]], strict=False) if not math.isfinite(value)]
+            raise _NotFiniteError(terms or ["the gradient"], self.step - since, self.batch - since)
+        means = {n: sum(column) / len(good) for n, column in zip(names, zip(*good, strict=True), strict=False)}
+        return means | ({"skipped": float(len(bad))} if skips else {})
+
+    def _log_telemetry(self) -> None:
+        for step, numbers in self.telemetry.collect():
+            self.log.write(step, numbers)
+
+    def _save(self, best: bool = False) -> None:
+        """Writes last.pt, and best.pt too if `best`. Raises _NotFiniteError instead if a weight is not finite."""
+        self._log_telemetry()
+        model = self.update.model
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
-            raise _NotFiniteError(["the weights"], step, batch)
-        if not processes.main:
+            raise _NotFiniteError(["the weights"], self.step, self.batch)
+        if not self.processes.main:
             return
-        state: dict[str, Any] = {
+        state = {
             "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "rng": _rng(),
-            "data": data[0].source,
-            "data_hash": data[0].fingerprint(),
-            "seconds": time.perf_counter() - started,
+            "optimizer": self.update.optimizer.state_dict(),
+            "latent_weight": self.update.latents.weight,
+            "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
+            "step": self.step,
+            "batch": self.batch,
+            "best": self.best,
+            "history": self.history,
+            "config": self.config.to_json(),
+            "data": self.data.source,
+            "data_hash": self.data.fingerprint(),
+            "seconds": time.perf_counter() - self.started,
             "version": __version__,
         }
-        state |= {"step": step, "batch": batch, "best": best, "config": config.to_json()}
-        state |= {"history": history[:counted].clone(), "latent_weight": latents.weight}
-        if best_too:
-            checkpoint.save(run / "best.pt", state)
-        checkpoint.save_last(run, state, settings.keep)
+        if best:
+            checkpoint.save(self.run / "best.pt", state)
+        checkpoint.save_last(self.run, state, self.config.train.keep)
 
-    def checked() -> dict[str, float]:
-        """The means since the last log line. Raises _NotFiniteError: nothing is kept that is not finite."""
-        rows = processes.mean(history[:counted].clone())
-        return _means(update.names, rows, step, batch, settings.on_nonfinite == "skip")
-
-    many = f", {processes.world} processes" if processes.world > 1 else ""
-    title = f"{config.model.row} ({device.type}{many})"
-    log = Log(run, step, settings.steps, settings.tensorboard, title, quiet=not processes.main)
-    telemetry = Telemetry()
-    batches = videos.batches(batch, part, processes.rank, processes.world)
-    with log, telemetry, asked_to_stop() as stop:
-        if moved:
-            log.write(step, {"rolled_back_from": moved.failed})
-        while step < settings.steps:
-            with log.waiting():
-                clips = next(batches)
-            update.warm_up(step)
-            history[counted] = update(clips)  # on the device: no step waits for it
-            counted, step, batch = counted + 1, step + 1, batch + 1
-
-            if step % settings.log_every == 0 or step == settings.steps:
-                means = checked()
-                log.training(step, means | latents.adapt(step, means, optimizer), settings.batch)
-                counted = 0
-                for at, numbers in telemetry.collect():
-                    log.write(at, numbers)
-            if settings.telemetry_every and step % settings.telemetry_every == 0:
-                h_x = update.representations(clips)
-                if processes.main:
-                    telemetry.measure(step, h_x)
-            if settings.probe_every and probe is not None and step % settings.probe_every == 0 and processes.main:
-                with log.paused():
-                    log.write(step, probe(model, config, data[0]))
-            if step % settings.validate_every == 0 or step == settings.steps:
-                with log.paused():
-                    checked()
-                    loss = validate(model, held_out, config, latents, processes)
-                    if not abs(loss) < float("inf"):  # before it reaches last.pt
-                        raise _NotFiniteError(["validation_loss"], step, batch)
-                    log.write(step, {"validation_loss": loss})
-                    if log.board is not None:
-                        log.videos(step, examples(model, held_out, config, latents))
-                    better, best = loss < best, min(loss, best)
-                    save(better)
-            if processes.agree(stop()):
-                checked()
-                save()
-                raise StopRequestedError(
-                    f"stopped at step {step} of {settings.steps}; the same command goes on from there"
-                )
+    def _resume(self) -> None:
+        """Takes up what `_save` wrote."""
+        file, state = checkpoint.load_last(self.run)
+        checkpoint.check_generation(file, state)
+        checkpoint.restore(file, state, model=self.update.model, optimizer=self.update.optimizer)
+        check_data(self.run, state, self.data)
+        self.step, self.batch, self.best = state["step"], state["batch"], state["best"]
+        self.history = [row.to(self.processes.device) for row in state["history"]]
+        self.update.latents.weight = state.get("latent_weight", self.update.latents.weight)
+        self.started -= state["seconds"]
+        torch.set_rng_state(state["rng"]["cpu"])
+        if len(state["rng"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
 
 @torch.no_grad()
 def validate(
     model: EnergyModel, videos: VideoSource, config: Config, latents: Latents, processes: Processes | None = None
 ) -> float:
-    """Mean energy at z* over `train.validation_videos` held-out videos, in whole batches, in evaluation mode."""
+    """The mean energy at z* over `train.validation_videos` held-out videos, with the model in eval mode.
+
+    Only whole batches count: with 20 videos and batches of 8, 16 are used.
+    """
     processes = processes or Processes(videos.device)
     batch = min(config.train.batch, config.train.validation_videos)
     part = processes.part(batch, "train.validation_videos")
@@ -227,8 +278,10 @@ def validate(
 
 @torch.no_grad()
 def examples(model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> list[Tensor]:
-    """Input and target frames of eight held-out videos, and of each its prediction where there is a decoder: lines of
-    (8, T, C, S, S)."""
+    """Eight held-out videos to look at: their frames and, if the model has a decoder, the predicted target frames.
+
+    Returns one or two tensors (8, T, C, S, S) in [0, 1]; in the second the input frames are black.
+    """
     clips = videos.batch(0, 8)
     x, y = split_frames(clips, config)
     lines = [torch.cat([x, y], dim=1)]
@@ -241,10 +294,11 @@ def examples(model: EnergyModel, videos: VideoSource, config: Config, latents: L
 
 
 def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) -> None:
-    """Writes config.json into a new run; raises ConfigError if `run` holds a run of another config, or if `resume`
-    ("auto", "never", "must") forbids to go on, or to begin.
+    """Writes config.json into the folder of a run, once it is clear that the run may begin or go on there.
 
-    Before its first checkpoint a run has nothing to go on with, and any config may have its folder.
+    A run without a checkpoint has nothing to go on with, so any config may take its folder. writes: False only checks.
+
+    Raises ConfigError if `run` holds a run of another config, or if `resume` (see `train`) forbids to begin or go on.
     """
     file, begun = run / "config.json", checkpoint.exists(run)
     if resume not in get_args(Resume):
@@ -254,17 +308,16 @@ def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) 
     if resume == "must" and not begun:
         raise ConfigError(f"{run} holds no checkpoint, and resume=must: is it the right --out?")
     if file.exists() and begun:
-        changed = differences(Config.load(file), config)
-        different = {k: values for k, values in changed.items() if not k.startswith(_FREE)}
-        if different:
-            changes = ", ".join(f"{k} {theirs} -> {ours}" for k, (theirs, ours) in different.items())
-            raise ConfigError(f"{run} holds a run of another config ({changes}); choose another --out")
+        pairs = differences(Config.load(file), config).items()
+        changes = [f"{k} {theirs} -> {ours}" for k, (theirs, ours) in pairs if not k.startswith(_FREE)]
+        if changes:
+            raise ConfigError(f"{run} holds a run of another config ({', '.join(changes)}); choose another --out")
     if writes:
         write_atomic(file, config.to_json())
 
 
 def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
-    """Raises ConfigError where a run's checkpoint was made from other data than are here now."""
+    """Raises ConfigError if the checkpoint `state` of a run was trained on other data than these."""
     if state["data_hash"] != data.fingerprint():
         raise ConfigError(
             f"{run} was trained on {state['data']}; here are {data.source}: set --data.root or VJVCR_DATA, "
@@ -272,39 +325,14 @@ def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
         )
 
 
-def _means(names: Sequence[str], history: Tensor, step: int, batch: int, may_skip: bool) -> dict[str, float]:
-    """Of `names` over the steps up to `step`, whose rows history (counted, names and whether skipped) holds; `batch` is
-    the number of the next batch. Skipped steps count for nothing but "skipped".
-
-    Raises _NotFiniteError, of the first step that it is true of; where steps may be skipped, if all were.
-    """
-    rows = history.tolist()
-    if not rows:
-        return {}
-    good = [row for row in rows if not row[-1] and all(abs(value) < float("inf") for value in row)]
-    if len(good) < len(rows) and not (may_skip and good):
-        first = next(i for i, row in enumerate(rows) if row not in good)
-        bad = [n for n, value in zip(names, rows[first], strict=False) if not abs(value) < float("inf")]
-        left = len(rows) - 1 - first  # steps since
-        raise _NotFiniteError(bad or ["the gradient"], step - left, batch - left)
-    means = {n: sum(column) / len(good) for n, column in zip(names, zip(*good, strict=True), strict=False)}
-    return means | ({"skipped": float(len(rows) - len(good))} if may_skip else {})
-
-
-def _rng() -> dict[str, Any]:
-    return {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
-
-
-def _set_rng(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["cpu"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
-
-
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM become a question asked between steps; a second one interrupts at once. Of several processes
-    each may hear of the first twice, from the terminal and from the launcher: that counts as one."""
+    """Handles Ctrl-C and SIGTERM: yields a function that says whether one of them has come, to be asked between steps.
+
+    A second signal raises KeyboardInterrupt at once. With several processes the first signal may reach each twice, from
+    the terminal and from the launcher; within ECHO seconds that counts as one. Outside the main thread, where Python
+    allows no signal handlers, the answer is always False.
+    """
     received: list[float] = []
 
     def receive(number: int, frame: FrameType | None) -> None:
@@ -315,7 +343,7 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
 
     try:
         before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: signals are not ours to handle
+    except ValueError:  # not the main thread
         before = {}
     try:
         yield lambda: bool(received)
