@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.training import checkpoint
 
 
-class Log:
-    """Writes the numbers of a run to all three places; a context manager.
+class Log(ExitStack):
+    """Writes the numbers of a run to all three places; a context manager that closes them.
 
     step: how many steps are trained already. Lines of later steps, which a run that was killed may have left in
     metrics.jsonl, are dropped, since these steps will be trained again. title: shown beside the progress bar.
@@ -27,6 +27,7 @@ class Log:
     """
 
     def __init__(self, run: Path, step: int, settings: Train, title: str, quiet: bool = False) -> None:
+        super().__init__()
         self.board: Any = None
         if settings.tensorboard and not quiet:
             try:
@@ -35,14 +36,14 @@ class Log:
                 raise ImportError(
                     "TensorBoard is not installed: pip install 'vjvcr_fast[train]', or --train.tensorboard false"
                 ) from None
-            self.board = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+            self.board = self.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
         path = Path(os.devnull) if quiet else run / "metrics.jsonl"
         if not quiet:
             rows = checkpoint.read_metrics(path, up_to=step)
             write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
-        self.file = path.open("a")
+        self.file = self.enter_context(path.open("a"))
         shown = {"total": settings.steps, "initial": step, "desc": title, "dynamic_ncols": True, "mininterval": 1.0}
-        self.bar = progress(**shown, disable=quiet)
+        self.bar = self.enter_context(progress(**shown, disable=quiet))
         self.batch = settings.batch
         self.clock, self.step, self.waited = time.perf_counter(), step, 0.0
 
@@ -65,13 +66,6 @@ class Log:
                 self.board.add_scalar(name, value, step)
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time spent inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self.waited += time.perf_counter() - start
-
-    @contextmanager
     def paused(self) -> Iterator[None]:
         """Leaves the time spent inside out of the training rate."""
         start = time.perf_counter()
@@ -85,12 +79,3 @@ class Log:
         """
         grid = torch.stack(lines, dim=1).permute(3, 0, 1, 4, 2, 5)  # (C, video, line, S, T, S)
         self.board.add_image("videos", grid.flatten(1, 3).flatten(2), step)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-        self.file.close()
-        if self.board is not None:
-            self.board.close()

@@ -22,6 +22,7 @@ out, which is decided on the device in every step (`vjvcr_fast.training.safety`)
 
 import math
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -145,8 +146,9 @@ class _Training:
                 log.write(self.step, {"rolled_back_from": failed.step})
             batches = self.videos.batches(self.batch, self.part, processes.rank, processes.world)
             while self.step < settings.steps:
-                with log.waiting():
-                    clips = next(batches)
+                asked = time.perf_counter()
+                clips = next(batches)
+                log.waited += time.perf_counter() - asked
                 update.warm_up(self.step)
                 self.history.append(update(clips))  # the host does not wait for the device
                 self.batch += 1
@@ -341,10 +343,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         received.append(now)
 
-    try:
-        before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread
-        before = {}
+    main = threading.current_thread() is threading.main_thread()
+    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
     try:
         yield lambda: bool(received)
     finally:
