@@ -1,12 +1,12 @@
-"""The MovingMNIST networks of the paper (section 4.4): convolutional encoder, MLP predictor, mirrored decoder.
+"""The networks for MovingMNIST (section 4.4 of the paper): convolutional encoder, MLP predictor, mirrored decoder.
 
-The paper gives the depth (3 spatial then 2 temporal convolutions, batch norm and ReLU at each, then average pooling; an
-MLP with 2 hidden layers) and leaves channels, kernels, strides and widths open. Ours: 3x3 kernels of stride 2 in space,
-kernels of 3 in time that keep T, pooling to a `pool` x `pool` map that is flattened, since pooling to a single cell
-would lose the position.
+The paper states the depth: three spatial and then two temporal convolutions, each with batch norm and ReLU, then
+average pooling; an MLP with two hidden layers. It does not state channels, kernels, strides and widths; these are ours.
+Spatial kernels are 3x3 with stride 2; temporal kernels have length 3 and keep T. We pool to a `pool` x `pool` map and
+flatten it, because pooling to a single cell would lose the digit's position.
 
-Activations stay channels_last throughout: folding time into the batch for the spatial part, or space into one axis for
-the temporal part, is then a view.
+Activations stay in channels_last throughout: then it takes no copy to fold time into the batch for the spatial part, or
+space into one axis for the temporal part.
 """
 
 from collections.abc import Sequence
@@ -25,27 +25,29 @@ def _block(conv: nn.Module, channels: int) -> nn.Sequential:
 
 
 def _temporal(channels: int) -> nn.Sequential:
-    """Two convolutions over time of (N, C, T, cells); T is kept."""
+    """Two convolutions over time for inputs (N, C, T, cells), which keep T."""
     conv = (nn.Conv2d(channels, channels, (3, 1), padding=(1, 0), bias=False) for _ in range(2))
     return nn.Sequential(*(_block(c, channels) for c in conv))
 
 
 def _over_time(temporal: nn.Module, maps: Tensor, frames: int) -> Tensor:
-    """Applies `temporal`, which works on (N, C, T, cells), to maps (N T, C, H, W)."""
+    """Applies `temporal`, which takes (N, C, T, cells), to maps (N T, C, H, W)."""
     _, c, h, w = maps.shape
     by_time = maps.permute(0, 2, 3, 1).reshape(-1, frames, h * w, c).permute(0, 3, 1, 2)
     return temporal(by_time).permute(0, 2, 3, 1).reshape(-1, h, w, c).permute(0, 3, 1, 2)
 
 
 class ConvEncoder(nn.Module):
-    """Frames (N, T, C, S, S) in [0, 1] -> representations (N, T, d), d = channels[-1] * pool^2.
+    """Frames (N, T, C, S, S) in [0, 1] -> representations (N, T, d) with d = channels[-1] * pool^2.
 
     Args:
-        in_channels: C. channels: of the three spatial convolutions, the last also of the temporal ones.
-        size: S, a multiple of 8. pool: side of the pooled map, at most S / 8 and a divisor of it.
-        norm_scale: the last batch norm's scale, at first.
+        in_channels: C.
+        channels: of the three spatial convolutions. The temporal ones have as many as the last of these.
+        size: S, a multiple of 8.
+        pool: side of the pooled map, a divisor of S / 8.
+        norm_scale: initial scale of the last batch norm.
 
-    Raises: ValueError for sizes that do not fit.
+    Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -67,9 +69,9 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """The encoder mirrored: representations (N, T, d) -> frames (N, T, C, S, S), unbounded. Arguments as ConvEncoder's.
+    """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. The arguments are those of ConvEncoder.
 
-    Its input is the (predicted) representation alone; no skip from the input frames.
+    It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int], size: int, pool: int) -> None:
@@ -119,15 +121,15 @@ class LatentPredictor(nn.Module):
 
 
 class MLPPredictor(LatentPredictor):
-    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d): two hidden layers of ReLU, all target frames at once.
+    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), all target frames at once: two hidden layers with ReLU.
 
     Args:
-        latent_dim: m > 0 gives it a latent z (N, m), concatenated to h_x: its part of the first layer is `latent_in`,
-            whose columns have unit norm, so that z cannot escape a penalty by growing weights.
-        heads: more than 1 gives it as many last layers; z (N, heads), a one-hot, selects among them, and any other z
-            weighs their outputs.
+        latent_dim: m > 0 gives it a latent z (N, m), which is concatenated to h_x. Its part of the first layer's weight
+            is `latent_in`.
+        heads: more than 1 gives it that many last layers. z (N, heads) weighs their outputs; a one-hot z selects one.
 
-    Raises: ValueError for both kinds of latent, a z of another shape, a z missing or not wanted.
+    Raises ValueError for both kinds of latent at once, for a z of the wrong shape, and for a z that is missing or not
+    wanted.
     """
 
     def __init__(
@@ -135,7 +137,7 @@ class MLPPredictor(LatentPredictor):
     ) -> None:
         super().__init__()
         if latent_dim < 0 or heads < 1 or (latent_dim > 0 and heads > 1):
-            raise ValueError(f"latent_dim={latent_dim}, heads={heads}: one latent, latent_dim > 0 or heads > 1")
+            raise ValueError(f"latent_dim={latent_dim}, heads={heads}: needs one latent, latent_dim > 0 or heads > 1")
         self.frames_out, self.heads = frames_out, heads
         self.layers = nn.Sequential(
             nn.Linear(frames_in * d, hidden),
@@ -157,13 +159,13 @@ class MLPPredictor(LatentPredictor):
         return self._frames(cast(Tensor, sum(weighted)))
 
     def hidden(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
-        """The second hidden layer, (N, hidden): all that the last layer sees."""
+        """The second hidden layer, (N, hidden), from which the last layer makes its output."""
         first = self.layers[0](h_x.flatten(1))
         a = F.relu(first if z is None else first + self.latent_in(z))
         return F.relu(self.layers[2](a))
 
     def head(self, i: int, u: Tensor) -> Tensor:
-        """Predicted h_y (N, T_y, d) of the i-th head alone, from u = hidden(h_x)."""
+        """Predicted h_y (N, T_y, d) of the i-th head, from u = hidden(h_x)."""
         return self._frames(self.last[i](u))
 
     def linear_heads(self, u: Tensor, h_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -172,7 +174,7 @@ class MLPPredictor(LatentPredictor):
         return u, torch.stack([x.weight for x in last]), torch.stack([x.bias for x in last]), h_y.flatten(1)
 
     def closed_form(self, h_x: Tensor, h_y: Tensor) -> MLPEnergy:
-        """Mean of (Pred(h_x, z) - h_y)^2 over T_y d, a function of z, for a predictor with latent_dim > 0."""
+        """z -> the mean of (Pred(h_x, z) - h_y)^2 over T_y d, for each sample. Needs latent_dim > 0."""
         first, _, second, _, last = cast("Sequence[nn.Linear]", self.layers)
         p, w1z = first(h_x.flatten(1)), self.latent_in.weight
         return MLPEnergy(p, w1z, second.weight, second.bias, last.weight, last.bias, h_y.flatten(1))
@@ -186,10 +188,10 @@ def _upsample(a: int, b: int, bias: bool) -> nn.Module:
 
 
 def check_sizes(channels: Sequence[int], size: int, pool: int) -> None:
-    """Raises ValueError, naming the value and what is allowed, where the three do not make a network."""
+    """Raises ValueError, naming the value and what is allowed, if the three do not make a network."""
     if len(channels) != 3 or min(channels) < 1:
         raise ValueError(f"channels={tuple(channels)}: three positive numbers, one for each spatial convolution")
     if size < 8 or size % 8:
-        raise ValueError(f"size={size}: frames must have a side that is a multiple of 8, for three strides of 2")
+        raise ValueError(f"size={size}: must be a multiple of 8, for three strides of 2")
     if pool < 1 or (size // 8) % pool:
         raise ValueError(f"pool={pool}: must divide the {size // 8}x{size // 8} map that {size}x{size} frames give")

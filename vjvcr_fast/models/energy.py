@@ -1,4 +1,7 @@
-"""The energy of VJ-VCR and of the generative baseline, equations (5) and (7): one model, four settings (Table 1)."""
+"""The energy of VJ-VCR and of the generative baseline, equations (5) and (7), as one model.
+
+The four rows of Table 1 are four settings of it (`ROWS`).
+"""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -16,7 +19,7 @@ Infer: TypeAlias = Callable[[Tensor, Tensor | None, Tensor], Tensor]  # (h_x, h_
 
 
 class Row(NamedTuple):
-    """A row of Table 1: which terms the energy has."""
+    """A row of Table 1: its title, and which terms the energy has."""
 
     title: str
     hidden: bool  # D(Pred(h_x, z), h_y)
@@ -33,7 +36,7 @@ ROWS = {
 
 
 class Energy(NamedTuple):
-    """Scalars: the energy and its terms, unweighted; a term the row does not have is zero."""
+    """The energy and its terms without their weights, all scalars. A term that the row does not have is zero."""
 
     loss: Tensor
     hidden: Tensor
@@ -45,21 +48,25 @@ class Energy(NamedTuple):
 class EnergyModel(nn.Module):
     """E(x, y, z) = [D(Pred(h_x, z), h_y)] + [alpha l_var + beta l_cov of (h_x, h_y)] + [gamma D(Dec(Pred(h_x, z)), y)].
 
-    D is the squared error, its mean over videos and frames, and its mean (distance="mean") or sum ("sum") over the
-    elements of a frame. The brackets are the terms `row` has; in a generative row the pixel
-    term is the prediction term and its weight is 1. x and y go through the shared encoder one after the other, so that
-    no frame of y reaches h_x, not even through batch statistics; a batch norm's running statistics are kept for x and y
-    apart, since a mixture of theirs fits neither (`twin` has the encoder's weights and those of y: who loads an encoder
-    alone loads `twin`, too). Without a hidden term and VCR, y is not encoded. The
-    latent z is optional, and the predictor's to interpret.
+    Each bracket is a term that the `row` may or may not have. In a generative row the pixel term is the prediction
+    term, and its weight is 1 instead of gamma. D is the squared error: its mean over videos and frames, and within a
+    frame its mean (distance="mean") or its sum (distance="sum").
+
+    x and y go through the same encoder one after the other, so that nothing of y reaches h_x, not even through batch
+    statistics. If the encoder has batch norm, x and y have running statistics of their own, since a mixture would fit
+    neither. Those of y are in `twin`, a copy of the encoder that shares its weights: whoever loads weights into the
+    encoder alone must load `twin` too. If the row has neither a hidden term nor VCR, y is not encoded.
 
     Args:
-        encoder: (N, T, C, H, W) -> (N, T, d). predictor: (N, T_x, d), and z where there is one -> (N, T_y, d).
-        decoder: (N, T_y, d) -> (N, T_y, C, H, W), for rows with a pixel term; None otherwise.
-        row: a key of ROWS. alpha, beta, gamma, threshold, eps: of the equation.
+        encoder: frames (N, T, C, H, W) -> representations (N, T, d).
+        predictor: h_x (N, T_x, d), and a latent z if it has one -> predicted h_y (N, T_y, d).
+        decoder: (N, T_y, d) -> frames (N, T_y, C, H, W), for a row with a pixel term; otherwise None.
+        row: a key of `ROWS`.
+        alpha, beta, gamma: the weights above.
+        threshold, eps: of the variance hinge (`vcr_loss`).
         distance: "mean" or "sum".
 
-    Raises: ValueError for an unknown row or distance, a decoder that is missing or not wanted.
+    Raises ValueError for an unknown row or distance, and for a decoder that is missing or not wanted.
     """
 
     def __init__(
@@ -84,18 +91,19 @@ class EnergyModel(nn.Module):
         if self.terms.pixel != (decoder is not None):
             raise ValueError(f"row={row!r} {'needs a' if self.terms.pixel else 'has no pixel term, so no'} decoder")
         self.encoder, self.predictor, self.decoder = encoder, predictor, decoder
-        # Where y is never encoded while training, x's statistics have to do for it afterwards.
+        # If training never encodes y, there are only the statistics of x, and they serve y too.
         self.twin = _twin(encoder) if self.terms.hidden or self.terms.vcr else None
         self.register_load_state_dict_pre_hook(_without_twin)
         self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
-        self.group: Any = None  # of torch.distributed: processes whose batches, as many videos on each, are one
+        self.group: Any = None  # of torch.distributed: its processes hold equal parts of one batch
         self.gamma = gamma if self.terms.hidden else 1.0
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor | Infer | None = None) -> Energy:
-        """x (N, T_x, C, H, W), y (N, T_y, C, H, W), in [0, 1]; z (N, ...), for a predictor with a latent, or what
-        infers it: called with h_x, h_y, where the row has a hidden term, and y.
+        """The energy of a batch, in float32 or float64.
 
-        Returns the Energy of the batch, in float32 at least.
+        x: (N, T_x, C, H, W) in [0, 1]. y: (N, T_y, C, H, W) in [0, 1].
+        z: the latent (N, ...) of a predictor that has one, or a function that infers it from h_x, h_y (None if the row
+        has no hidden term) and y.
         """
         h_x = self.encoder(x)
         h_y = self.encode_targets(y) if self.terms.hidden or self.terms.vcr else None
@@ -116,16 +124,16 @@ class EnergyModel(nn.Module):
         return Energy(loss, hidden, pixel, variance, covariance)
 
     def encode_targets(self, y: Tensor) -> Tensor:
-        """h_y (N, T_y, d) of target frames: the encoder, with the running statistics of y where it has any."""
+        """h_y (N, T_y, d) of target frames y: the encoder, with the running statistics of y if it has any."""
         return cast(Tensor, (self.encoder if self.twin is None else self.twin)(y))
 
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
-        """D of (N, T, ...) both: a scalar."""
+        """D(a, b) for two tensors (N, T, ...): a scalar."""
         mean = F.mse_loss(a, b)
         return mean * b.shape[2:].numel() if self.sums else mean
 
     def vcr(self, h: Sequence[Tensor]) -> VCRTerms:
-        """l_vcr of representations (N, T, d) each, over the batch of `group` where there is one."""
+        """l_vcr of representations (N, T, d) each. With a `group`, the batch is that of all its processes."""
         return vcr_loss(
             h,
             alpha=self.alpha,
@@ -141,16 +149,17 @@ class EnergyModel(nn.Module):
         return self._predicted(self.encoder(x), z)
 
     def latent_energy(self, h_x: Tensor, h_y: Tensor | None, y: Tensor | None = None) -> LatentEnergy:
-        """Equation (6)'s objective: z -> (N,), the terms of E that z enters, of each sample, in float32 at least.
+        """The objective of equation (6): z -> (N,), the terms of each sample's energy that depend on z.
 
-        The mean over T_y d of (Pred(h_x, z) - h_y)^2 in rows with a hidden term, gamma times the mean over T_y C H W
-        of (Dec(Pred(h_x, z)) - y)^2 in rows with a pixel term. VCR does not depend on z.
+        These are the mean over T_y d of (Pred(h_x, z) - h_y)^2 if the row has a hidden term, plus gamma times the mean
+        over T_y C H W of (Dec(Pred(h_x, z)) - y)^2 if it has a pixel term. VCR does not depend on z.
 
         h_x: (N, T_x, d). h_y: (N, T_y, d), for a hidden term. y: (N, T_y, C, H, W), for a pixel term.
 
-        Returns a function; for an `MLPPredictor`, where it can, one that `vjvcr_fast.latents` knows more about.
+        Returns a function whose values are float32 or float64. For an `MLPPredictor` it is, where possible, an energy
+        that `vjvcr_fast.latents` can minimise faster.
 
-        Raises: ValueError where h_y or y is missing, or D is a sum.
+        Raises ValueError if h_y or y is missing, or if distance="sum".
         """
         if self.sums:
             raise ValueError("distance=sum: a latent is inferred with distance=mean")
@@ -185,14 +194,17 @@ class EnergyModel(nn.Module):
 
 
 def _twin(encoder: nn.Module) -> nn.Module | None:
-    """The encoder with the same weights and running statistics of its own; None where it has none."""
+    """A copy of the encoder with the same weights and its own running statistics; None if it has no statistics."""
     if not any(isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats for m in encoder.modules()):
         return None
     return copy.deepcopy(encoder, {id(parameter): parameter for parameter in encoder.parameters()})
 
 
 def _without_twin(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A state of before there were two sets of statistics has one for both; one of a row without y needs no second."""
+    """Adapts an old state dict, in place, to whether there is a twin.
+
+    Older states have one set of statistics, which then serves x and y. A twin that this row does not need is dropped.
+    """
     names = [name for name in state if name.startswith(f"{prefix}twin.")]
     if model.twin is None:
         for name in names:
@@ -204,6 +216,6 @@ def _without_twin(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
 
 
 def _distances(a: Tensor, b: Tensor) -> Tensor:
-    """The mean squared difference of every sample: (N, ...) -> (N,)."""
+    """The mean squared difference for every sample: (N, ...) -> (N,)."""
     dtype = compute_dtype(b)
     return (a.to(dtype) - b.to(dtype)).square().flatten(1).mean(dim=1)

@@ -1,10 +1,10 @@
-"""SimVP's encoder for video files, and its mirror (section 4.4; Gao et al. 2022).
+"""SimVP's encoder for video files and its mirror, the decoder (section 4.4 of the paper; Gao et al. 2022).
 
-Every frame on its own: pairs of 3x3 convolutions with GroupNorm and SiLU, the second of a pair with stride 2, then a
-1x1 convolution without normalisation, so that the scale of the representations is free to follow the variance hinge.
-Nothing depends on the other samples of the batch. Sizes are [NS] in the paper and ours.
+Every frame is encoded on its own, by pairs of 3x3 convolutions with GroupNorm and SiLU. The second of each pair has
+stride 2. The last layer is a 1x1 convolution without normalisation, so that the scale of the representations can follow
+the variance hinge. No sample depends on the others of its batch. The paper does not state sizes [NS]; these are ours.
 
-A frame's representation is its map by rows, the channels of a cell together: with channels_last that is a view.
+The representation of a frame is its map row by row, with the channels of a cell side by side: in channels_last a view.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,20 +16,33 @@ from torch.utils.checkpoint import checkpoint as recompute
 GROUPS = 2  # of GroupNorm, as SimVP has it
 
 
-def _block(conv: nn.Module, channels: int) -> nn.Sequential:
-    return nn.Sequential(conv, nn.GroupNorm(GROUPS, channels), nn.SiLU())
+def _block(conv: nn.Conv2d | nn.ConvTranspose2d) -> nn.Sequential:
+    return nn.Sequential(conv, nn.GroupNorm(GROUPS, conv.out_channels), nn.SiLU())
+
+
+def _down(a: int, b: int) -> nn.Sequential:
+    """A stage of the encoder: (N, a, H, W) -> (N, b, H / 2, W / 2)."""
+    return nn.Sequential(_block(nn.Conv2d(a, b, 3, 1, 1)), _block(nn.Conv2d(b, b, 3, 2, 1)))
+
+
+def _up(a: int, b: int) -> nn.Sequential:
+    """A stage of the decoder: (N, a, H, W) -> (N, b, 2 H, 2 W)."""
+    return nn.Sequential(_block(nn.ConvTranspose2d(a, a, 4, 2, 1)), _block(nn.Conv2d(a, b, 3, 1, 1)))
 
 
 class SimVPEncoder(nn.Module):
-    """Frames (N, T, C, S, S) in [0, 1] -> representations (N, T, d), d = features * (S / 2^k)^2 with k strides of 2.
+    """Frames (N, T, C, S, S) in [0, 1] -> representations (N, T, d) with d = features * (S / 2^k)^2, for k stages.
 
     Args:
-        in_channels: C. size: S, a multiple of 2^k. channels: of each of the k pairs of convolutions, even numbers.
-        features: channels of the map. checkpoint: recompute activations in backward instead of keeping them.
+        in_channels: C.
+        size: S, a multiple of 2^k.
+        channels: of each of the k stages, multiples of GROUPS.
+        features: channels of the map.
+        checkpoint: recompute activations in backward instead of keeping them. The gradients are the same.
 
     `map` is (features, S / 2^k, S / 2^k). Weights start as torch's convolutions do.
 
-    Raises: ValueError for sizes that do not fit.
+    Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
@@ -44,12 +57,7 @@ class SimVPEncoder(nn.Module):
         self.map = check_sizes(channels, size, features)
         self.d = self.map[0] * self.map[1] * self.map[2]
         self.checkpoint = checkpoint
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(_block(nn.Conv2d(a, b, 3, 1, 1), b), _block(nn.Conv2d(b, b, 3, 2, 1), b))
-                for a, b in pairwise([in_channels, *channels])
-            )
-        )
+        self.stages = nn.Sequential(*(_down(a, b) for a, b in pairwise([in_channels, *channels])))
         self.last = nn.Conv2d(channels[-1], features, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -59,9 +67,9 @@ class SimVPEncoder(nn.Module):
 
 
 class SimVPDecoder(nn.Module):
-    """The encoder mirrored: (N, T, d) -> frames (N, T, C, S, S), unbounded. Arguments as SimVPEncoder's.
+    """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. The arguments are those of SimVPEncoder.
 
-    Its input is the (predicted) representation alone; no skip from the input frames.
+    It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
 
     def __init__(
@@ -75,14 +83,8 @@ class SimVPDecoder(nn.Module):
         super().__init__()
         self.map = check_sizes(channels, size, features)
         self.first = nn.Conv2d(features, channels[-1], 1)
-        widths = [*reversed(channels), channels[0]]
         self.checkpoint = checkpoint
-        self.stages = nn.Sequential(
-            *(
-                nn.Sequential(_block(nn.ConvTranspose2d(a, a, 4, 2, 1), a), _block(nn.Conv2d(a, b, 3, 1, 1), b))
-                for a, b in pairwise(widths)
-            )
-        )
+        self.stages = nn.Sequential(*(_up(a, b) for a, b in pairwise([*reversed(channels), channels[0]])))
         self.last = nn.Conv2d(channels[0], in_channels, 1)
 
     def forward(self, h: Tensor) -> Tensor:
@@ -102,13 +104,15 @@ def run(modules: Iterable[nn.Module], x: Tensor, checkpoint: bool) -> Tensor:
 
 
 def check_sizes(channels: Sequence[int], size: int, features: int) -> tuple[int, int, int]:
-    """(features, height, width) of a frame's map. Raises ValueError, naming the value and what is allowed, where the
-    three do not make a network."""
+    """Returns (features, height, width) of a frame's map.
+
+    Raises ValueError, naming the value and what is allowed, if the three do not fit.
+    """
     if not channels or min(channels) < GROUPS or any(c % GROUPS for c in channels):
-        raise ValueError(f"channels={tuple(channels)}: multiples of {GROUPS}, one for each stride of 2")
+        raise ValueError(f"channels={tuple(channels)}: must be multiples of {GROUPS}, one for each stride of 2")
     if features < 1:
-        raise ValueError(f"features={features}: at least 1")
+        raise ValueError(f"features={features}: must be at least 1")
     stride = 2 ** len(channels)
     if size < stride or size % stride:
-        raise ValueError(f"size={size}: frames must have a side that is a multiple of {stride}, for their strides of 2")
+        raise ValueError(f"size={size}: must be a multiple of {stride}, for {len(channels)} strides of 2")
     return features, size // stride, size // stride

@@ -1,9 +1,9 @@
 """The predictor for video files: a Swin Transformer over the map of the input frames (section 4.4; Liu et al. 2021).
 
-As in SimVP's translator the maps of all input frames lie side by side in the channels of a cell, so that a token is a
-cell through time; windows of cells attend to themselves, alternately shifted, and every target frame comes out at once,
-as what it differs by from the last input frame. Depth, width, window and that difference are [NS] in the paper and
-ours: without it a predictor learns for long to let anything through.
+As in SimVP's translator, the maps of all input frames are stacked in the channels, so that a token is one cell of the
+map with its whole past. Attention is within windows of cells, which every second block shifts. All target frames come
+out at once, as differences from the last input frame: without these a predictor takes long to let anything through.
+Depth, width, window and the differences are not stated in the paper [NS]; they are ours.
 """
 
 import torch
@@ -15,19 +15,25 @@ from vjvcr_fast.models.simvp import run
 
 
 class SwinPredictor(LatentPredictor):
-    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), d = C H W of a map as `SimVPEncoder` lays it out.
+    """h_x (N, T_x, d) -> predicted h_y (N, T_y, d), where d = C H W is a map as `SimVPEncoder` lays it out.
 
     Predicted h_y[t] = h_x[last] + Swin(h_x, z)[t].
 
     Args:
-        map: (C, H, W). dim: width of a token. depth: blocks; every second one shifts its windows by half of one.
-        heads: of the attention, a divisor of dim. window: side of a window, a divisor of H and W or no less than both:
-            then there is one window and no shift. latent_dim: m > 0 gives it a latent z (N, m), which enters linearly,
-            by columns of unit norm, into every token. checkpoint: recompute activations in backward.
+        map: (C, H, W). frames_in, frames_out: T_x, T_y.
+        dim: width of a token.
+        depth: number of blocks; every second one shifts its windows by half a window.
+        heads: of the attention, a divisor of dim.
+        window: side of a window, a divisor of H and W. If it is at least as large as both, one window covers the map
+            and nothing is shifted.
+        latent_dim: m > 0 gives it a latent z (N, m). A linear map of z, with columns of unit norm, is added to every
+            token.
+        checkpoint: recompute activations in backward instead of keeping them. The gradients are the same.
 
-    Weights of linear layers and the bias table start from a normal distribution of 0.02, as Swin's, cut at twice that.
+    As in Swin, weights of linear layers and the bias table are drawn from a normal distribution of std 0.02, here cut
+    at 0.04.
 
-    Raises: ValueError for sizes that do not fit, a z of another shape, a z missing or not wanted.
+    Raises ValueError for sizes that do not fit, for a z of the wrong shape, and for a z that is missing or not wanted.
     """
 
     def __init__(
@@ -70,7 +76,7 @@ class SwinPredictor(LatentPredictor):
 
 
 class _Block(nn.Module):
-    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), of tokens (N, H, W, dim)."""
+    """x + Attention(LayerNorm(x)), then x + MLP(LayerNorm(x)), for tokens x (N, H, W, dim)."""
 
     def __init__(self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int) -> None:
         super().__init__()
@@ -84,11 +90,12 @@ class _Block(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Attention of tokens (N, H, W, dim) within windows, softmax(q k^T / sqrt(dim / heads) + B) v per head.
+    """Attention among the tokens (N, H, W, dim) of a window: softmax(q k^T / sqrt(dim / heads) + B) v for every head.
 
-    B[i, j] = table[offset of cell j from cell i], one table a head. With shift s windows begin at cell s, wrapped
-    around the grid; of what that brings together, cells from different sides do not attend to each other. Under
-    torch.func transforms freeze the weights: torch's CPU kernel has no gradient for B there and says so.
+    B[i, j] = table[offset from cell i to cell j], one table for each head. With a shift of s, windows begin at cell s
+    and wrap around the grid. Cells from opposite sides that meet in one window do not attend to each other.
+
+    Under torch.func transforms freeze the weights: torch's CPU kernel has no gradient for B there, and says so.
     """
 
     offset: Tensor
@@ -97,7 +104,6 @@ class WindowAttention(nn.Module):
     def __init__(self, grid: tuple[int, int], dim: int, heads: int, window: tuple[int, int], shift: int) -> None:
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
-        self.counts = (grid[0] // window[0], grid[1] // window[1])
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         offsets = (2 * window[0] - 1) * (2 * window[1] - 1)
         self.table = nn.Parameter(nn.init.trunc_normal_(torch.empty(heads, offsets), std=0.02, a=-0.04, b=0.04))
@@ -106,7 +112,8 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, dim = x.shape
-        (rows, columns), (a, b) = self.counts, self.window
+        a, b = self.window
+        rows, columns = height // a, width // b
         if self.shift:
             x = x.roll((-self.shift, -self.shift), (1, 2))
         # Windows and heads together are the heads that SDPA sees, so that one bias serves all samples.
@@ -120,13 +127,13 @@ class WindowAttention(nn.Module):
         return self.out(out)
 
     def _bias(self) -> Tensor:
-        """(1, windows heads, cells, cells)."""
+        """B for all windows: (1, windows heads, cells, cells), -inf where cells do not attend to each other."""
         bias = self.table[:, self.offset]  # (heads, cells, cells)
         return bias.masked_fill(self.apart[:, None], float("-inf")).flatten(0, 1)[None]
 
 
 def _offsets(window: tuple[int, int]) -> Tensor:
-    """(cells, cells) int64: the number of the offset from one cell of a window to another."""
+    """(cells, cells) int64: for each pair of cells of a window, the number of their offset in the table."""
     a, b = window
     place = torch.stack(torch.meshgrid(torch.arange(a), torch.arange(b), indexing="ij")).flatten(1)
     rows, columns = place[:, :, None] - place[:, None, :]
@@ -134,9 +141,9 @@ def _offsets(window: tuple[int, int]) -> Tensor:
 
 
 def _apart(grid: tuple[int, int], window: tuple[int, int], shift: int) -> Tensor:
-    """(windows, cells, cells) bool: pairs that the wrapped grid brings into one window from different sides."""
+    """(windows, cells, cells) bool: True for pairs that wrapping brought into one window from opposite sides."""
     (height, width), (a, b) = grid, window
-    # In the shifted grid the last `shift` rows and columns have come around from the other side.
+    # After the shift the last `shift` rows and columns are those that wrapped around.
     rows, columns = torch.arange(height) >= height - shift, torch.arange(width) >= width - shift
     side = 2 * rows[:, None].long() + columns[None, :].long()
     cells = side.reshape(height // a, a, width // b, b).transpose(1, 2).reshape(-1, a * b)
@@ -150,13 +157,16 @@ def _initialise(module: nn.Module) -> None:
 
 
 def check_sizes(grid: tuple[int, int], dim: int, heads: int, window: int) -> tuple[int, int]:
-    """(height, width) of a window. Raises ValueError, naming the value and what is allowed, for what does not fit."""
+    """Returns (height, width) of a window.
+
+    Raises ValueError, naming the value and what is allowed, if the sizes do not fit.
+    """
     if heads < 1 or dim < 1 or dim % heads:
-        raise ValueError(f"heads={heads}: must divide dim={dim}, both at least 1")
+        raise ValueError(f"heads={heads}: must divide dim={dim}, and both must be at least 1")
     if window < 1:
         raise ValueError(f"window={window}: must be at least 1")
     if window >= max(grid):
         return grid
     if grid[0] % window or grid[1] % window:
-        raise ValueError(f"window={window}: must divide the {grid[0]}x{grid[1]} map, or be no smaller")
+        raise ValueError(f"window={window}: must divide the {grid[0]}x{grid[1]} map, or cover all of it")
     return window, window

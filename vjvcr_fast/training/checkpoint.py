@@ -1,8 +1,7 @@
-"""Checkpoints: written atomically, with a checksum, the last few kept; read without running pickled code.
+"""Checkpoints: written atomically with a checksum, read without running pickled code; the last few are kept.
 
-A checkpoint is what torch.save makes of tensors and plain values, so that torch.load(weights_only=True) reads it
-anywhere. Beside what it holds it has a checksum over all of that, by content: what a zip's own sums do not cover, and
-what no other copy of the file can repair, is found when it is read.
+A checkpoint is a torch.save of tensors and plain values, so that torch.load(weights_only=True) reads it anywhere. It
+also holds a checksum over all its content, which finds damage that the sums of the zip format do not cover.
 """
 
 import contextlib
@@ -19,35 +18,38 @@ import torch
 
 from vjvcr_fast.data.files import one_line, replace, write_atomic
 
-# Of what a step computes from a checkpoint: raised by every change after which a run that goes on would no longer be
-# the run that began. 2: losses of single steps instead of their sum, the place in the data apart from the step.
-# 3: running statistics of x and of y apart.
+# Raised by every change after which a resumed run would no longer compute what the run that began would have computed.
+# 2: holds the losses of single steps instead of their sum, and the number of the next batch apart from the step.
+# 3: holds separate running statistics of x and y.
 GENERATION = 3
 
 LAST = "last.pt"
-EARLIER = "checkpoints"  # the folder of those before it
+EARLIER = "checkpoints"  # the folder with the last few
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that is missing, damaged or of another run; the message names the file."""
+    """A checkpoint is missing, damaged or of another run, or could not be written. The message names the file."""
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors and plain values in dicts and lists) with its checksum, atomically.
+    """Writes `state` (tensors and plain values in dicts and lists) atomically, with its checksum.
 
-    Raises CheckpointError naming the file where it cannot be written, as on a full disk; what was there stays.
+    Raises CheckpointError naming the file if it cannot be written, as on a full disk; an older file stays as it was.
     """
     whole = {**state, "generation": GENERATION}
     whole["checksum"] = checksum(whole)
     try:
         replace(path, lambda file: torch.save(whole, file))
-    except (OSError, RuntimeError) as error:  # torch's own writer turns the first into the second
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError for an OSError
         kept = "the one that was there is whole" if path.exists() else "there is none yet"
         raise CheckpointError(f"{path}: cannot be written ({one_line(error)}); {kept}") from error
 
 
 def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
-    """`save` as the run's last.pt; it and the keep - 1 before it stay as checkpoints/step-N.pt, the same files."""
+    """Saves `state` as the run's last.pt, and keeps the last `keep` of these as checkpoints/step-N.pt.
+
+    last.pt and the newest of those are one file with two names.
+    """
     save(run / LAST, state)
     folder = run / EARLIER
     folder.mkdir(exist_ok=True)
@@ -55,7 +57,7 @@ def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
     kept.unlink(missing_ok=True)
     try:
         os.link(run / LAST, kept)
-    except OSError:  # a file system without links, or one that has no place left: then a copy, or none
+    except OSError:  # a file system without links, or without room: then we try a copy, and do without if that fails
         with contextlib.suppress(OSError):
             write_atomic(kept, (run / LAST).read_bytes())
     for file in _earlier(run)[keep:]:
@@ -63,9 +65,9 @@ def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
 
 
 def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run that is whole, and its file; on stderr why newer ones were passed over.
+    """The newest checkpoint of a run that is not damaged, and its file. Says on stderr which newer ones are damaged.
 
-    Raises CheckpointError where there is none.
+    Raises CheckpointError if there is none.
     """
     reasons = []
     for file in [run / LAST, *_earlier(run)]:
@@ -81,7 +83,7 @@ def load_last(run: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def exists(run: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
+    """Whether a run has a checkpoint, damaged or not."""
     return (run / LAST).exists() or bool(_earlier(run))
 
 
@@ -91,15 +93,15 @@ def _earlier(run: Path) -> list[Path]:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Reads what `save` wrote; anything but tensors and plain values is refused.
+    """Reads what `save` wrote, onto the CPU. Refuses anything but tensors and plain values.
 
-    Raises CheckpointError naming the file: missing, damaged, or holding objects that are not plain data.
+    Raises CheckpointError naming the file if it is missing, damaged, or holds other objects.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: there is no such checkpoint") from None
-    except Exception as error:  # what a damaged file makes torch raise has no end: IndexError, AssertionError, ...
+    except Exception as error:  # a damaged file can make torch raise anything: IndexError, AssertionError, ...
         raise CheckpointError(f"{path}: damaged, or not a checkpoint of plain tensors: {_line(error)}") from None
     if not isinstance(state, dict) or not {"model", "step"} <= state.keys():
         raise CheckpointError(f"{path}: not a checkpoint of this project: it has no 'model' and 'step'")
@@ -112,7 +114,7 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def check_generation(path: Path, state: dict[str, Any]) -> None:
-    """Raises CheckpointError where training cannot go on from here as it began: another version made it."""
+    """Raises CheckpointError if another version, whose training steps differ, made the checkpoint."""
     if state["generation"] != GENERATION:
         raise CheckpointError(
             f"{path}: made by version {state.get('version')}, whose steps are not those of this one (generation "
@@ -121,7 +123,7 @@ def check_generation(path: Path, state: dict[str, Any]) -> None:
 
 
 def checksum(state: dict[str, Any]) -> str:
-    """sha256 over names, types, shapes and bytes of everything in `state`."""
+    """sha256 of the names, types, shapes and bytes of everything in `state`."""
     total = hashlib.sha256()
     for path, value in _leaves("", state):
         total.update(path.encode())
@@ -146,9 +148,9 @@ def _leaves(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
-    """Loads state[name] into every part (a module or an optimizer). `path`, where state comes from, is for the error.
+    """Loads state[name] into every part, a module or an optimizer. path: where state comes from, for the error.
 
-    Raises CheckpointError naming the file where a part is missing or does not fit.
+    Raises CheckpointError naming the file if a part is missing or does not fit.
     """
     for name, part in parts.items():
         try:
@@ -158,14 +160,16 @@ def restore(path: Path, state: dict[str, Any], **parts: Any) -> None:
 
 
 def digest(path: Path) -> str:
-    """A short hash of a file's content: results remember what they were made from."""
+    """A short hash of a file's content, by which results remember what they were made from."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, those of steps <= up_to. What is no line of ours ends it, as one that was cut off.
+    """The lines of a metrics.jsonl, if up_to is given only those with step <= up_to.
 
-    Raises CheckpointError naming a file that cannot be read; one that is not there has no lines.
+    A line that is not one of ours, such as one that was cut off, ends the reading. A missing file has no lines.
+
+    Raises CheckpointError naming the file if it cannot be read.
     """
     try:
         text = path.read_bytes().decode(errors="replace")

@@ -1,4 +1,7 @@
-"""One update of the weights, from a batch of videos: z*, the energy, its gradient, the optimizer. All on the device."""
+"""One update of the weights from a batch of videos: infer z*, compute the energy and its gradient, step the optimizer.
+
+Nothing here waits for the device.
+"""
 
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,10 +20,11 @@ from vjvcr_fast.training.safety import skip_if_not_finite
 
 
 class Step:
-    """The model of a run with all that trains it: model, latents, optimizer.
+    """A run's model and what trains it: the latents and the optimizer. Calling it with a batch makes one update.
 
-    names: of the numbers that a step returns, but for the last, whether its update was skipped.
-    Raises ConfigError where `train.chunk` does not fit the model.
+    names: what the numbers that a call returns are, except the last one, which says whether the update was skipped.
+
+    Raises ConfigError if `train.chunk` does not fit the model.
     """
 
     def __init__(self, config: Config, processes: Processes) -> None:
@@ -41,14 +45,14 @@ class Step:
         self.names = (*Energy._fields, *self.latents.names)
 
     def warm_up(self, step: int) -> None:
-        """Sets the learning rate of the update that follows `step` others: lr, or of the first `train.warmup` less."""
+        """Sets the learning rate for update number `step`, counted from 0: `train.lr`, after a linear warm-up to it."""
         settings = self.config.train
         if step <= settings.warmup:
             for group in self.optimizer.param_groups:
                 group["lr"] = settings.lr * (step + 1) / (settings.warmup + 1)
 
     def __call__(self, clips: Batch) -> Tensor:
-        """The terms of the energy, what `latents` measured and whether the update was skipped, (len(names) + 1,)."""
+        """Makes one update. Returns the numbers `names` and, last, 1 if the update was skipped: (len(names) + 1,)."""
         config, model, chunk = self.config, self.model, self.config.train.chunk
         x, y = split_frames(clips, config)
         skips = config.train.on_nonfinite == "skip"
@@ -75,32 +79,32 @@ class Step:
 
     @torch.no_grad()
     def representations(self, clips: Batch) -> Tensor:
-        """h_x (N, T_x, d) float32 of the whole batch, as training sees it."""
+        """h_x (N, T_x, d) float32 of the whole batch, over all processes, as training sees it."""
         x, _ = split_frames(clips, self.config)
         with autocast(self.config, x.device):
             return self.processes.gathered(self.latents.encode(x).float())
 
 
 def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
-    """x (N, T_x, C, S, S) and y (N, T_y, C, S, S), float32 in [0, 1]."""
+    """Splits videos into input frames x (N, T_x, C, S, S) and target frames y (N, T_y, C, S, S), float32 in [0, 1]."""
     frames = videos.frames if videos.frames.is_floating_point() else videos.frames.float().div_(255)
     return frames[:, : config.data.frames_in], frames[:, config.data.frames_in :]
 
 
 def actions(videos: Batch, config: Config) -> Tensor | None:
-    """The actions in the target frames, (N, 14, T_y) float32, where they are the latent of pre-training; else None."""
+    """The actions in the target frames, (N, 14, T_y) float32, if they are the latent of pre-training; else None."""
     if config.latent.kind != "actions":
         return None
     return cast(Clips, videos).target[:, :, config.data.frames_in :]
 
 
 def autocast(config: Config, device: torch.device) -> torch.autocast:
-    """bfloat16 autocast where `train.precision` asks for it."""
+    """The autocast that `train.precision` asks for: to bfloat16 with "bf16", and with "auto" on CUDA."""
     asked = config.train.precision
     on = asked == "bf16" or (asked == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=on)
 
 
 def compiled(module: torch.nn.Module, choice: str, device: torch.device) -> Callable[..., Any]:
-    """torch.compile, or the module itself; "auto" compiles on CUDA."""
+    """The module, compiled if `choice` (train.compile) is "on", or "auto" on CUDA."""
     return torch.compile(module) if choice == "on" or (choice == "auto" and device.type == "cuda") else module
