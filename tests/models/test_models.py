@@ -32,7 +32,7 @@ def encoder(pool: int = 2, size: int = SIZE, **settings: Any) -> ConvEncoder:
 
 
 def energy(row: str) -> EnergyModel:
-    """In float64, with running statistics that are not those of a fresh BatchNorm."""
+    """A model in float64, with other running statistics than a new BatchNorm has."""
     enc = encoder()
     decoder = ConvDecoder(1, CHANNELS, SIZE, 2) if ROWS[row].pixel else None
     model = EnergyModel(enc, MLPPredictor(enc.d, T_X, T_Y, 32), decoder, row, **WEIGHTS).double()
@@ -48,7 +48,7 @@ def frames(t: int, n: int = N, size: int = SIZE) -> Tensor:
 
 
 class Calls:
-    """Inputs and outputs of every call of a module."""
+    """Records the inputs and outputs of every call of a module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.inputs: list[Tensor] = []
@@ -99,7 +99,7 @@ def test_sizes_that_do_not_fit(part: Any, channels: tuple[int, ...], size: int, 
 
 
 def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
-    """The encoder a frame and a 3-D convolution at a time, in (N, C, T, H, W), with running statistics."""
+    """The encoder frame by frame, with 3-D convolutions on (N, C, T, H, W) and running statistics."""
     maps = torch.stack([enc.spatial(frame) for frame in x.unbind(1)], dim=2)
     for conv, norm, _ in enc.temporal:
         maps = F.conv3d(maps, conv.weight.unsqueeze(-1), padding=(1, 0, 0))
@@ -109,7 +109,7 @@ def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("pool", [1, 2])
 def test_encoder_is_its_definition(pool: int) -> None:
-    """Frames, videos and cells keep their places through the folding of axes."""
+    """Folding axes into one another mixes up no frames, videos or cells."""
     enc = encoder(pool, size=32).double().eval()
     x = frames(5, size=32)
     assert relative(enc(x), encoded_by_definition(enc, x)) < FLOAT64
@@ -147,7 +147,7 @@ def test_predictor_makes_all_target_frames_at_once() -> None:
     h_x = torch.randn(N, T_X, 8, dtype=torch.float64, requires_grad=True)
     predicted = predictor(h_x)
     assert predicted.shape == (N, 12, 8)
-    for t in range(12):  # every one from all input frames of its own video
+    for t in range(12):  # each depends on all input frames of its own video, and on no other
         (gradient,) = torch.autograd.grad(predicted[0, t].sum(), h_x, retain_graph=True)
         assert gradient[0].abs().sum(dim=1).gt(0).all()
         assert gradient[1:].count_nonzero() == 0
@@ -170,7 +170,7 @@ def test_predictor_without_latent_has_the_parameters_it_had() -> None:
     torch.manual_seed(1)
     plain = predictor().state_dict()
     torch.manual_seed(1)
-    latent = predictor(latent_dim=5).state_dict()  # the same draws come first
+    latent = predictor(latent_dim=5).state_dict()  # draws the same weights first
     assert all(latent[name].equal(plain[name]) for name in names)
     assert set(latent) - set(names) == {"latent_in.weight"}
 
@@ -296,7 +296,7 @@ def test_no_gradient_from_h_x_to_y(row: str, training: bool) -> None:
 @MODES
 @pytest.mark.parametrize("row", ROWS)
 def test_h_x_is_bit_identical_whatever_y_is(row: str, training: bool) -> None:
-    """Joint batch statistics would show here even where the gradient is cut."""
+    """If x and y shared batch statistics it would show here, even with the gradient cut."""
     x, y, seen = frames(T_X), frames(T_Y), []
     for target in (y, torch.zeros_like(y), torch.full_like(y, torch.nan)):
         torch.manual_seed(1)
@@ -467,7 +467,7 @@ def test_latent_energy_is_the_part_that_z_enters(row: str, gamma: float, latent:
 
 def test_latent_energy_of_any_predictor() -> None:
     class Doubled(MLPPredictor):
-        """Its forward is not what the closed form knows."""
+        """A predictor whose forward is not the one that the closed form describes."""
 
         def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
             return 2 * super().forward(h_x, z)
@@ -562,7 +562,7 @@ def test_built_as_configured(tiny: Config) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_distance_as_a_sum(row: str) -> None:
-    """Of a frame's elements: d times the hidden term, C H W times the pixel term, VCR as it is."""
+    """The sum over a frame's elements: d times the hidden term, C H W times the pixel term; VCR does not change."""
     of, x, y = energy(row), frames(T_X), frames(T_Y)
     right = of(x, y)
     of.sums = True
@@ -589,4 +589,4 @@ def test_scale_of_the_last_norm() -> None:
     torch.manual_seed(0)
     three = encoder(norm_scale=3.0)
     x = frames(T_X).float()
-    torch.testing.assert_close(three(x), 3 * one(x))  # ReLU and pooling keep it
+    torch.testing.assert_close(three(x), 3 * one(x))  # ReLU and pooling keep the factor

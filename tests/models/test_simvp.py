@@ -19,7 +19,7 @@ def make(kind: type[nn.Module], **options) -> tuple[nn.Module, Tensor]:
 
 
 def test_parameters_of_the_papers_clevrer() -> None:
-    """A convolution has weights, biases and, but for the 1x1 ones, a scale and a shift for every channel."""
+    """A convolution has weights and biases and, unless it is 1x1, a scale and a shift for every channel."""
     half = 64 * 64 * 9 + 3 * 64
     down = (3 * 64 * 9 + 3 * 64) + 5 * half + (64 * 32 + 32)
     up = (32 * 64 + 64) + 3 * (64 * 64 * 16 + 3 * 64 + half) + (64 * 3 + 3)
@@ -30,7 +30,7 @@ def test_parameters_of_the_papers_clevrer() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_block_is_convolution_group_norm_silu(kind: type[nn.Module]) -> None:
-    """The definition, from the weights in their order; GroupNorm's mean and variance of a half of the channels."""
+    """Against the definition, with the weights in their order. GroupNorm normalises each half of the channels."""
     model, x = make(kind)
     x, weights = x.double(), list(model.double().parameters())
     for scale in weights[2:-2]:
@@ -96,7 +96,7 @@ def test_precisions(kind: type[nn.Module]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoint_runs_every_stage_again(kind: type[nn.Module]) -> None:
-    """In training; without a backward to come there is nothing to save."""
+    """In training only: in eval mode no backward follows, so there is nothing to save."""
     (plain, x), (model, _) = make(kind), make(kind, checkpoint=True)
     runs = []
     for stage in model.stages:

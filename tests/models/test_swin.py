@@ -53,7 +53,7 @@ def test_the_bias_is_of_the_offset_alone() -> None:
 
 
 def test_a_block_normalises_before_its_attention_and_its_mlp() -> None:
-    """The definition, from the weights; test_video_models has the attention's own."""
+    """Against the definition, with the weights. That of the attention is in test_video_models."""
     block = make().double().blocks[1]
     x = torch.randn(2, 8, 8, 12, dtype=torch.float64)
     for name, p in block.named_parameters():
@@ -73,7 +73,7 @@ def test_a_block_normalises_before_its_attention_and_its_mlp() -> None:
 
 @pytest.mark.parametrize(("window", "shifts"), [(2, [0, 1, 0, 1]), (4, [0, 2, 0, 2]), (8, [0] * 4), (20, [0] * 4)])
 def test_every_second_block_shifts_by_half_a_window(window: int, shifts: list[int]) -> None:
-    """And none does where one window holds the whole map."""
+    """And none does if one window covers the whole map."""
     assert [block.attention.shift for block in make(depth=4, window=window).blocks] == shifts
 
 
@@ -104,7 +104,7 @@ def test_what_the_last_layer_says_is_added_to_the_last_frame() -> None:
 
 
 def test_frames_and_cells_are_where_the_encoder_lays_them() -> None:
-    """Without attention a cell of the prediction is a function of the same cell alone."""
+    """Without attention, a cell of the prediction depends on that cell of the input only."""
     model, (h_x, z) = make(depth=0).double(), (t.double() for t in inputs())
     for t, row, column in [(0, 0, 0), (1, 3, 6), (0, 7, 1)]:
         changed = h_x.clone()
@@ -130,7 +130,7 @@ def test_precisions() -> None:
 
 
 def test_checkpoint_runs_every_block_again() -> None:
-    """In training; without a backward to come there is nothing to save."""
+    """In training only: in eval mode no backward follows, so there is nothing to save."""
     (h_x, z), plain, model, runs = inputs(), make(), make(checkpoint=True), []
     for block in model.blocks:
         block.norm1.register_forward_hook(lambda *_: runs.append(1))
@@ -143,7 +143,7 @@ def test_checkpoint_runs_every_block_again() -> None:
 
 
 def test_the_gradient_by_z_alone_as_inference_takes_it() -> None:
-    """By torch.func under no_grad, where weights may keep requires_grad; their gradients stay away."""
+    """With torch.func under no_grad. Weights may require gradients there, but get none."""
     model, (h_x, z) = make().double(), (t.double() for t in inputs())
     z.requires_grad_()
     (expected,) = torch.autograd.grad(model(h_x, z).square().sum(), z)

@@ -28,7 +28,7 @@ def predictor(**options) -> SwinPredictor:
     torch.manual_seed(2)
     settings = {"map": MAP, "frames_in": 2, "frames_out": 3, "dim": 12, "depth": 3, "heads": 3, "window": 4, **options}
     model = SwinPredictor(**settings)
-    for name, parameter in model.named_parameters():  # biases of 0.02 hide what depends on them
+    for name, parameter in model.named_parameters():  # with values around 0.02 the table would hardly matter
         if name.endswith("table"):
             nn.init.normal_(parameter)
     return model
@@ -103,7 +103,7 @@ def test_a_frame_does_not_depend_on_the_others() -> None:
 
 
 def test_the_mirror_has_the_encoders_layers() -> None:
-    """One more, from the features to the channels; and a transposed convolution in the place of one with a stride."""
+    """And one more, from features to channels; strided convolutions become transposed ones."""
     down, up = encoder(), decoder()
     assert len([*down.parameters()]) + 2 == len([*up.parameters()])
     assert [m.stride for m in down.modules() if isinstance(m, nn.Conv2d)] == [(1, 1), (2, 2), (1, 1), (2, 2), (1, 1)]
@@ -111,7 +111,7 @@ def test_the_mirror_has_the_encoders_layers() -> None:
 
 
 def test_the_last_convolutions_have_no_norm_behind_them() -> None:
-    """The hinge moves the scale of the representations: doubling it is doubling one layer."""
+    """The hinge has to change the scale of the representations, and doubling one layer doubles it."""
     encode, frames = encoder(), torch.rand(1, 2, 3, 16, 16)
     before = encode(frames)
     with torch.no_grad():
@@ -124,7 +124,7 @@ def test_the_last_convolutions_have_no_norm_behind_them() -> None:
 
 
 def naive_attention(layer: WindowAttention, x: Tensor, shift: int) -> Tensor:
-    """The definition, cell by cell: who attends to whom is worked out from coordinates."""
+    """The definition, cell by cell. Which cells attend to each other is computed from their coordinates."""
     _, height, width, dim = x.shape
     a, b = layer.window
     size = dim // layer.heads
@@ -132,7 +132,7 @@ def naive_attention(layer: WindowAttention, x: Tensor, shift: int) -> Tensor:
     cells = [(i, j) for i in range(height) for j in range(width)]
 
     def home(cell: tuple[int, int]) -> tuple[int, ...]:
-        """The window of a cell and, where windows wrap around, on which side of the edge it lies."""
+        """The window of a cell and, if windows wrap around, on which side of the edge the cell lies."""
         i, j = cell
         row, column = (i - shift) % height, (j - shift) % width
         return row // a, column // b, int(i < shift), int(j < shift)
@@ -175,7 +175,7 @@ def test_attention_is_the_definition(grid, window, shift: int) -> None:
 
 
 def reached(model: SwinPredictor, row: int, column: int) -> Tensor:
-    """(H, W) bool: output cells that change with one input cell."""
+    """(H, W) bool: which output cells change if one input cell does."""
     h_x = torch.randn(1, 2, *MAP[1:], MAP[0], dtype=torch.float64)
     changed = h_x.clone()
     changed[:, :, row, column] += 1
@@ -189,7 +189,7 @@ def test_information_crosses_windows_by_shifts_alone() -> None:
     expected = torch.zeros(8, 8, dtype=torch.bool)
     expected[:4, :4] = True
     assert one.equal(expected)
-    # From the window around (3, 3) the second block's, which begins at 2, reaches on; what wraps around does not.
+    # Block 1 reaches cells 0 to 3, from there block 2 its shifted window 2 to 5. Cells that wrap around reach nothing.
     two = reached(predictor(depth=2).double(), 3, 3)
     expected[:6, :6] = True
     assert two.equal(expected)

@@ -1,4 +1,4 @@
-"""Files of a run: whole or not there, plain data or refused."""
+"""The files of a run are whole or not there; anything but plain data is refused."""
 
 import contextlib
 import json
@@ -115,7 +115,7 @@ def test_a_truncated_checkpoint(file: Path, size: int) -> None:
 
 @pytest.mark.parametrize("at", [60, 700, 1300, -40])
 def test_a_damaged_checkpoint_is_an_error_or_loads(file: Path, at: int) -> None:
-    """A flipped byte may hit padding; what it may not do is raise anything but CheckpointError."""
+    """A flipped byte may hit padding and do nothing. Otherwise it raises CheckpointError and nothing else."""
     content = bytearray(file.read_bytes())
     content[at] ^= 0xFF
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Runs that survive: killed at any moment, a full disk, losses that are not finite, another version's checkpoints."""
+"""Runs survive being killed at any moment, a full disk, losses that are not finite, checkpoints of other versions."""
 
 import json
 import math
@@ -47,14 +47,14 @@ KILLED = {"train__steps": 160, "train__validate_every": 3, "train__log_every": 7
 
 @pytest.fixture
 def flushed() -> Iterator[None]:
-    """As in a process of the command: tiny numbers are zero."""
+    """Denormal numbers are flushed to zero, as in a process of the command."""
     torch.set_flush_denormal(True)
     yield
     torch.set_flush_denormal(False)
 
 
 def survives(tmp_path: Path, kills: int, **changes: Any) -> None:
-    """Whatever it was doing: after `kills` times SIGKILL at random moments the run is that of one never killed."""
+    """A run that is killed `kills` times at random moments comes out as one that was never killed."""
     changes = {**KILLED, **changes}
     whole, killed, draw = tmp_path / "whole", tmp_path / "killed", random.Random(kills)
     assert main(options(whole, **changes)) == 0
@@ -160,7 +160,7 @@ def test_resume_as_asked(tmp_path: Path, tiny: Config) -> None:
 
 
 def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """By a limit of the kernel's on the size of files, which a checkpoint reaches and a log does not."""
+    """Simulated by the kernel's limit on the size of a file, which a checkpoint exceeds and a log does not."""
     assert main(options(tmp_path, train__steps=4)) == 0
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.pt")}
     least = min(map(len, before.values()))
@@ -189,7 +189,7 @@ def test_a_full_disk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, *batches: int, value: float = math.nan) -> None:
-    """Every video of these batches of the training stream has a pixel of this value."""
+    """Sets a pixel of every video of these training batches to `value`."""
     original = one_step.split_frames
 
     def poisoned(videos: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -209,7 +209,7 @@ def same_videos(videos: Any, config: Config, number: int) -> bool:
 
 
 def test_a_rollback_passes_the_batch_over(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the checkpoint of step 8 with the batch after the one of step 10; also across a later stop."""
+    """After step 10 fails, training goes on from the checkpoint of step 8 with the batch after that of step 10."""
     poison(monkeypatch, 9)
     config = override(tiny, {"train.on_nonfinite": "rollback", "train.steps": 16})
     train(config, tmp_path)
@@ -261,7 +261,7 @@ def test_where_nothing_is_skipped_skipping_is_no_change(tmp_path: Path, tiny: Co
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, None])
 def test_what_is_skipped(tiny: Config, bad: float | None) -> None:
-    """A gradient that is not finite under a loss that is, and a finite pair that is not skipped."""
+    """A gradient that is not finite although the loss is; and a finite loss and gradient, which are not skipped."""
     model = build_model(tiny, CPU)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3, fused=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -281,7 +281,7 @@ def test_what_is_skipped(tiny: Config, bad: float | None) -> None:
 def test_weights_that_are_not_finite_are_not_kept(
     tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An infinite update after the last finite loss, before a stop or a validation."""
+    """The weights become infinite after the last step whose loss is finite, just before a validation."""
     step = torch.optim.Adam.step
 
     def breaks(self: Any, *args: Any) -> Any:
@@ -352,7 +352,7 @@ def test_telemetry_changes_nothing_and_resumes(tmp_path: Path, tiny: Config) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["stop", "skip"])
 def test_memory_is_flat(tmp_path: Path, tiny: Config, mode: str) -> None:
-    """A soak: validations, checkpoints, telemetry and logs go on, memory does not grow after the first 300 steps."""
+    """With validations, checkpoints, telemetry and logs, memory does not grow after the first 300 steps."""
     page, resident = os.sysconf("SC_PAGE_SIZE"), []
 
     def look(*_: Any) -> dict[str, float]:

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("digits", "one_thread")
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    """What is the same between two runs of the same config."""
+    """The lines of metrics.jsonl without what depends on the time, so that two runs of a config can be compared."""
     rows = read_metrics(run / "metrics.jsonl")
     return [{k: v for k, v in row.items() if k not in ("videos_per_second", "data_wait")} for row in rows]
 
@@ -60,7 +60,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    """The steps asked for, kept in the checkpoints' config, and the time it took may differ."""
+    """Two runs are equal, except for the time they took and the config, whose `train.steps` may differ."""
     assert metrics(a) == metrics(b)
     for name in ("last.pt", "best.pt"):
         ours, theirs = ({**checkpoint.load(run / name), "config": None, "seconds": None} for run in (a, b))
@@ -68,7 +68,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 class Probe:
-    """A probe for every step of `train` that does `action` at the n-th step of its life."""
+    """A probe that performs `action` when it is called for the n-th time."""
 
     def __init__(self, n: int = 0, action: Any = None) -> None:
         self.left, self.action = n, action
@@ -91,7 +91,7 @@ def probed(tiny: Config) -> Config:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Path]:
-    """The run of a config, never stopped, made once: to compare with, or to copy."""
+    """Gives the uninterrupted run of a config, to compare with or to copy. Each is made once."""
     made: dict[str, Path] = {}
 
     def of(config: Config) -> Path:
@@ -107,7 +107,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Config], Path]:
 
 @pytest.fixture
 def trained(tmp_path: Path, tiny: Config, whole: Callable[[Config], Path]) -> Path:
-    """A copy of the run of `tiny`, whose last checkpoint is one file of two names, too."""
+    """A copy of the run of `tiny`. As in the original, last.pt and the newest kept checkpoint are one file."""
     run = Path(shutil.copytree(whole(tiny), tmp_path / "trained"))
     (run / "last.pt").unlink()
     os.link(run / "checkpoints" / "step-00000012.pt", run / "last.pt")
@@ -164,7 +164,7 @@ def test_logged_terms_are_means_since_the_last_line(
 
 
 def test_the_rate_is_that_of_training_alone(tmp_path: Path, probed: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that steps, probes and validations move: also across a stop and a validation between log lines."""
+    """Measured with a clock that only steps, probes and validations move, also across a stop and a validation."""
     now = 0.0
 
     def takes(seconds: float, result: Any) -> Any:
@@ -233,7 +233,7 @@ def test_the_development_split_shares_nothing(tiny: Config) -> None:
         build_videos(config, data["validation"][1], "validation", torch.device("cpu")).batch(0, 4)
         for config in (tiny, development)
     ]
-    assert not videos[0].speed.equal(videos[1].speed)  # of the same digits: other streams
+    assert not videos[0].speed.equal(videos[1].speed)  # the same digits, but another stream
 
 
 def test_bfloat16(tmp_path: Path, tiny: Config) -> None:
@@ -261,7 +261,7 @@ def test_compiled_is_the_same_training(tmp_path: Path, tiny: Config) -> None:
 
 
 class Waits(TorchDispatchMode):
-    """Counts what would stop for a GPU: values read by the host, results whose shape depends on values."""
+    """Counts what would wait for a GPU: values read by the host, and results whose shape depends on values."""
 
     OPS = ("_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "masked_select", "is_nonzero", "equal")
     READS = ("tolist", "cpu", "numpy")  # on a CPU tensor these read without dispatch
@@ -286,7 +286,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("row", ["vj-vcr-decoder", "generative"])
 def test_no_step_waits_for_the_device(tmp_path: Path, tiny: Config, row: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Starting, the last log line and the last validation may wait: as often in 12 steps as in 6, across epochs."""
+    """The start, the last log line and the last validation may wait, so 12 steps must wait as often as 6 do."""
     counts = []
     for steps in (6, 12):
         changes = {"train.steps": steps, "train.log_every": 1000, "train.validate_every": 1000, "model.row": row}
@@ -346,7 +346,7 @@ def test_probe_during_training(tmp_path: Path, tiny: Config, whole: Callable[[Co
 
 
 def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
-    """Also across a crash: what is trained again replaces what was there."""
+    """Also after a crash: the steps that are trained again replace those that were there."""
 
     def crash() -> None:
         raise MemoryError
@@ -382,7 +382,7 @@ def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
 def test_stopped_and_resumed_is_never_stopped(
     tmp_path: Path, probed: Config, whole: Callable[[Config], Path], row: str, step: int, number: signal.Signals
 ) -> None:
-    """At a start, at a log line, in between (the sums go on) and at a validation."""
+    """Stopped after the first step, at a log line, between log lines (whose means go on) and at a validation."""
     config = override(probed, {"model.row": row})
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(StopRequestedError, match=f"stopped at step {step} of 12; the same command goes on from there"):
@@ -398,7 +398,7 @@ def test_stopped_and_resumed_is_never_stopped(
 def test_crashed_and_resumed_is_never_crashed(
     tmp_path: Path, probed: Config, whole: Callable[[Config], Path], step: int
 ) -> None:
-    """From the last validation's checkpoint, or from the start; lines written after it are written anew."""
+    """It goes on from the last checkpoint, or from the start, and replaces the lines written after that."""
 
     def crash() -> None:
         with (tmp_path / "crashed" / "metrics.jsonl").open("a") as file:
@@ -445,7 +445,7 @@ def test_going_on_with_another_config_is_refused(trained: Path, tiny: Config) ->
 
 
 def test_a_run_without_a_checkpoint_binds_nobody(tmp_path: Path, tiny: Config) -> None:
-    """A first call that failed, on missing digits say, must not stand in the way of the corrected one."""
+    """After a first call that failed, for example on missing digits, a corrected one can take the folder."""
     (tmp_path / "config.json").write_text(override(tiny, {"train.lr": 0.5, "data.root": "typo"}).to_json())
     train(tiny, tmp_path)
     assert Config.load(tmp_path / "config.json") == tiny
@@ -463,14 +463,14 @@ def test_going_on_with_other_digits_is_refused(
                 goes_on()
             message = f"{trained} was trained on blobs: 40 digits; here are MNIST t10k: set --data.root or VJVCR_DATA"
             assert str(error.value).startswith(message)
-    train(longer, trained)  # the same ones may lie elsewhere
+    train(longer, trained)  # the same digits may be in another folder
     assert checkpoint.load(trained / "last.pt")["step"] == 13
 
 
 def test_a_damaged_checkpoint_is_passed_over(
     trained: Path, tiny: Config, whole: Callable[[Config], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What went on from the one before it is the same run."""
+    """Training goes on from the checkpoint before it, and the run comes out the same."""
     last = trained / "last.pt"
     content = last.read_bytes()
     at = content.index(checkpoint.load(last)["model"]["predictor.layers.0.weight"].numpy().tobytes()) + 3
@@ -510,13 +510,13 @@ def test_training_works_outside_the_main_thread(tmp_path: Path, tiny: Config) ->
 
 
 def last_good_state(run: Path) -> bool:
-    """Whether every number in last.pt is finite and validation of it was."""
+    """Whether every number of the model in last.pt is finite."""
     state = checkpoint.load(run / "last.pt")["model"]
     return all(value.isfinite().all() for value in state.values())
 
 
 def break_the_weights(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """NaN in every loss from batch `after` of the training stream on."""
+    """Makes every training loss NaN from batch number `after` on."""
     original, seen = one_step.split_frames, iter(range(10**6))
 
     def poisoned(videos: Any, config: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -546,7 +546,7 @@ def test_divergence_before_any_checkpoint(tmp_path: Path, tiny: Config, monkeypa
 
 
 def test_divergence_never_reaches_a_checkpoint(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A validation between log lines names the step that a log line would have."""
+    """A validation between log lines names the step that was not finite, as a log line does."""
     break_the_weights(monkeypatch, after=5)
     with pytest.raises(DivergedError, match=r"^loss, .* not finite at step 6; the last good state is "):
         train(tiny, tmp_path)

@@ -248,7 +248,7 @@ INTERRUPTED = """
 import os, signal, sys
 from vjvcr_fast import cli
 from vjvcr_fast.data.video import cache
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what runs behind it ignore Ctrl-C
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background processes ignore Ctrl-C
 real, counted = cache._sum, []
 def interrupt(frames):
     counted.append(frames)
@@ -261,7 +261,7 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_ctrl_c_in_the_middle_of_caching_leaves_what_is_done(root: Path) -> None:
-    """Ctrl-C reaches the workers too; what was decoded before it is there, and the next call does the rest."""
+    """Ctrl-C reaches the workers too. What was decoded before it is kept, and the next call does the rest."""
     arguments = ["cache", "--preset", "clevrer-mini", f"--data.root={root}", "--canvas=16", "--stride=1", "--workers=1"]
     command = [sys.executable, "-c", INTERRUPTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
