@@ -11,8 +11,9 @@ A run is a folder:
 Resuming: `train` on a folder with a checkpoint goes on from there. On a CPU the run is then bit for bit the one that
 was never stopped.
 
-Ctrl-C and SIGTERM: training stops after the current step, saves last.pt and raises StopRequestedError. A second signal
-stops it at once (`asked_to_stop`).
+Ctrl-C and SIGTERM: training stops after the current step, saves last.pt and raises StopRequestedError. (Several
+processes stop one step later, so that all stop at the same one.) A second signal stops training at once. The signal
+handlers are in `vjvcr_fast.training.stop`.
 
 A loss that is not finite is noticed at the next log line or validation, when the host reads what the steps left on the
 device. What then happens is `train.on_nonfinite`: "stop" raises DivergedError, naming the step and the term;
@@ -21,14 +22,10 @@ out, which is decided on the device in every step (`vjvcr_fast.training.safety`)
 """
 
 import math
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, get_args
 
 import torch
@@ -42,8 +39,9 @@ from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Data, VideoSource, build_data, build_videos
 from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.log import Log
-from vjvcr_fast.training.processes import Processes, joined, launched
+from vjvcr_fast.training.processes import Processes, joined
 from vjvcr_fast.training.step import Step, actions, autocast, split_frames
+from vjvcr_fast.training.stop import StopRequestedError, asked_to_stop
 from vjvcr_fast.training.telemetry import Telemetry
 
 # Fields that may change when a run is resumed. None of them affects a training step. The data are compared by their
@@ -54,14 +52,9 @@ _FREE = (
     *("train.on_nonfinite", "train.telemetry_every"),
 )
 ROLLBACKS = 3  # to one and the same checkpoint, before training gives up
-ECHO = 2.0  # seconds within which a launcher may repeat a signal
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
 Resume = Literal["auto", "never", "must"]
-
-
-class StopRequestedError(RuntimeError):
-    """Training was asked to stop (Ctrl-C or SIGTERM), and did so after writing last.pt."""
 
 
 class DivergedError(RuntimeError):
@@ -325,28 +318,3 @@ def check_data(run: Path, state: dict[str, Any], data: Data) -> None:
             f"{run} was trained on {state['data']}; here are {data.source}: set --data.root or VJVCR_DATA, "
             "or choose another --out"
         )
-
-
-@contextmanager
-def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Handles Ctrl-C and SIGTERM: yields a function that says whether one of them has come, to be asked between steps.
-
-    A second signal raises KeyboardInterrupt at once. With several processes the first signal may reach each twice, from
-    the terminal and from the launcher; within ECHO seconds that counts as one. Outside the main thread, where Python
-    allows no signal handlers, the answer is always False.
-    """
-    received: list[float] = []
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if received and (launched() == 1 or now > received[0] + ECHO):
-            raise KeyboardInterrupt
-        received.append(now)
-
-    main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
