@@ -65,8 +65,7 @@ def test_stochastic_moving_mnist_has_the_papers_numbers() -> None:
 
 def test_stochastic_mini_differs_in_sizes_only() -> None:
     mini, full = preset("moving-mnist-stochastic-mini"), preset("moving-mnist-stochastic")
-    for_a_cpu = {"method": "newton", "iterations": 20, "tolerance": 1e-3}
-    assert mini.latent == dataclasses.replace(full.latent, **for_a_cpu)
+    assert mini.latent == full.latent
     assert (mini.data.canvas, mini.data.frames_in, mini.data.frames_out, mini.data.stochastic) == (32, 3, 3, True)
     assert mini.model.channels[-1] * mini.model.pool**2 == 256
     assert mini.train.steps < full.train.steps
@@ -85,6 +84,12 @@ def test_the_latents_of_table_2() -> None:
     assert latent(base, "none") == base
     with pytest.raises(ConfigError, match="latent='dense': must be one of none, discrete, sparse-high"):
         latent(base, "dense")
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_infers_z_by_the_papers_method(name: str) -> None:
+    found = preset(name).latent
+    assert (found.method, found.iterations, found.tolerance) == ("fista", 50, 1e-4)
 
 
 @pytest.mark.parametrize("name", PRESETS)
