@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import torch
 
-from vjvcr_fast import config as module
+from vjvcr_fast import settings
 from vjvcr_fast.config import (
     LATENTS,
     PRESETS,
@@ -29,6 +29,7 @@ from vjvcr_fast.config import (
     preset,
     resolve_device,
 )
+from vjvcr_fast.models.energy import ROWS
 
 # -- Presets --------------------------------------------------------------------------------------------------------
 
@@ -321,7 +322,7 @@ def test_parse(hint: Any, value: Any, expected: Any) -> None:
 
 
 def test_row_choices_are_the_energys() -> None:
-    assert get_args(module.Row) == tuple(module.ROWS)
+    assert get_args(settings.Row) == tuple(ROWS)
 
 
 # -- Files ----------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ from vjvcr_fast.config import (
     PRESETS,
     Config,
     ConfigError,
-    Dataset,
     default_preset,
     fields,
     help_text,
@@ -38,6 +37,7 @@ from vjvcr_fast.data.video.scan import DataError
 from vjvcr_fast.losses import backends
 from vjvcr_fast.paper import ReproduceError, SweepError
 from vjvcr_fast.paper.side_by_side import processes_for
+from vjvcr_fast.settings import Dataset
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import CheckpointError
