@@ -15,7 +15,7 @@ import vjvcr_fast
 from vjvcr_fast import cli
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, fields, preset
-from vjvcr_fast.data.digits import WAYS
+from vjvcr_fast.data.digits import WAYS, load_digits
 from vjvcr_fast.paper import table1 as paper
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError
@@ -174,7 +174,7 @@ def test_missing_digits_do_not_block_the_corrected_command(
     """The default folder is the same for both."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VJVCR_DATA", "nowhere")
-        patch.setattr("vjvcr_fast.training.build.load_digits", cli.load_digits)
+        patch.setattr("vjvcr_fast.training.build.load_digits", load_digits)
         fails(capsys, ["train", *tiny_options, "--lr", "0.5"], code=1)
     assert main(["train", *tiny_options]) == 0
 

@@ -251,4 +251,4 @@ def test_what_several_processes_refuse(tmp_path: Path) -> None:
     assert [code for code, _ in ends] == [2, 2]
     assert "vjvcr-fast: train.batch=9: must be a multiple of the 2 processes" in ends[0][1]
     code, said = finished(command(["info"], rank=0, world=2))
-    assert (code, said) == (2, "vjvcr-fast: info is for one process: 2 were started, as for train\n")
+    assert (code, said) == (2, "vjvcr-fast: info runs in one process, but torchrun started 2\n")
