@@ -333,8 +333,8 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     if arguments.target == "all":
         _reproduce_all(arguments, seeds, roots)
         return
-    for name in roots:
-        raise ConfigError(f"--{name} is for reproduce all; {arguments.target} takes --data.root")
+    if roots:
+        raise ConfigError(f"--{next(iter(roots))} is for reproduce all; {arguments.target} takes --data.root")
     target, function = TARGETS[arguments.target], arguments.target.replace("fig", "figure")
     module = importlib.import_module(f"vjvcr_fast.paper.{target.module}")
     config = config_of(arguments, target.preset)

@@ -1,1 +1,1 @@
-"""What one run is measured with: probes, metrics, representations."""
+"""Measurements of one run: probes, image quality, and representations of any videos."""

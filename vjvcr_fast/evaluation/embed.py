@@ -1,6 +1,8 @@
-"""What a trained run makes of video files: representations, in a safetensors file."""
+"""`vjvcr-fast embed`: representations of video files by a trained run, in a safetensors file."""
 
 import json
+import math
+import os
 import struct
 from collections.abc import Sequence
 from functools import partial
@@ -18,11 +20,12 @@ from vjvcr_fast.data.video.clips import Source, VideoClips
 from vjvcr_fast.data.video.scan import probe, scan
 from vjvcr_fast.data.video.workers import Pool
 from vjvcr_fast.runs import Trained, load_run
+from vjvcr_fast.settings import need
 from vjvcr_fast.training import checkpoint
 
 
 class Embedded(NamedTuple):
-    """windows: written. videos: their files. bad: {file: reason}, left out."""
+    """windows: how many were written. videos: the files they are from. bad: {file: reason} of files left out."""
 
     windows: int
     videos: list[str]
@@ -30,31 +33,34 @@ class Embedded(NamedTuple):
 
 
 def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: int = 32, every: int = 0) -> Embedded:
-    """Writes what a run's model makes of video files to the safetensors file `out`, in batches, whatever their length:
+    """Writes representations of video files to the safetensors file `out`. Memory does not grow with the videos.
 
-        h_x (M, T_x, d), h_y (M, T_y, d), predicted (M, T_y, d) float32, of M windows of T_x + T_y frames;
-        video (M,) int64, the number of the video in the metadata's list; start (M,) int64, the first frame's number
+    The file holds M windows of T_x + T_y frames:
 
-    Frames are read and counted as in training (`data.stride`). predicted is at z* in a run with a latent. Videos too
-    short for a window have none.
+        h_x (M, T_x, d), h_y (M, T_y, d), predicted (M, T_y, d) float32;
+        video (M,) int64, the video's index in the metadata's list; start (M,) int64, the index of the first frame
 
-    videos: files, or folders with files in them. config: the run's, where its device or decoder differ. every: frames
-    from one window to the next, counted with the stride; 0: one after another.
+    Frames are read as in training, every `data.stride`-th. In a run with a latent, predicted is at z*. A video that is
+    too short for a window has none.
 
-    Raises ConfigError where `out` is a folder or one of the videos; FolderError where there are no videos or windows;
-    VideoError for one that cannot be read, unless `data.on_bad_video` is "skip" and it is found before the first is
-    embedded; as `load_run`.
+    videos: files, or folders that are searched for files. config: the run's; its device and decoder may differ. batch:
+    windows at a time. every: frames from one window to the next, counted with the stride; 0: windows do not overlap.
+
+    Raises ConfigError if `out` is a folder or one of the videos; FolderError if there are no videos or no windows;
+    VideoError if a video cannot be read, except that with `data.on_bad_video` "skip" a video that is found bad before
+    the first window is embedded is left out; and as `load_run`.
     """
-    for name, value, least in (("batch", batch, 1), ("every", every, 0)):
-        if value < least:
-            raise ConfigError(f"--{name}={value}: must be at least {least}")
+    need(batch >= 1, "--batch", batch, "at least 1")
+    need(every >= 0, "--every", every, "at least 0")
     if out.is_dir():
         raise ConfigError(f"--out={out}: a folder; the name of a file is needed")
     config, model = load_run(run, config)
     data, trained = config.data, Trained(config, model)
     length = data.frames_in + data.frames_out
     with Pool(data.workers, data.decode_timeout) as pool:
-        sources, bad = _sources(videos, data.stride, length, every or length, pool, config)
+        sources, bad = _sources(videos, length, every or length, pool, config)
+        if out.exists() and any(source.path.samefile(out) for source in sources):
+            raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
         clips = VideoClips(
             sources,
             frames=length,
@@ -65,13 +71,9 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
             device=next(model.parameters()).device,
             pool=pool,
         )
-        counts = torch.tensor([len(source.starts) for source in sources])
-        video = torch.arange(len(sources)).repeat_interleave(counts)
         start = torch.cat([source.starts for source in sources]) * data.stride
-        windows = len(start)
-        names = [str(source.path) for source in sources]
-        if out.exists() and any(source.path.samefile(out) for source in sources):
-            raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
+        video = torch.cat([torch.full_like(source.starts, i) for i, source in enumerate(sources)])
+        windows, names = len(start), [str(source.path) for source in sources]
         about = {
             "videos": json.dumps(names),
             "run": str(run),
@@ -80,22 +82,17 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
             "latent": config.latent.kind,
             "vjvcr_fast": __version__,
         }
-        shapes = {
-            "h_x": (windows, data.frames_in, trained.d),
-            "h_y": (windows, data.frames_out, trained.d),
-            "predicted": (windows, data.frames_out, trained.d),
-            "video": (windows,),
-            "start": (windows,),
-        }
+        lengths = {"h_x": data.frames_in, "h_y": data.frames_out, "predicted": data.frames_out}
 
         def write(file: BinaryIO) -> None:
-            table = _Table(file, shapes, about)
-            done = 0
+            shapes = {"video": (windows,), "start": (windows,)}
+            table = _table(file, shapes | {name: (windows, n, trained.d) for name, n in lengths.items()}, about)
+            table["video"][:], table["start"][:], done = video, start, 0
             with files.progress(total=windows, desc="embed", unit="window") as bar:
                 for part in clips.in_order(batch):
-                    rows = slice(done, done + len(part.frames))
+                    for name, values in _features(trained, part.frames).items():
+                        table[name][done : done + len(values)] = values
                     done += len(part.frames)
-                    table.append({**_features(trained, part.frames), "video": video[rows], "start": start[rows]})
                     bar.update(len(part.frames))
 
         files.replace(out, write)
@@ -114,16 +111,13 @@ def _features(trained: Trained, frames: Tensor) -> dict[str, Tensor]:
 
 
 def _sources(
-    videos: Sequence[Path], stride: int, length: int, every: int, pool: Pool, config: Config
+    videos: Sequence[Path], length: int, every: int, pool: Pool, config: Config
 ) -> tuple[list[Source], dict[str, str]]:
-    """The videos that have a window, with their starts, and what is wrong with others."""
-    found: dict[str, tuple[Path, ...]] = {}
-    for path in videos:
-        for file in videos_below(path) if path.is_dir() else [path]:
-            found[str(file)] = (file,)
+    """The videos that have a window, with the first frames of all windows; and {file: reason} of bad videos."""
+    found = {str(file): (file,) for path in videos for file in (videos_below(path) if path.is_dir() else [path])}
     if not found:
         raise FolderError(f"{', '.join(map(str, videos)) or 'nothing'}: no videos")
-    examine = partial(probe, backend=config.data.decoder)
+    stride, examine = config.data.stride, partial(probe, backend=config.data.decoder)
     scanned = scan(found, examine, pool, on_bad=config.data.on_bad_video, any_size=True, desc="look")
     sources = []
     for name, facts in scanned.found.items():
@@ -136,31 +130,23 @@ def _sources(
     return sources, scanned.bad
 
 
-class _Table:
-    """A safetensors file whose tensors grow together, row by row: 8 bytes of the header's length, the header in JSON,
-    then each tensor's bytes at their place."""
-
-    NAMES = {torch.float32: "F32", torch.int64: "I64"}  # noqa: RUF012
-
-    def __init__(self, file: BinaryIO, shapes: dict[str, tuple[int, ...]], about: dict[str, str]) -> None:
-        header: dict[str, Any] = {"__metadata__": about}
-        end = 0
-        self.file, self.places = file, dict[str, int]()
-        for name, shape in shapes.items():
-            dtype = torch.float32 if len(shape) > 1 else torch.int64
-            start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
-            self.places[name] = start
-            header[name] = {"dtype": self.NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(struct.pack("<Q", len(text)) + text)
-        first = file.tell()
-        self.places = {name: first + start for name, start in self.places.items()}
-
-    def append(self, rows: dict[str, Tensor]) -> None:
-        """rows: the next (n, ...) of every tensor."""
-        for name, values in rows.items():
-            content = values.detach().cpu().contiguous().numpy().tobytes()
-            self.file.seek(self.places[name])
-            self.file.write(content)
-            self.places[name] += len(content)
+def _table(file: BinaryIO, shapes: dict[str, tuple[int, ...]], about: dict[str, str]) -> dict[str, Tensor]:
+    """Tensors mapped into a new safetensors file: what is written into them is in the file. Vectors are int64 and come
+    first, so that they are aligned; all others are float32. about: the file's metadata."""
+    # The format: 8 bytes with the length of the header, the header in JSON, the bytes of each tensor.
+    header: dict[str, Any] = {"__metadata__": about}
+    dtypes = {name: torch.float32 if len(shape) > 1 else torch.int64 for name, shape in shapes.items()}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + dtypes[name].itemsize * math.prod(shape)
+        kind = "F32" if dtypes[name] == torch.float32 else "I64"
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    file.flush()
+    first = file.tell()
+    os.posix_fallocate(file.fileno(), 0, first + end)  # a full disk raises OSError here, a mapping would crash later
+    content = torch.from_file(file.name, shared=True, size=first + end, dtype=torch.uint8)[first:]
+    places = {name: content[slice(*header[name]["data_offsets"])] for name in shapes}
+    return {name: place.view(dtypes[name]).view(shapes[name]) for name, place in places.items()}

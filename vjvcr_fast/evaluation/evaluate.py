@@ -1,4 +1,4 @@
-"""Everything the paper measures on one finished run, written to its evaluation.json."""
+"""Everything the paper measures on one finished run. `evaluate_run` writes it to evaluation.json in the run's folder."""
 
 import dataclasses
 import functools
@@ -25,11 +25,11 @@ from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import check_data
 from vjvcr_fast.training.step import autocast, split_frames
 
-MEASURES = 2  # the generation of what is measured: a file of an earlier one is made again
+MEASURES = 2  # version of the measurements; results of an earlier version are measured again
 
 
 class Subject(NamedTuple):
-    """What is measured. fitted: videos that probes are fitted to; held_out: of the validation split."""
+    """The model of a run and its data. fitted: the videos that probes are fitted to. held_out: validation videos."""
 
     config: Config
     model: EnergyModel
@@ -41,11 +41,12 @@ class Subject(NamedTuple):
 def measured_once(
     run: Path, config: Config | None, name: str, measure: Callable[[Subject], dict[str, Any]]
 ) -> dict[str, Any]:
-    """What `measure` finds, with what it was made from and how long that took; written to the file `name` of the run.
+    """Measures a run unless it has been done: returns the content of the file `name` in the run's folder.
 
-    config: as in `load_run`. A file made from the same checkpoint under the same settings is returned as it is.
+    The file holds what `measure` returns, the checkpoint and settings it is from, and the time it took. It is kept if
+    it is from the same checkpoint and settings, else made again. config: as in `load_run`.
 
-    Raises: as `load_run`; ConfigError where the run was trained on other data; as `build_data`.
+    Raises: as `load_run` and `build_data`; ConfigError if the run was trained on other data.
     """
     config, model = load_run(run, config)
     if (before := kept(run, config, name)) is not None:
@@ -71,13 +72,12 @@ def measured_once(
 
 
 def kept(run: Path, config: Config, name: str) -> dict[str, Any] | None:
-    """What the file `name` of a run holds, if it was made from the run's checkpoints under config; else None."""
-    file = run / name
-    if not file.exists():
+    """The content of the file `name` in a run's folder, or None if it is not from the run's checkpoints and config."""
+    if not (run / name).exists():
         return None
-    before = json.loads(file.read_text())
+    before = json.loads((run / name).read_text())
     wanted = _made_from(run, config, checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt"))
-    return before if {k: before.get(k) for k in wanted} == wanted else None
+    return before if wanted.items() <= before.items() else None
 
 
 def _made_from(run: Path, config: Config, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _made_from(run: Path, config: Config, best: dict[str, Any], last: dict[str, 
 
 
 def evaluate_run(run: Path, config: Config | None = None) -> dict[str, Any]:
-    """Probes, decodes and measures the run in the folder `run`, once: `measured_once`. Writes its evaluation.json."""
+    """Evaluates the run in the folder `run` unless it has been done (`measured_once`): its evaluation.json."""
     return measured_once(run, config, "evaluation.json", functools.partial(_measure, run))
 
 
@@ -117,7 +117,7 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
     decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
     return {
         "row": config.model.row,
-        "latent": config.latent.kind,  # predictions are at z*, inferred from the target frames, where there is one
+        "latent": config.latent.kind,  # with one, predictions are at z*, inferred from the target frames
         **probed,
         "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
@@ -130,8 +130,10 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
 
 
 def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) -> nn.Module:
-    """The model's own decoder, or one trained after the fact on its frozen predictions (decoder.pt; resumes while
-    best.pt is the same)."""
+    """The model's own decoder, or one trained on its frozen predictions, for rows without a pixel term.
+
+    The latter is kept in decoder.pt of the run's folder. Training it resumes if best.pt is still the same.
+    """
     if model.decoder is not None:
         return model.decoder
     device = next(model.parameters()).device
@@ -167,12 +169,12 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) ->
 
 @torch.no_grad()
 def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Decoded predictions for x (N, T_x, C, S, S): (N, T_y, C, S, S) in [0, 1]; y serves to infer z*, nothing else."""
+    """Decoded predictions (N, T_y, C, S, S) in [0, 1] from x (N, T_x, C, S, S). y (N, T_y, C, S, S) only infers z*."""
     return decoder(latents.predict(x, y)).clamp(0, 1)
 
 
 def mean_psnr(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """Mean over target frames and validation videos of what `predict` makes of x and y, in dB (`metrics.psnr`)."""
+    """PSNR in dB (`metrics.psnr`) of predict(x, y) against y, averaged over target frames and validation videos."""
     total, count = [], config.evaluate.validation_videos
     for start in range(0, count, config.evaluate.probe_batch):
         x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)

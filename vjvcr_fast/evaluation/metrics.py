@@ -1,29 +1,31 @@
-"""Image quality, and the ranking of labels."""
+"""Image quality (PSNR) and the ranking of labels (average precision)."""
 
 import torch
 from torch import Tensor
 
 
 def psnr(prediction: Tensor, target: Tensor) -> Tensor:
-    """PSNR of every frame in dB: 10 log10(1 / MSE), the prediction clipped to [0, 1] first.
+    """PSNR of every frame in dB, 10 log10(1 / MSE). Reported numbers are its mean over frames and videos.
 
-    target: (..., C, H, W) in [0, 1]; prediction: the same shape, or one that broadcasts to it. Returns (...). Reported
-    numbers are its mean over frames and videos. An MSE under 1e-10 counts as 1e-10, so that a perfect frame is 100 dB.
+    target: (..., C, H, W) in [0, 1]. prediction: the same shape, or one that broadcasts to it; it is clipped to [0, 1].
+    Returns (...). An MSE below 1e-10 counts as 1e-10, so that a perfect frame has 100 dB.
     """
     mse = (target - prediction.clamp(0, 1)).square().flatten(-3).mean(dim=-1)
     return -10 * mse.clamp_min(1e-10).log10()
 
 
 def average_precision(scores: Tensor, labels: Tensor, interpolated: bool = True) -> Tensor:
-    """Average precision of one class, a float64 scalar, NaN without a positive. scores: (n,). labels: (n,) bool.
+    """Average precision of one class, sum_k (R_k - R_{k-1}) P_k.
 
-    With precision P_k and recall R_k among the k highest scores, sum_k (R_k - R_{k-1}) P_k: interpolated=True takes the
-    largest precision at R_k or beyond in the place of P_k, as VOC (all points, 2010 on) and CATER do; False takes P_k
-    itself, as scikit-learn does. Equal scores enter together, in both.
+    P_k and R_k are precision and recall among the k highest scores. interpolated=True replaces P_k by the largest
+    precision at recall R_k or more, as VOC (all points, since 2010) and CATER do. False takes P_k itself, as in
+    scikit-learn. Equal scores count together in both.
+
+    scores: (n,). labels: (n,) bool. Returns a float64 scalar, NaN if no label is positive.
     """
     order = scores.argsort(descending=True)
     ranked, hits = scores[order], labels[order].double().cumsum(dim=0)
-    last = torch.cat([ranked[1:] != ranked[:-1], ranked.new_ones(1, dtype=torch.bool)])  # of its equals
+    last = torch.cat([ranked[1:] != ranked[:-1], ranked.new_ones(1, dtype=torch.bool)])  # of equal scores
     hits, seen = hits[last], torch.arange(1, len(scores) + 1, device=scores.device)[last]
     precision, recall = hits / seen, hits / hits[-1]
     if interpolated:
@@ -32,7 +34,7 @@ def average_precision(scores: Tensor, labels: Tensor, interpolated: bool = True)
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor, interpolated: bool = True) -> tuple[float, list[float]]:
-    """Mean over the classes that have a positive, and each class's average precision (NaN without one).
+    """The mean over all classes with a positive label, and the average precision of each class (NaN without one).
 
     scores: (n, classes). labels: (n, classes) bool.
     """
