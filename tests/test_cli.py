@@ -198,6 +198,17 @@ def test_failures(
     assert fails(capsys, ["train"], code) == f"vjvcr-fast: {error}\n"
 
 
+def test_a_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only errors that this package raises are one line."""
+
+    def failing(*_: Any, **__: Any) -> None:
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli, "train", failing)
+    with pytest.raises(RuntimeError, match="mat1"):
+        main(["train"])
+
+
 @pytest.mark.parametrize(
     ("missing", "options"),
     [

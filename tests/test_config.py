@@ -321,6 +321,14 @@ def test_parse(hint: Any, value: Any, expected: Any) -> None:
     assert type(parsed) is type(expected)
 
 
+def test_a_group_converts_and_checks_what_python_gives() -> None:
+    assert (Train(steps="7", lr=1).steps, Train(lr=1).lr, Data(speed=[1, 2]).speed) == (7, 1.0, (1.0, 2.0))  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^train\.steps=0: must be at least 1$"):
+        Train(steps=0)
+    with pytest.raises(ConfigError, match=r"^model\.row='jepa': must be one of vj-vcr, "):
+        Model(row="jepa")  # type: ignore[arg-type]
+
+
 def test_row_choices_are_the_energys() -> None:
     assert get_args(settings.Row) == tuple(ROWS)
 

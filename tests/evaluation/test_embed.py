@@ -1,5 +1,6 @@
 """A trained run at work: `vjvcr_fast.load`, and `vjvcr-fast embed` from video files to safetensors."""
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -244,6 +245,18 @@ def test_a_video_that_changes_at_work_leaves_nothing_behind(
     assert str(own) in fails(capsys, arguments, 1)
     assert out.read_bytes() == b"from before"
     assert not [*tmp_path.glob(".*")]
+
+
+def test_a_full_disk_is_an_error(
+    tmp_path: Path, run: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    out = tmp_path / "f.safetensors"
+    assert "No space left" in fails(capsys, [str(run), str(videos), "--out", str(out)], 1)
+    assert not [*tmp_path.glob("*f.safetensors*")]
 
 
 def test_a_bad_video_stops_or_is_left_out(

@@ -87,7 +87,9 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
         def write(file: BinaryIO) -> None:
             shapes = {"video": (windows,), "start": (windows,)}
             table = _table(file, shapes | {name: (windows, n, trained.d) for name, n in lengths.items()}, about)
-            table["video"][:], table["start"][:], done = video, start, 0
+            table["video"].copy_(video)
+            table["start"].copy_(start)
+            done = 0
             with files.progress(total=windows, desc="embed", unit="window") as bar:
                 for part in clips.in_order(batch):
                     for name, values in _features(trained, part.frames).items():

@@ -1,4 +1,4 @@
-"""Everything the paper measures on one finished run. `evaluate_run` writes it to evaluation.json in the run's folder."""
+"""Everything the paper measures on one finished run. `evaluate_run` writes it to the run's evaluation.json."""
 
 import dataclasses
 import functools
