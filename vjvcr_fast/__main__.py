@@ -1,20 +1,20 @@
-"""The entry of `vjvcr-fast` and `python -m vjvcr_fast`: sets what OpenMP reads when torch is loaded.
+"""The entry of `vjvcr-fast` and `python -m vjvcr_fast`. It sets environment variables that OpenMP reads with torch.
 
-A thread of OpenMP that waits for the others spins. Beside another busy process it spins for whole time slices, and a
-step of a small network takes up to 45 times as long. A short spin costs nothing on a quiet machine
-(benchmarks/bench_busy.py). Child processes, torchrun's too, inherit or set the same.
+An OpenMP thread that waits for the others spins. If another process is busy too, it spins for whole time slices, and a
+step of a small network takes up to 45 times as long. A short spin avoids this and costs nothing on a quiet machine
+(benchmarks/bench_busy.py). Child processes, those of torchrun too, inherit the variables or set them themselves.
 """
 
 import os
 import sys
 
-# GNU's OpenMP counts rounds of the loop it waits in, Intel's milliseconds.
+# GNU's OpenMP counts rounds of its waiting loop, Intel's counts milliseconds.
 WAIT = {"GOMP_SPINCOUNT": "2000", "KMP_BLOCKTIME": "0"}
 
 
 def main() -> int:
     """Runs the command line of this process and returns its exit code."""
-    if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice stands, by whichever name
+    if "OMP_WAIT_POLICY" not in os.environ:  # the user's own choice stays
         for name, value in WAIT.items():
             os.environ.setdefault(name, value)
     from vjvcr_fast.cli import main as run

@@ -147,7 +147,7 @@ def _add_experiments(add: Callable[..., _Parser]) -> None:
 
     sub = add(_reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
     about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
-    sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, and one page about it")
+    sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, on one page")
     add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
     seeds = "several give mean and standard deviation, but fig3 shows the first one (default: 0)"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=seeds)
@@ -190,14 +190,14 @@ def _add_files(add: Callable[..., _Parser]) -> None:
     sub.add_argument("--seed", default="0", metavar="N", help="seed of all scenes (default: 0)")
     sub.add_argument("--size", metavar="W,H", help="width and height of frames, even (default: the data set's)")
     sub.add_argument("--no-shadows", action="store_true", help="draw no shadows, about three times as fast")
-    sub.add_argument("--processes", default="0", metavar="N", help="number of processes; 0: one a core (default: 0)")
+    sub.add_argument("--processes", default="0", metavar="N", help="number of processes; 0: one per core (default: 0)")
 
     sub = add(_info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
 
 
 def _add_processes(parser: argparse.ArgumentParser) -> None:
-    text = "runs at the same time, which share the cores; auto: one a core, one on a GPU (default: auto)"
+    text = "runs at the same time, which share the cores; auto: one per core, one on a GPU (default: auto)"
     parser.add_argument("--processes", default="auto", metavar="N", help=text)
 
 
@@ -259,7 +259,8 @@ def _show_evaluation(run: Path, config: Config) -> None:
 def _sweep(arguments: argparse.Namespace) -> None:
     """Train and evaluate the settings of a YAML file.
 
-    It has a grid or a list of changes to a preset, and seeds. The result is one table. A stopped command goes on.
+    It has a grid or a list of changes to a preset, and seeds. The result is one table. Run it again to go on after a
+    stop.
     """
     from vjvcr_fast.paper import sweep
 
@@ -277,7 +278,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
 def _cache(arguments: argparse.Namespace) -> None:
     """Decode the videos of a data set once.
 
-    Training then maps the file with all frames, at training size, into memory. A stopped command goes on.
+    Frames are stored at training size, and training reads them instead of decoding. Run it again to go on after a stop.
     """
     config = config_of(arguments, "clevrer")
     for split, done in fill_cache(config, arguments.verify).items():
@@ -305,7 +306,7 @@ def _embed(arguments: argparse.Namespace) -> None:
 def _simulate(arguments: argparse.Namespace) -> None:
     """Make videos to train on.
 
-    A physics engine moves 3D scenes; the files have a data set's own format. A stopped command goes on.
+    A physics engine moves 3D scenes; the files have a data set's own format. Run it again to go on after a stop.
     """
     module = importlib.import_module(f"vjvcr_fast.data.simulated.{arguments.target}")
     numbers = {name: parse(f"--{name}", int, getattr(arguments, name)) for name in ("videos", "seed", "processes")}
@@ -322,9 +323,9 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce(arguments: argparse.Namespace) -> None:
-    """Make a table or figure of the paper, ours beside the paper's.
+    """Make a table or figure of the paper, with our numbers beside the paper's.
 
-    Runs that exist already go on or are kept; table2 and fig3 share theirs.
+    Runs that exist are continued or kept; table2 and fig3 share their runs.
     """
     seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
     if len(set(seeds)) != len(seeds):

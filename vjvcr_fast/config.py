@@ -214,8 +214,8 @@ def help_text(name: str) -> str:
     """What the field with this dotted name is, which values it takes, and its default in the preset moving-mnist."""
     group, leaf = name.split(".")
     found = GROUPS[group].__dataclass_fields__[leaf]
-    default = ",".join(map(str, found.default)) if isinstance(found.default, tuple) else found.default
-    return f"{found.metadata['help']}; {describe(found.type)} (default: {default})"
+    default = ",".join(map(str, found.default)) if isinstance(found.default, tuple) else str(found.default).lower()
+    return f"{found.metadata['help']}; {describe(found.type)} (default: {default or 'empty'})"
 
 
 def override(config: Config, values: dict[str, Any]) -> Config:

