@@ -230,7 +230,7 @@ def test_a_video_that_changes_at_work_leaves_nothing_behind(
     tmp_path: Path, run: Path, videos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its windows have their places in the file already, so not even "skip" can leave it out."""
-    whole, own, look = next(videos.glob("*.mp4")), tmp_path / "own.mp4", embedding._sources
+    whole, own, look = next(videos.glob("*.mp4")), tmp_path / "own.mp4", embedding._clips
     own.write_bytes(whole.read_bytes())
 
     def cut_off(*arguments: Any) -> Any:
@@ -238,7 +238,7 @@ def test_a_video_that_changes_at_work_leaves_nothing_behind(
         own.write_bytes(b"")
         return found
 
-    monkeypatch.setattr(embedding, "_sources", cut_off)
+    monkeypatch.setattr(embedding, "_clips", cut_off)
     out = tmp_path / "f.safetensors"
     out.write_bytes(b"from before")
     arguments = [str(run), str(whole), str(own), "--out", str(out), "--on-bad-video", "skip"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError
+from vjvcr_fast.config import Config, ConfigError, resolve_device
 from vjvcr_fast.data import files
 from vjvcr_fast.data.folder import FolderError, videos_below
 from vjvcr_fast.data.video.clips import Source, VideoClips
@@ -58,19 +58,10 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     data, trained = config.data, Trained(config, model)
     length = data.frames_in + data.frames_out
     with Pool(data.workers, data.decode_timeout) as pool:
-        sources, bad = _sources(videos, length, every or length, pool, config)
+        clips, bad = _clips(videos, length, every or length, pool, config)
+        sources = clips.sources
         if out.exists() and any(source.path.samefile(out) for source in sources):
             raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
-        clips = VideoClips(
-            sources,
-            frames=length,
-            size=(data.canvas, data.canvas),
-            seed=0,
-            stream="embed",
-            backend=data.decoder,
-            device=next(model.parameters()).device,
-            pool=pool,
-        )
         start = torch.cat([source.starts for source in sources]) * data.stride
         video = torch.cat([torch.full_like(source.starts, i) for i, source in enumerate(sources)])
         windows, names = len(start), [str(source.path) for source in sources]
@@ -112,15 +103,16 @@ def _features(trained: Trained, frames: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _sources(
+def _clips(
     videos: Sequence[Path], length: int, every: int, pool: Pool, config: Config
-) -> tuple[list[Source], dict[str, str]]:
-    """The videos that have a window, with the first frames of all windows; and {file: reason} of bad videos."""
+) -> tuple[VideoClips, dict[str, str]]:
+    """All windows of the videos that have one, and {file: reason} of bad videos."""
     found = {str(file): (file,) for path in videos for file in (videos_below(path) if path.is_dir() else [path])}
     if not found:
         raise FolderError(f"{', '.join(map(str, videos)) or 'nothing'}: no videos")
-    stride, examine = config.data.stride, partial(probe, backend=config.data.decoder)
-    scanned = scan(found, examine, pool, on_bad=config.data.on_bad_video, any_size=True, desc="look")
+    data, stride, device = config.data, config.data.stride, resolve_device(config.train.device)
+    examine = partial(probe, backend=data.decoder)
+    scanned = scan(found, examine, pool, on_bad=data.on_bad_video, any_size=True, desc="look")
     sources = []
     for name, facts in scanned.found.items():
         count = -(-facts["frames"] // stride)
@@ -129,7 +121,11 @@ def _sources(
             sources.append(Source(Path(name), name, count, starts, torch.zeros(len(starts)), stride))
     if not sources:
         raise FolderError(f"{len(found)} videos, but none with {length} times {stride} frames")
-    return sources, scanned.bad
+    size, backend = (data.canvas, data.canvas), data.decoder
+    clips = VideoClips(
+        sources, frames=length, size=size, seed=0, stream="embed", backend=backend, device=device, pool=pool
+    )
+    return clips, scanned.bad
 
 
 def _table(file: BinaryIO, shapes: dict[str, tuple[int, ...]], about: dict[str, str]) -> dict[str, Tensor]:
