@@ -2,7 +2,7 @@
 
 An OpenMP thread that waits for the others spins. If another process is busy too, it spins for whole time slices, and a
 step of a small network takes up to 45 times as long. A short spin avoids this and costs nothing on a quiet machine
-(benchmarks/bench_busy.py). Child processes, those of torchrun too, inherit the variables or set them themselves.
+(docs/benchmarks.md). Child processes, those of torchrun too, inherit the variables or set them themselves.
 """
 
 import os
