@@ -1,13 +1,16 @@
-"""Build script: what pyproject.toml cannot say.
+"""The parts of the build that pyproject.toml cannot describe.
 
-`kernels/` sits at the top of the tree and installs as `vjvcr_fast.kernels`, never as a top-level `kernels`, which is
-the name of a popular package. torch is used when it is importable and is never a build requirement: an isolated build
-would download a CUDA build of several gigabytes.
+`kernels/` is at the top of the tree and installs as `vjvcr_fast.kernels`. It must not install as a top-level `kernels`,
+which is the name of a popular package.
 
-`csrc/` becomes two extensions. `_operators` holds the operators, on torch's stable ABI and without Python: one library
-for CPU and CUDA builds of torch alike. `_native` is a small pybind11 module of build facts and host math. VJVCR_CUDA
-says whether CUDA kernels are built: "auto", where there is an nvcc; "0", never; "1", fail without. Without torch or a
-C++ compiler the package installs without extensions and says so.
+`csrc/` becomes two extensions. `_operators` has the operators. It uses torch's stable ABI and no Python, so one library
+works with CPU and CUDA builds of torch. `_native` is a small pybind11 module with facts about the build.
+
+torch is used if it can be imported. It is not a build requirement, because an isolated build would then download
+several gigabytes. Without torch or a C++ compiler the package installs without extensions and says so.
+
+VJVCR_CUDA decides whether CUDA kernels are built: "auto" if there is an nvcc, "0" never, "1" always (the build fails
+without an nvcc).
 """
 
 import importlib.util
@@ -16,12 +19,12 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest that is supported
+TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest supported version
 ARCHITECTURES = ("80", "90a")
-# Host and device round alike without contraction into fused multiply-adds.
+# Without fused multiply-adds, so that host and device round alike.
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xptxas=-v"]
 NVCC_FLAGS += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
@@ -32,7 +35,7 @@ def say(text):
 
 
 def cuda_home():
-    """The folder of CUDA's compiler, None where CUDA kernels are not to be built."""
+    """The folder of the CUDA toolkit, or None if CUDA kernels are not to be built."""
     wanted = os.environ.get("VJVCR_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         sys.exit(f"VJVCR_CUDA={wanted!r}: choose auto, 0 or 1")
@@ -49,7 +52,7 @@ def cuda_home():
 
 
 def _home_of(nvcc):
-    """nvcc may be a script or a link that leads into the toolkit: the toolkit says itself where it is."""
+    """The toolkit's folder as nvcc itself tells it. The nvcc on PATH may be a script, or a link into the toolkit."""
     import re
     import subprocess
 
@@ -59,7 +62,7 @@ def _home_of(nvcc):
 
 
 def extensions():
-    """Arguments of setup() for the two extensions."""
+    """The arguments of setup() for the two extensions."""
     if importlib.util.find_spec("torch") is None:
         say(
             "torch is not importable in this build environment, so this is a pure-Python install (nothing compiled). "
@@ -85,7 +88,7 @@ def extensions():
         library_dirs = [str(Path(home) / name) for name in ("lib64", "lib") if (Path(home) / name).is_dir()]
         cpp_extension.CUDA_HOME = home
         if torch.version.cuda is None:
-            cpp_extension._check_cuda_version = lambda *_: None  # there is no CUDA of torch's to compare with
+            cpp_extension._check_cuda_version = lambda *_: None  # a CPU build of torch has no CUDA version to compare
     found = [
         cpp_extension.CppExtension(
             "vjvcr_fast._operators",
@@ -113,19 +116,7 @@ def extensions():
 
 
 setup(
-    packages=[
-        "vjvcr_fast",
-        "vjvcr_fast.data",
-        "vjvcr_fast.data.simulated",
-        "vjvcr_fast.data.video",
-        "vjvcr_fast.evaluation",
-        "vjvcr_fast.kernels",
-        "vjvcr_fast.latents",
-        "vjvcr_fast.losses",
-        "vjvcr_fast.models",
-        "vjvcr_fast.paper",
-        "vjvcr_fast.training",
-    ],
+    packages=sorted({*find_packages(include=["vjvcr_fast*"]), "vjvcr_fast.kernels"}),
     package_dir={"vjvcr_fast.kernels": "kernels"},
     package_data={"vjvcr_fast": ["py.typed"]},
     **extensions(),
