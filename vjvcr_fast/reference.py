@@ -196,13 +196,14 @@ def monotone_fista(
 ) -> tuple[Tensor, int]:
     """FISTA for min_z smooth(z) + weight * |z|_1 that never ends above its start: ONE problem, one evaluation a step.
 
-    What `vjvcr_fast.latents` does for many at once. Unlike `fista`, energy and gradient are taken at the extrapolated
-    points alone, which are kept where x, the proximal point, has its signs and zeros. A point of higher energy is not
-    taken and restarts the momentum (O'Donoghue and Candes 2015). With backtracking the step follows the inverse of
-    the curvature between one point and the next, from below.
+    `vjvcr_fast.latents` does this for many problems at once. Unlike `fista`, it evaluates energy and gradient only at
+    the extrapolated points v, and sets v to zero where it has not the sign of x, the proximal point. A point of higher
+    energy is not taken and restarts the momentum (O'Donoghue and Candes 2015). With backtracking the step size stays
+    just below the inverse of the curvature between one point and the next.
 
-    smooth: z (m,) -> scalar. z0: (m,). step: 1/L, or a first guess with backtracking. momentum: constant, 0 for ISTA;
-    None for FISTA's. tolerance: stops where |x - z| <= tolerance * max(|x|, |z|), once the step has found its scale.
+    smooth: z (m,) -> scalar. z0: (m,). step: 1/L, or with backtracking a first guess. momentum: None for FISTA's, a
+    constant otherwise; 0 is ISTA. tolerance: it stops when |x - z| <= tolerance * max(|x|, |z|) and the step size has
+    found its scale.
 
     Returns z (m,), detached, and the number of steps taken.
     """
@@ -224,7 +225,7 @@ def monotone_fista(
         curvature = float((gradient_v - gradient) @ (v - z))
         room = float((v - z).square().sum()) / (curvature * step) if curvature > 0 else float("inf")
         if backtracking:
-            done = (done and growth < GROWTH_AT_FIRST) or x.equal(z)  # a first step is small where `step` is
+            done = (done and growth < GROWTH_AT_FIRST) or x.equal(z)  # if `step` is small, so is the first step
             if not accepted or room < GROWTH_AT_FIRST:
                 growth = GROWTH
             step *= min(max(room, SHRINKAGE), growth if accepted else 1.0 if b > 0 else SHRINKAGE)
@@ -239,8 +240,9 @@ def monotone_fista(
     return z, steps
 
 
-RIDGE, SCALES, DAMPED = 0.01, (0.01, 100.0), 0.2  # of the first B and of what a step may make of it
-SWEEPS, SETTLED = 20, 1e-3  # of the coordinate descent: at most, or until a sweep changes z by less, relatively
+RIDGE, SCALES = 0.01, (0.01, 100.0)  # what is added to the first B, and by which factors the first trial may scale it
+DAMPED = 0.2  # the least curvature that an update of B accepts, relative to what B expected
+SWEEPS, SETTLED = 20, 1e-3  # coordinate descent: at most so many sweeps, or until one changes v by less, relatively
 
 
 def proximal_newton(
@@ -253,15 +255,15 @@ def proximal_newton(
     low: float = -float("inf"),
 ) -> tuple[Tensor, int]:
     """A proximal quasi-Newton method (Lee, Sun and Saunders 2014) for min_z smooth(z) + weight * |z|_1, z >= low, that
-    never ends above its start: ONE problem, one evaluation a step. `latents.newton` does it for many at once.
+    never ends above its start: ONE problem, one evaluation a step. The operator `newton_mlp` does it for many at once.
 
-    The trial minimises  g'(v - z) + b (v - z)'B (v - z) / 2 + weight |v|_1  by coordinate descent. B is `curvature`
-    with RIDGE of its mean diagonal added; the first trial scales it to the curvature that it met, all then update it
-    (BFGS, damped so that it stays positive definite: Powell 1978). A trial of higher energy is not taken, and b is
-    doubled; after one that is, b is halved, down to 1.
+    A trial v minimises the model  g'(v - z) + b (v - z)'B (v - z) / 2 + weight |v|_1  by coordinate descent. B starts
+    as `curvature` with RIDGE times its mean diagonal added. The first trial scales B to the curvature that it met; then
+    every trial updates it (BFGS, damped so that it stays positive definite: Powell 1978). If a trial has a higher
+    energy, it is not taken and b is doubled; otherwise b is halved, but not below 1.
 
-    smooth: z (m,) -> scalar. z0: (m,). curvature: (m, m), positive semidefinite. tolerance: stops after
-    a trial of which the model, once it has met the curvature, promised to lower the energy by no more than that part.
+    smooth: z (m,) -> scalar. z0: (m,). curvature: (m, m), positive semidefinite. tolerance: it stops after a trial for
+    which the model promised to lower the energy by no more than this fraction, once B has been scaled.
 
     Returns z (m,), detached, and the number of steps taken.
     """
@@ -296,7 +298,7 @@ def proximal_newton(
 
 
 def with_ridge(curvature: Tensor) -> Tensor:
-    """(m, m) + RIDGE * the mean of its diagonal * I; + I where there is no curvature at all."""
+    """curvature (m, m) + RIDGE * the mean of its diagonal * I; + I if that mean is not positive."""
     mean = curvature.diagonal().mean()
     return curvature + torch.where(mean > 0, RIDGE * mean, 1) * torch.eye(len(curvature)).to(curvature)
 
