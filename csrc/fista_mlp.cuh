@@ -1,28 +1,53 @@
-// All K steps of monotone FISTA for the MLP predictor in one launch; the math is vjvcr_fast/latents/descent.py's `_step` with
-// `ExpandedMLPEnergy`. With p0 = P + W1z z0, c = W2 relu(p0) + b2, at the trial point v
+// fista_mlp on a GPU: all K steps of monotone FISTA for the MLP predictor in one launch. The method is `_step` in
+// vjvcr_fast/latents/descent.py with the energy of `ExpandedMLPEnergy`. With p0 = P + W1z z0 and c = W2 relu(p0) + b2,
+// at the trial point v,
 //
 //     a = relu(p0 + W1z (v - z0)),   u = relu(c + W2 (a - relu(p0))),   D = u - relu(c),   q = G D - r,
-//     E = start + scale sum((q - r) D),   dE/dz = 2 scale W1z' [a > 0] W2' [u > 0] q:
+//     E = start + scale sum((q - r) D),   dE/dz = 2 scale W1z' [a > 0] W2' [u > 0] q.
 //
-// five products, each of a change since z0, so that what bfloat16 rounds away is small against the change. The two with
-// W1z are of float32 accuracy in either mode.
+// These are five products. Each is of a change since z0, so that the rounding of bfloat16 is small against the change.
+// The two products with W1z have float32 accuracy in both modes.
 //
-// A cluster of C blocks holds S samples for all steps, each block H / C rows of W2, G and W2': as many fragments as its
-// shared memory holds, the others come from L2 with every step. After a product each block sends its rows of the result
-// to all. What arrives next in a place was sent by blocks that had all this block made of the last content: 4
-// mailboxes (a, D, q, dE/dz) and 7 barriers within the block are all the waiting of a step. The latents are updated by
-// every block alike: no block waits for another's decision, and no sum depends on the order of arrival.
+// A cluster of C blocks works on S samples for all steps. Each block has H / C rows of W2, G and W2'. As many fragments
+// of these as fit stay in its shared memory; the others come from L2 in every step. After a product each block sends
+// its rows of the result to all blocks. The latents are updated by every block alike, so no block waits for another's
+// decision, and no sum depends on the order of arrival. A step waits for 4 mailboxes and 7 barriers within the block.
 //
-// A step moves, per block, with e bytes a number: 3 e H^2 / C of weights; 3 e S H H / (32 C) of activations out of
-// shared memory and 3 e S H into it, from the cluster; partial sums, 6 * 640 bytes a tile of 16 rows, 8 samples and
-// group of warps. For N = 256, H = 512, bfloat16, C = 8, S = 16 (128 blocks): 192 KB of weights, of which about 75 KB
-// from L2, 96 KB of activations, 120 KB of sums, 59 KB from the cluster, 768 instructions m16n8k16. Estimated from
-// these, not measured: 4 to 6 us a step; 3 to 4 us at H = 256.
+// The arrays in shared memory, in step i. "All blocks" are those of the cluster.
+//
+//   array              | written by                | read by                  | safe because
+//   fragments, p, c, r | load, once                | this block               | a cluster barrier follows load
+//   X: change of a     | all blocks, mailbox a     | W2 X                     | a block sends a(i) after it has parts(i-1) of
+//                      |                           |                          | all; they follow the last use of X in i-1
+//   Y: D               | all blocks, mailbox D     | G Y                      | D(i) follows a(i) of all; they follow the
+//                      |                           |                          | last use of Y in i-1
+//   X: q               | all blocks, mailbox q     | W2' X                    | q(i) follows D(i) of all; D(i) is sent after
+//                      |                           |                          | the barrier that ends W2 X
+//   X: [a > 0] W2' q   | this block                | W1z' X                   | the barrier that ends W2' X; the other blocks
+//     (float32, may    |                           |                          | send a(i+1) or D(i+1) only after they have
+//     reach into Y)    |                           |                          | this block's parts(i), which follow W1z' X
+//   a, u               | one thread for each unit  | the same thread          | units stay with their threads
+//   energy             | threads, in G Y's units   | threads, for parts       | barriers in between; parts(i) of all lie
+//                      |                           |                          | between its reading and the next writing
+//   parts              | all blocks, mailbox parts | update                   | parts(i+1) follow a(i+1) of all, sent after
+//                      |                           |                          | the barrier that ends update(i)
+//   scratch            | multiply                  | threads, after its       | after reading comes a receive, which needs what
+//                      |                           | barrier                  | all threads of the block send, or a barrier
+//   v (change of z)    | update                    | W1z v                    | barrier after update; update(i) follows
+//                      |                           |                          | parts(i), which follow W1z v
+//   states, scalars    | a team of lanes           | the same team            | samples stay with their teams; lanes wait for
+//                      |                           |                          | each other between reading and writing scalars
+//   mailboxes          | senders; thread 0, which  | all threads, by the      | round i+1 ends only after every thread of the
+//                      | announces the bytes       | parity of the round      | block has passed the barrier of the next product
+//
+// What a step moves, per block, with e bytes a number: 3 e H^2 / C of weights; 3 e S H H / (32 C) of activations out of
+// shared memory and 3 e S H into it, from the cluster; partial sums, 6 * 640 bytes for every tile of 16 rows, 8 samples
+// and group of warps. For N = 256, H = 512, bfloat16, C = 8, S = 16 (128 blocks): 192 KB of weights, of which about 75
+// KB from L2, 96 KB of activations, 120 KB of sums, 59 KB from the cluster, 768 instructions m16n8k16. We estimate from
+// this, and have not measured, 4 to 6 us a step, and 3 to 4 us at H = 256.
 #pragma once
 
-#include "latent_math.h"
-#include "launch_plan.h"
-#include "products.cuh"
+#include "fista_block.cuh"
 
 namespace vjvcr {
 
@@ -43,16 +68,17 @@ struct FistaOutput {
   bool* lost;
 };
 
-// Made by fista_prepare_kernel: fragments [block of a cluster][W1z: k-step][tile], [W1z': k-step][tile], then
-// [k-step][W2, G, W2'][tile], so that the first ones, which stay in shared memory, are shares of all three; p0 and
-// relu(p0). c = W2 relu(p0) is made between the two kernels.
+// What fista_prepare_kernel makes: p0, a0 = relu(p0), and for each block of a cluster its fragments: W1z [k-step][tile],
+// W1z' [k-step][tile], then [k-step][W2, G, W2'][tile]. In this order the fragments that stay in shared memory, the
+// first ones, are equal parts of all three. c = W2 relu(p0) is computed between the two kernels.
 struct FistaPrepared {
   uint4* fragments;
   float *p0, *a0;
   const float* c;
 };
 
-// Two rows, 8 bytes of each, of the matrix (rows x columns) with element (i, k) at i * by_row + k * by_column.
+// A lane's part of a fragment: 8 bytes of each of two rows. Element (i, k) of the matrix (rows x columns) lies at
+// i * by_row + k * by_column; beyond the matrix all is zero.
 template <typename Mode>
 VJVCR_DEVICE uint4 packed(const float* matrix, int row, int k, int rows, int columns, int by_row, int by_column) {
   uint2 both[2];
@@ -99,118 +125,7 @@ fista_prepare_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared 
   }
 }
 
-struct Scalars {
-  Sample<float> sample;
-  float start;
-};
-static_assert(sizeof(Scalars) <= kScalarBytes);
-
-// How the warps of a block share a product of `tiles` by `steps` fragments: each has two tiles; where there are more
-// warps than pairs of tiles, a share of the k-steps. Made once, since it divides.
-struct Work {
-  int tiles, steps, pairs, groups, group, pair;
-  VJVCR_DEVICE Work(int tiles, int steps, int warp)
-      : tiles(tiles), steps(steps), pairs((tiles + 1) / 2), groups(groups_of(tiles, steps)), group(warp / pairs),
-        pair(warp % pairs) {}
-};
-
-// A block's view of its shared memory.
-template <typename Mode, int kTiles>
-struct FistaBlock {
-  static constexpr int kElements = Mode::kElements, kSamples = 8 * kTiles;
-  struct alignas(4 * kElements) Values {  // of a unit: adjacent rows of one sample
-    float x[kElements];
-  };
-
-  const Plan& plan;
-  const uint4* streamed;
-  char* memory;
-  int thread, lane, rank;
-
-  // What a thread does alone: kElements rows of a sample, 8 bytes of the next product's operand.
-  struct Unit {
-    int index, sample, row;
-  };
-  VJVCR_DEVICE int units() const { return plan.rows * kSamples / kElements; }
-  VJVCR_DEVICE Unit unit(int i) const {
-    return {i, i / 4 % kSamples, (i / (4 * kSamples) * 4 + i % 4) * kElements};
-  }
-  VJVCR_DEVICE Values* array(int which) const {
-    return reinterpret_cast<Values*>(memory + plan.arrays) + which * units();
-  }
-  VJVCR_DEVICE float2* scratch() const { return reinterpret_cast<float2*>(memory + plan.scratch); }
-  VJVCR_DEVICE char* x() const { return memory + plan.x; }
-  VJVCR_DEVICE char* y() const { return memory + plan.x + plan.operand_bytes(); }
-  VJVCR_DEVICE float* v() const { return reinterpret_cast<float*>(memory + plan.v); }
-  VJVCR_DEVICE float* parts() const { return reinterpret_cast<float*>(memory + plan.parts); }
-  VJVCR_DEVICE float* energy() const { return reinterpret_cast<float*>(memory + plan.energy); }
-  VJVCR_DEVICE float* state(int which, int sample) const {
-    return reinterpret_cast<float*>(memory + plan.states) + (which * kSamples + sample) * plan.latent;
-  }
-  VJVCR_DEVICE Scalars& scalars(int sample) const {
-    return *reinterpret_cast<Scalars*>(memory + plan.scalars + sample * kScalarBytes);
-  }
-
-  VJVCR_DEVICE uint4 fragment(int f) const {
-    return (f < plan.resident ? reinterpret_cast<const uint4*>(memory) : streamed)[f * 32 + lane];
-  }
-
-  VJVCR_DEVICE uint64_t* mailbox(int which) const {
-    return reinterpret_cast<uint64_t*>(memory + plan.mailboxes) + which;
-  }
-
-  template <typename T>
-  VJVCR_DEVICE void send(int which, T* place, T value) const {
-#pragma unroll 1
-    for (int i = 0; i < plan.cluster; ++i) hw::send(place, value, mailbox(which), (rank + i) & (plan.cluster - 1));
-  }
-
-  // This block's rows of an operand of all, where it is whole.
-  VJVCR_DEVICE void send(int which, char* operand, const Unit& at, const float (&x)[kElements]) const {
-    send(which, reinterpret_cast<uint2*>(operand + rank * (units() * 8)) + at.index, Mode::pack(x));
-  }
-
-  // scratch [group of warps][tile][8 samples] <- weights (from fragment `first` on, `stride` to a k-step) times
-  // activations.
-  template <typename Product>
-  VJVCR_DEVICE void multiply(const Work& work, int first, int stride, const char* activations) const {
-    for (int pair = work.pair; pair < work.pairs && work.group < work.groups; pair += kWarps) {
-      const int tile[2] = {2 * pair, min(2 * pair + 1, work.tiles - 1)};
-      float sum[2][kTiles][4] = {};
-      sum_products<Product, kTiles>(
-          sum, work.group, work.groups, work.steps,
-          [&](int k, int i) { return fragment(first + k * stride + tile[i]); },
-          [&](int k, int j) { return reinterpret_cast<const uint2*>(activations)[(k * kTiles + j) * 32 + lane]; });
-#pragma unroll
-      for (int i = 0; i < 2 * kTiles; ++i) {
-        const float(&of)[4] = sum[i / kTiles][i % kTiles];
-        const int at = (work.group * work.tiles + tile[i / kTiles]) * kTiles + i % kTiles;
-        float2* to = scratch() + at * kScratchTile + lane / 4;
-        to[lane % 4 * 20] = {of[0], of[2]};
-        to[lane % 4 * 20 + 10] = {of[1], of[3]};
-      }
-    }
-    hw::barrier();
-  }
-
-  // Of multiply's result: adjacent rows of a sample.
-  template <int kRows>
-  VJVCR_DEVICE void result(float (&x)[kRows], const Work& work, int sample, int row) const {
-    const float2* from = scratch() + (row / 16 * kTiles + sample / 8) * kScratchTile + sample % 8 * 10 + row % 16 / 2;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) x[i] = 0;
-    for (int group = 0; group < work.groups; ++group, from += work.tiles * kTiles * kScratchTile) {
-#pragma unroll
-      for (int i = 0; i < kRows / 2; ++i) x[2 * i] += from[i].x, x[2 * i + 1] += from[i].y;
-    }
-  }
-};
-
-enum { kOfA, kOfD, kOfQ, kOfParts };                            // mailboxes
-enum { kP, kA, kC, kU, kR };                                    // arrays
-enum { kZ, kGradient, kPrevious, kProximal, kTrial, kSlope, kOrigin };  // states
-
-// Weights to shared memory, this block's rows of P, c, r, and the samples at z0. Beyond n and hidden all is zero.
+// Fills shared memory: weights, this block's rows of p0, c and r, and the samples at z0. Zero beyond n and hidden.
 template <typename Mode, int kTiles>
 VJVCR_DEVICE void load(const FistaBlock<Mode, kTiles>& at, const FistaInput& in, const FistaPrepared& made, int first) {
   const Plan& plan = at.plan;
@@ -244,15 +159,16 @@ VJVCR_DEVICE void load(const FistaBlock<Mode, kTiles>& at, const FistaInput& in,
   }
 }
 
+// The sum over a team's lanes, in each of them.
 VJVCR_DEVICE float team_sum(float x) {
 #pragma unroll
   for (int mask = kTeam / 2; mask > 0; mask /= 2) x += hw::shuffle_xor(x, mask);
   return x;
 }
 
-// A team of lanes, a sample (i here, n of all): takes or leaves the trial point, whose energy and gradient are in
-// parts, and makes the next. The first call (begins) takes energy and gradient of z0. Returns whether the sample is
-// not frozen.
+// One step of one sample, by a team of lanes: takes the trial point or not, from its energy and gradient in `parts`, and
+// makes the next trial point. i: the sample's number in the cluster, n: in the batch. In the first call (begins) energy
+// and gradient are those of z0. Returns whether the sample is still active.
 template <typename Mode, int kTiles>
 VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& in, int i, int n, bool begins) {
   const int m = at.plan.latent, first = at.thread % kTeam;
@@ -282,7 +198,7 @@ VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& i
   const float value = at.scalars(i).start + in.scale * part(m) + rule.weight * penalty;
 
   Sample<float> sample = at.scalars(i).sample;
-  hw::warp_barrier();  // all lanes have read what one of them writes below
+  hw::warp_barrier();  // all lanes have read the scalars, which one lane writes below
   bool taken = begins;
   if (begins) {
     sample = begin(rule, value);
@@ -305,6 +221,7 @@ VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& i
 template <typename Mode, int kTiles>
 VJVCR_KERNEL(kThreads)
 fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made, VJVCR_CONSTANT FistaOutput out) {
+#ifdef VJVCR_CLUSTERS
   constexpr int kElements = Mode::kElements, kSamples = 8 * kTiles;
   const Plan& plan = in.plan;
   const int rank = hw::block() % plan.cluster, first = hw::block() / plan.cluster * kSamples;
@@ -315,10 +232,10 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
   const Work back(plan.latent_tiles, plan.rows / 8, warp);
   if (at.thread < kMailboxes) hw::open_mailbox(at.mailbox(at.thread));
   load(at, in, made, first);
-  hw::cluster_barrier();  // all blocks are there to be sent to
+  hw::cluster_barrier();  // all mailboxes are open
 
   for (int iteration = 0;; ++iteration) {
-    // a, rows of this block; its change is the operand X of all.
+    // W1z (v - z0): a. Its change since z0 is sent as X.
     at.template multiply<Tf32x3>(into, 0, tiles, reinterpret_cast<char*>(at.v()));
 #pragma unroll 1
     for (int i = at.thread; i < at.units(); i += kThreads) {
@@ -336,10 +253,10 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
     }
     hw::receive(at.mailbox(kOfA), plan.operand_bytes(), iteration);
 
-    // Three products by the same code, for the sake of the instruction cache.
-    //   W2 (change of a): u; its change D is Y.
-    //   G D: q, where u > 0, is X; the energy, summed over this block's rows in energy [k-step][sample].
-    //   W2' q, where a > 0, takes X's place, in float32: nobody sends there before they have this block's parts.
+    // The three large products share their code, which spares the instruction cache.
+    //   stage 0, W2 (change of a): u. Its change D is sent as Y.
+    //   stage 1, G D: q, zero unless u > 0, is sent as X; sums over this block's rows go to energy [k-step][sample].
+    //   stage 2, W2' q: zero unless a > 0, in float32, stays in this block's X.
 #pragma unroll 1
     for (int stage = 0; stage < 3; ++stage) {
       at.template multiply<Mode>(large, outer + stage * tiles, 3 * tiles, stage == 1 ? at.y() : at.x());
@@ -384,7 +301,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
       }
     }
 
-    // This block's parts of gradient and energy, to all.
+    // W1z' X: this block's parts of gradient and energy are sent to all.
     at.template multiply<Tf32x3>(back, tiles * plan.latent_steps, plan.latent_tiles, at.x());
 #pragma unroll 1
     for (int i = at.thread; i < kSamples * (m + 1); i += kThreads) {
@@ -406,10 +323,10 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
     for (int i = at.thread / kTeam; i < kSamples; i += kThreads / kTeam) {
       active = update(at, in, i, first + i, iteration == 0) || active;
     }
-    if (!hw::barrier_any(active && iteration < in.iterations)) break;  // all blocks of the cluster alike
+    if (!hw::barrier_any(active && iteration < in.iterations)) break;  // alike in all blocks of the cluster
   }
 
-  hw::cluster_barrier();  // no block is gone before all have received
+  hw::cluster_barrier();  // no block may end while others still send to it
   if (rank > 0) return;
   const int here = min(kSamples, in.n - first);
 #pragma unroll 1
@@ -422,6 +339,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
     out.steps[first + i] = sample.steps;
     out.lost[first + i] = sample.lost;
   }
+#endif
 }
 
 }  // namespace vjvcr

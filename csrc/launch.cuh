@@ -1,4 +1,4 @@
-// What the CUDA operators ask of torch and of the device.
+// What the CUDA operators need of torch and of the CUDA runtime.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 
 #include "tensors.h"
 
-// Of CUDA torch alone: a CPU torch loads this library too, and never calls it.
+// Only a CUDA build of torch has this function. A CPU build loads this library too, but never calls it.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace vjvcr {
@@ -20,21 +20,6 @@ inline cudaStream_t current_stream(const Tensor& tensor) {
 
 inline void check(cudaError_t error, const char* name) {
   STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
-}
-
-// kernel(arguments...) in clusters of blocks, with more shared memory than a block has unasked.
-template <typename... Arguments>
-void launch(const char* name, void (*kernel)(Arguments...), int blocks, int threads, int cluster, int shared_bytes,
-            cudaStream_t stream, const Arguments&... arguments) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster, attribute.val.clusterDim.y = 1, attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes, config.stream = stream;
-  config.attrs = &attribute, config.numAttrs = cluster > 1;
-  check(cudaLaunchKernelEx(&config, kernel, arguments...), name);
 }
 
 }  // namespace vjvcr

@@ -1,8 +1,9 @@
-// How fista_mlp is laid out on a GPU: which cluster of blocks serves how many samples, and what lies where in a block's
-// shared memory. Plain C++, without torch or CUDA, so that `vjvcr-fast info` and the tests can ask.
+// How fista_mlp is laid out on a GPU: how many blocks form a cluster, how many samples a cluster serves, and what lies
+// where in a block's shared memory. Plain C++ without torch or CUDA, so that `vjvcr-fast info` and the tests can ask.
 //
-// All matrices travel in fragments: the operand of one tensor-core instruction, 16 rows by a k-step of 32 bytes (16
-// bfloat16 or 8 float32), 512 bytes of which each lane holds 16. A block has `rows` rows of W2, G and W2'.
+// Matrices are cut into fragments. A fragment is the operand of one tensor-core instruction: 16 rows by a k-step of 32
+// bytes (16 bfloat16 or 8 float32). That makes 512 bytes, of which each lane holds 16. A block works on `rows` rows of
+// W2, G and W2'.
 #pragma once
 
 #include <algorithm>
@@ -14,46 +15,47 @@ namespace vjvcr {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / 32;
 constexpr int kFragment = 512;     // bytes
-constexpr int kScratchTile = 80;   // float2 that a 16 x 8 tile of sums takes: 8 samples of 8 pairs of rows and 2 unused
-constexpr int kArrays = 5;         // p, a, c, u, r: of a block's rows and samples
-constexpr int kMailboxes = 4;      // of a, D, q, and the parts
+constexpr int kScratchTile = 80;   // float2 in a 16 x 8 tile of sums: 8 samples, each 8 pairs of rows and 2 of padding
+constexpr int kArrays = 5;         // p, a, c, u, r, for a block's rows and samples
+constexpr int kMailboxes = 4;      // for a, D, q and the parts
 constexpr int kStates = 7;         // z, gradient, previous, x, v, gradient at v, z0
-constexpr int kScalarBytes = 64;   // of a sample, at most
-constexpr int kTeam = 16;          // lanes that update a sample
-constexpr int kMostLatents = 128;  // served
+constexpr int kScalarBytes = 64;   // for the scalars of a sample, at most
+constexpr int kTeam = 16;          // lanes that update a sample together
+constexpr int kMostLatents = 128;  // that are served
 
 struct Plan {
   bool bf16 = false;
   int hidden = 0, latent = 0;    // as asked for
-  int cluster = 0;               // blocks of a cluster, which share `samples` samples; 0: this shape is not served
+  int cluster = 0;               // blocks in a cluster, which share `samples` samples; 0 if these sizes are not served
   int samples = 0;               // 8, 16 or 32
-  int clusters = 0;              // of the launch
-  int rows = 0;                  // of a block, a multiple of 16; cluster * rows >= hidden
-  int steps = 0;                 // k-steps of the three large products
-  int resident = 0;              // of a block's fragments, those in shared memory; the others stream from L2
-  int latent_tiles = 0;          // 16 rows each, of W1z'
-  int latent_steps = 0;          // k-steps of W1z
+  int clusters = 0;              // in the launch
+  int rows = 0;                  // in a block, a multiple of 16; cluster * rows >= hidden
+  int steps = 0;                 // k-steps in each of the three large products
+  int resident = 0;              // how many of a block's fragments stay in shared memory; the others stream from L2
+  int latent_tiles = 0;          // tiles of 16 rows of W1z'
+  int latent_steps = 0;          // k-steps in the product with W1z
   int shared_bytes = 0;
-  double cycles = 0;             // of a step of the whole batch: an estimate, good for choosing
-  // Offsets in shared memory; the resident fragments are at 0, Y follows X.
+  double cycles = 0;             // a step of the whole batch takes: a rough estimate, to choose by
+  // Offsets in shared memory. The resident fragments are at 0; Y follows X.
   int mailboxes = 0, x = 0, v = 0, scratch = 0, parts = 0, energy = 0, arrays = 0, states = 0, scalars = 0;
 
   VJVCR_HOST_DEVICE int element() const { return bf16 ? 2 : 4; }
   VJVCR_HOST_DEVICE int tiles() const { return rows / 16; }
-  // W1z and W1z'.
+  // How many fragments W1z and W1z' have together.
   VJVCR_HOST_DEVICE int outer_fragments() const { return tiles() * latent_steps + latent_tiles * (rows / 8); }
   VJVCR_HOST_DEVICE int fragments() const { return outer_fragments() + 3 * steps * tiles(); }
-  VJVCR_HOST_DEVICE int operand_bytes() const { return samples * steps * 32; }  // X or Y
+  VJVCR_HOST_DEVICE int operand_bytes() const { return samples * steps * 32; }  // of X or Y
   VJVCR_HOST_DEVICE int blocks() const { return cluster * clusters; }
 };
 
-// Warps work on pairs of tiles; those left over share the k-steps of a pair. A warp's own sums are then added up.
+// Each warp takes a pair of tiles. If there are more warps than pairs, this many groups of warps share the k-steps, and
+// their sums are added up.
 VJVCR_HOST_DEVICE int groups_of(int tiles, int steps) {
   const int pairs = (tiles + 1) / 2, wanted = pairs < kWarps ? kWarps / pairs : 1;
   return wanted < steps ? wanted : steps;
 }
 
-// The plan for a given cluster and number of samples. `cluster` is 0 where it does not fit into `shared_limit` bytes.
+// The plan for a given cluster size and number of samples. `cluster` is 0 if it does not fit into `shared_limit` bytes.
 inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int samples, int multiprocessors,
                     int shared_limit) {
   const auto round_up = [](int x, int to) { return (x + to - 1) / to * to; };
@@ -89,8 +91,8 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
   }
   plan.shared_bytes = at + weights;
 
-  // Shared memory gives 128 bytes a cycle; L2 64 to a block, 3200 to all; m16n8 products take about 1.6 cycles, waiting
-  // for a cluster a few hundred; rough figures, to choose by.
+  // Rough figures: shared memory delivers 128 bytes a cycle, L2 64 to a block and 3200 to all; an m16n8 product takes
+  // about 1.6 cycles, and waiting for the cluster a few hundred.
   const int at_once = std::max(1, multiprocessors / cluster), waves = (plan.clusters + at_once - 1) / at_once;
   const double n_tiles = samples / 8.0, pairs = (tiles + 1) / 2, k_steps = 3.0 * plan.steps;
   const double moved = weights + k_steps * pairs * n_tiles * 256 + 6.0 * groups * tiles * n_tiles * kScratchTile * 8;
@@ -102,12 +104,11 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
   return plan;
 }
 
-// The plan of least estimated time. architecture: 80 for compute capability 8.x, 90 for 9.0; others are not served.
-inline Plan launch_plan(int n, int hidden, int latent, bool bf16, int architecture, int multiprocessors,
-                        int shared_limit) {
+// The plan with the least estimated time. Its cluster is 0 if no plan serves these sizes.
+inline Plan launch_plan(int n, int hidden, int latent, bool bf16, int multiprocessors, int shared_limit) {
   Plan best;
-  const int most = latent > kMostLatents ? 0 : architecture == 90 ? 8 : architecture == 80 ? 1 : 0;
-  for (int cluster = 1; cluster <= most; cluster *= 2) {
+  if (latent > kMostLatents) return best;
+  for (int cluster : {1, 2, 4, 8}) {
     for (int samples : {8, 16, 32}) {
       const Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, multiprocessors, shared_limit);
       if (plan.cluster > 0 && (best.cluster == 0 || plan.cycles < best.cycles)) best = plan;

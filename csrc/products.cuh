@@ -1,8 +1,9 @@
 // Products on tensor cores: weights times the activations of 8, 16 or 32 samples.
 //
-// A k-step is 32 bytes of k: 16 bfloat16 or 8 float32. An instruction sums over k in whatever order both operands have,
-// so lane 4 g + t takes the 8 bytes t of a k-step, adjacent in memory, of rows 2 g and 2 g + 1 of the weights (its 16
-// bytes of a fragment, its rows of the sum) and of sample g of the activations, which lie [k-step][sample][32 bytes].
+// A k-step is 32 bytes of k: 16 bfloat16 or 8 float32. An instruction sums over k in any order, as long as both operands
+// have the same. So lane 4 g + t takes the t-th 8 bytes of a k-step, adjacent in memory: of rows 2 g and 2 g + 1 of the
+// weights (its 16 bytes of a fragment; its sums are of the same rows) and of sample g of the activations. These lie
+// [k-step][sample][32 bytes].
 #pragma once
 
 #include "hardware.cuh"
@@ -12,16 +13,16 @@ namespace vjvcr {
 
 namespace hw = hardware;
 
-// Products of bfloat16.
+// bfloat16 operands, float32 sums.
 struct Bf16 {
-  static constexpr int kElements = 4;  // in 8 bytes
+  static constexpr int kElements = 4;  // numbers in 8 bytes
   static VJVCR_DEVICE uint2 pack(const float (&x)[4]) { return {hw::pack_bf16(x[0], x[1]), hw::pack_bf16(x[2], x[3])}; }
   static VJVCR_DEVICE uint4 prepare(const uint4& a) { return a; }
   static VJVCR_DEVICE uint2 prepare(const uint2& b) { return b; }
   static VJVCR_DEVICE void add_product(float (&sum)[4], const uint4& a, const uint2& b) { hw::mma_bf16(sum, a, b); }
 };
 
-// Products of float32, to about 2^-21: x = high + low with 11 bits each, low times low left out.
+// float32 operands, to about 2^-21: x = high + low with 11 bits each, and low times low is left out.
 struct Tf32x3 {
   static constexpr int kElements = 2;
   template <typename V>
@@ -42,11 +43,14 @@ struct Tf32x3 {
   }
 };
 
-constexpr int kAhead = 4;  // k-steps whose operands are on their way into registers
+constexpr int kAhead = 4;  // how many k-steps ahead operands are loaded into registers
 
-// The sums of two tiles of 16 rows by kTiles times 8 samples, over the k-steps first, first + stride, ... below steps.
-// weights(k-step, 0 or 1) is a lane's part of a fragment, activations(k-step, tile) that of 8 samples. Tensor cores
-// truncate as they add: a sum is theirs over kAhead k-steps, and rounded beyond.
+// Adds up two tiles of 16 rows by kTiles times 8 samples, over the k-steps first, first + stride, ... below `steps`.
+// weights(k-step, 0 or 1) is the lane's part of a fragment, activations(k-step, tile) its part of 8 samples. Tensor
+// cores truncate as they add, so they add up only kAhead k-steps at a time; these sums are then added with rounding.
+//
+//   registers a[i], b[i] | written by fetch(i, k)                 | read by the products of k-step k
+//   safe because a lane's registers are its own, and slot i is fetched again only after its products were issued
 template <typename Mode, int kTiles, typename Weights, typename Activations>
 VJVCR_DEVICE void sum_products(float (&sum)[2][kTiles][4], int first, int stride, int steps, const Weights& weights,
                                const Activations& activations) {

@@ -1,16 +1,19 @@
-// z <- prox(v - step gradient), v <- z + momentum (z - its old value), where z is penalised in its sign, on the CPU, in one
-// pass.
+// proximal_step on the CPU, in one pass:
+//
+//     z <- prox(v - step gradient),   v <- z + momentum (z - its old value)
+//
+// where v keeps the sign of z if z is penalised. A sample whose step is 0 is frozen and stays as it is.
 #include "latent_math.h"
 #include "tensors.h"
 
 namespace vjvcr {
 namespace {
 
-constexpr int64_t kGrain = 16384;  // elements a thread takes at least
+constexpr int64_t kGrain = 16384;  // elements that a thread works on at least
 
 template <typename T>
-void sample(T* __restrict__ z, T* __restrict__ v, const T* __restrict__ gradient, int64_t width, T step, T momentum,
-            T weight, T lower, T upper) {
+void step_of_sample(T* __restrict__ z, T* __restrict__ v, const T* __restrict__ gradient, int64_t width, T step,
+                    T momentum, T weight, T lower, T upper) {
   for (int64_t k = 0; k < width; ++k) {
     const T before = z[k];
     const T after = proximal(v[k], gradient[k], step, weight, lower, upper);
@@ -19,34 +22,23 @@ void sample(T* __restrict__ z, T* __restrict__ v, const T* __restrict__ gradient
   }
 }
 
-template <typename T>
-void run(Tensor& z, Tensor& v, const Tensor& gradient, const Tensor& step, const Tensor& momentum, T weight, T lower,
-         T upper) {
-  const int64_t n = z.size(0);
-  if (z.numel() == 0) return;
-  const int64_t width = z.numel() / n;
-  T* z_data = static_cast<T*>(z.mutable_data_ptr());
-  T* v_data = static_cast<T*>(v.mutable_data_ptr());
-  const T* g_data = static_cast<const T*>(gradient.const_data_ptr());
-  const T* steps = static_cast<const T*>(step.const_data_ptr());
-  const T* momenta = static_cast<const T*>(momentum.const_data_ptr());
-  torch::stable::parallel_for(0, n, kGrain / width + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (steps[i] == T(0)) continue;  // frozen
-      const int64_t at = i * width;
-      sample(z_data + at, v_data + at, g_data + at, width, steps[i], momenta[i], weight, lower, upper);
-    }
-  });
-}
-
 void proximal_step(Tensor z, Tensor v, Tensor gradient, Tensor step, Tensor momentum, double weight, double lower,
                    double upper) {
   check_proximal_step(z, v, gradient, step, momentum);
-  if (z.scalar_type() == ScalarType::Float) {
-    run<float>(z, v, gradient, step, momentum, weight, lower, upper);
-  } else {
-    run<double>(z, v, gradient, step, momentum, weight, lower, upper);
-  }
+  if (z.numel() == 0) return;
+  const int64_t n = z.size(0), width = z.numel() / n;
+  by_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    T *of_z = mutable_data<T>(z), *of_v = mutable_data<T>(v);
+    const T *slope = data<T>(gradient), *steps = data<T>(step), *momenta = data<T>(momentum);
+    torch::stable::parallel_for(0, n, kGrain / width + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (steps[i] == T(0)) continue;
+        step_of_sample(of_z + i * width, of_v + i * width, slope + i * width, width, steps[i], momenta[i], T(weight),
+                       T(lower), T(upper));
+      }
+    });
+  });
 }
 
 }  // namespace

@@ -1,15 +1,9 @@
-// proximal_step_cpu.cpp on a CUDA GPU. Bytes: z, v and the gradient once, z and v written once; frozen samples none.
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
+// proximal_step on a CUDA GPU: one pass that reads z, v and the gradient and writes z and v. Nothing is read of frozen
+// samples but their step.
 #include <algorithm>
 
 #include "latent_math.h"
-#include "tensors.h"
-
-// Of CUDA torch alone: a CPU torch loads this library too, and never calls it.
-#pragma weak aoti_torch_get_current_cuda_stream
+#include "launch.cuh"
 
 namespace vjvcr {
 namespace {
@@ -33,30 +27,19 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-template <typename T>
-void run(Tensor& z, Tensor& v, const Tensor& gradient, const Tensor& step, const Tensor& momentum, T weight, T lower,
-         T upper, cudaStream_t stream) {
-  if (z.numel() == 0) return;
-  const int64_t blocks = std::min((z.numel() + kThreads - 1) / kThreads, kMostBlocks);
-  proximal_step_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, stream>>>(
-      static_cast<T*>(z.mutable_data_ptr()), static_cast<T*>(v.mutable_data_ptr()),
-      static_cast<const T*>(gradient.const_data_ptr()), static_cast<const T*>(step.const_data_ptr()),
-      static_cast<const T*>(momentum.const_data_ptr()), z.size(0), z.numel() / z.size(0), weight, lower, upper);
-  const cudaError_t error = cudaGetLastError();
-  STD_TORCH_CHECK(error == cudaSuccess, "proximal_step: ", cudaGetErrorString(error));
-}
-
 void proximal_step(Tensor z, Tensor v, Tensor gradient, Tensor step, Tensor momentum, double weight, double lower,
                    double upper) {
   check_proximal_step(z, v, gradient, step, momentum);
+  if (z.numel() == 0) return;
   const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
-  if (z.scalar_type() == ScalarType::Float) {
-    run<float>(z, v, gradient, step, momentum, weight, lower, upper, static_cast<cudaStream_t>(stream));
-  } else {
-    run<double>(z, v, gradient, step, momentum, weight, lower, upper, static_cast<cudaStream_t>(stream));
-  }
+  const int64_t blocks = std::min((z.numel() + kThreads - 1) / kThreads, kMostBlocks);
+  by_type(z, [&](auto zero) {
+    using T = decltype(zero);
+    proximal_step_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(z)>>>(
+        mutable_data<T>(z), mutable_data<T>(v), data<T>(gradient), data<T>(step), data<T>(momentum), z.size(0),
+        z.numel() / z.size(0), T(weight), T(lower), T(upper));
+  });
+  check(cudaGetLastError(), "proximal_step");
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the operators ask of their tensors, on torch's stable ABI.
+// What the operators check of their tensors, and what they return. On torch's stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,11 +9,31 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <tuple>
 
 namespace vjvcr {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <typename T>
+const T* data(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+template <typename T>
+T* mutable_data(Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+// Calls body(float()) or body(double()), by the tensor's dtype.
+template <typename Body>
+void by_type(const Tensor& tensor, const Body& body) {
+  if (tensor.scalar_type() == ScalarType::Float) {
+    body(float());
+  } else {
+    body(double());
+  }
+}
 
 inline bool same_shape(const Tensor& a, const Tensor& b) {
   if (a.dim() != b.dim()) return false;
@@ -21,29 +41,6 @@ inline bool same_shape(const Tensor& a, const Tensor& b) {
     if (a.size(i) != b.size(i)) return false;
   }
   return true;
-}
-
-inline bool same_place(const Tensor& a, const Tensor& b) {
-  return a.scalar_type() == b.scalar_type() && a.is_cuda() == b.is_cuda() &&
-         a.get_device_index() == b.get_device_index();
-}
-
-// z, v, gradient (N, ...) alike; step, momentum (N,); all contiguous, of one dtype, float32 or float64, on one device.
-inline void check_proximal_step(const Tensor& z, const Tensor& v, const Tensor& gradient, const Tensor& step,
-                                const Tensor& momentum) {
-  STD_TORCH_CHECK(z.scalar_type() == ScalarType::Float || z.scalar_type() == ScalarType::Double,
-                  "proximal_step: z must be float32 or float64");
-  STD_TORCH_CHECK(z.dim() >= 1, "proximal_step: z must have a batch dimension");
-  STD_TORCH_CHECK(same_shape(z, v) && same_shape(z, gradient), "proximal_step: v and gradient must have z's shape");
-  for (const Tensor* of_sample : {&step, &momentum}) {
-    STD_TORCH_CHECK(of_sample->dim() == 1 && of_sample->size(0) == z.size(0),
-                    "proximal_step: step and momentum must have one number a sample");
-  }
-  for (const Tensor* other : {&v, &gradient, &step, &momentum}) {
-    STD_TORCH_CHECK(same_place(z, *other), "proximal_step: all tensors must share z's dtype and device");
-    STD_TORCH_CHECK(other->is_contiguous(), "proximal_step: all tensors must be contiguous");
-  }
-  STD_TORCH_CHECK(z.is_contiguous(), "proximal_step: all tensors must be contiguous");
 }
 
 inline bool is_shaped(const Tensor& tensor, std::initializer_list<int64_t> shape) {
@@ -55,15 +52,27 @@ inline bool is_shaped(const Tensor& tensor, std::initializer_list<int64_t> shape
   return true;
 }
 
-// All of one dtype, float32 or float64, contiguous, on one device.
+// All float32 or all float64, contiguous, on one device.
 inline void check_alike(const char* name, std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   STD_TORCH_CHECK(first.scalar_type() == ScalarType::Float || first.scalar_type() == ScalarType::Double, name,
-                  ": float32 or float64 is needed");
+                  ": the tensors must be float32 or float64");
   for (const Tensor* tensor : tensors) {
-    STD_TORCH_CHECK(same_place(first, *tensor), name, ": all tensors must share their dtype and device");
+    STD_TORCH_CHECK(tensor->scalar_type() == first.scalar_type() && tensor->is_cuda() == first.is_cuda() &&
+                        tensor->get_device_index() == first.get_device_index(),
+                    name, ": all tensors must have the same dtype and device");
     STD_TORCH_CHECK(tensor->is_contiguous(), name, ": all tensors must be contiguous");
   }
+}
+
+// z, v, gradient (N, ...) of one shape; step, momentum (N,).
+inline void check_proximal_step(const Tensor& z, const Tensor& v, const Tensor& gradient, const Tensor& step,
+                                const Tensor& momentum) {
+  STD_TORCH_CHECK(z.dim() >= 1, "proximal_step: z must have a batch dimension");
+  STD_TORCH_CHECK(same_shape(z, v) && same_shape(z, gradient), "proximal_step: v and gradient must have z's shape");
+  STD_TORCH_CHECK(is_shaped(step, {z.size(0)}) && is_shaped(momentum, {z.size(0)}),
+                  "proximal_step: step and momentum must have one number a sample");
+  check_alike("proximal_step", {&z, &v, &gradient, &step, &momentum});
 }
 
 // z0 (N, m); p, u0, r (N, H); w1z (H, m); w2, gram (H, H); b2 (H,); start (N,).
@@ -81,16 +90,13 @@ inline void check_mlp(const char* name, const Tensor& z0, const Tensor& p, const
   check_alike(name, {&z0, &p, &w1z, &w2, &b2, &gram, &u0, &r, &start});
 }
 
-// u (N, H); w3 (k, M, H); b3 (k, M); target (N, M).
-inline void check_discrete_argmin(const Tensor& u, const Tensor& w3, const Tensor& b3, const Tensor& target) {
-  STD_TORCH_CHECK(u.dim() == 2 && u.size(1) >= 1, "discrete_argmin: u must be (N, H)");
-  STD_TORCH_CHECK(w3.dim() == 3 && w3.size(0) >= 1 && w3.size(1) >= 1 && w3.size(2) == u.size(1),
-                  "discrete_argmin: w3 must be (k, M, H), H = ", u.size(1));
-  STD_TORCH_CHECK(is_shaped(b3, {w3.size(0), w3.size(1)}), "discrete_argmin: b3 must be (k, M) = (", w3.size(0), ", ",
-                  w3.size(1), ")");
-  STD_TORCH_CHECK(is_shaped(target, {u.size(0), w3.size(1)}), "discrete_argmin: target must be (N, M) = (", u.size(0),
-                  ", ", w3.size(1), ")");
-  check_alike("discrete_argmin", {&u, &w3, &b3, &target});
+// What fista_mlp and newton_mlp return: z (N, m); energy, step, steps (int64) and lost (bool), (N,) each.
+using Result = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+inline Result empty_result(const Tensor& z0, const Tensor& start) {
+  using namespace torch::stable;
+  return {empty_like(z0), empty_like(start), empty_like(start), new_empty(start, {start.size(0)}, ScalarType::Long),
+          new_empty(start, {start.size(0)}, ScalarType::Bool)};
 }
 
 }  // namespace vjvcr

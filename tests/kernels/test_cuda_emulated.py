@@ -88,9 +88,17 @@ def plain(energy: MLPEnergy, z0: Tensor, rule: Rule, steps: int, dtype: torch.dt
 
 def of_rule(rule: Rule, scale: float) -> list[float | bool]:
     """The operator's numbers from scale to tolerance."""
-    low, high = (-torch.inf if rule.low is None else rule.low), (torch.inf if rule.high is None else rule.high)
     momentum = -1.0 if rule.momentum is None else rule.momentum
-    return [scale, rule.weight, low, high, momentum, rule.step_rule == "backtracking", rule.lr, rule.tolerance]
+    return [
+        scale,
+        rule.weight,
+        rule.low,
+        rule.high,
+        momentum,
+        rule.step_rule == "backtracking",
+        rule.lr,
+        rule.tolerance,
+    ]
 
 
 def operands(energy: MLPEnergy, z0: Tensor, rule: Rule) -> tuple[Tensor, MLPEnergy, ExpandedMLPEnergy]:
@@ -276,7 +284,7 @@ def test_weights_that_are_not_finite_lose_all(emulator):
 
 # -- Plans ------------------------------------------------------------------------------------------------------------
 
-AMPERE, H100 = (80, 108, 166912), (90, 132, 232448)  # architecture, multiprocessors, bytes of shared memory a block
+SMALL, H100 = (60, 166912), (132, 232448)  # multiprocessors, bytes of shared memory that a block may have
 
 
 class Plan(NamedTuple):
@@ -289,25 +297,25 @@ class Plan(NamedTuple):
     bytes: int
 
 
-def plan_of(emulator: ctypes.CDLL, n: int, hidden: int, latent: int, bf16: bool, gpu: tuple[int, int, int]) -> Plan:
+def plan_of(emulator: ctypes.CDLL, n: int, hidden: int, latent: int, bf16: bool, gpu: tuple[int, int]) -> Plan:
     found = (ctypes.c_int * 7)()
     emulator.launch_plan(n, hidden, latent, ctypes.c_bool(bf16), *gpu, found)
     return Plan(*found)
 
 
-@pytest.mark.parametrize("gpu", [AMPERE, H100])
+@pytest.mark.parametrize("gpu", [SMALL, H100])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("latent", [1, 20, 64])
 @pytest.mark.parametrize("hidden", [1, 100, 256, 512])
 @pytest.mark.parametrize("n", [1, 256, 1000])
 def test_every_usual_shape_has_a_plan(emulator, n, hidden, latent, bf16, gpu):
     plan = plan_of(emulator, n, hidden, latent, bf16, gpu)
-    assert plan.cluster in ((1,) if gpu is AMPERE else (1, 2, 4, 8))
+    assert plan.cluster in (1, 2, 4, 8)
     assert plan.samples in (8, 16, 32)
     assert plan.cluster * plan.rows >= hidden
     assert plan.blocks // plan.cluster * plan.samples >= n
     assert 0 <= plan.resident <= plan.fragments
-    assert plan.bytes <= gpu[2]
+    assert plan.bytes <= gpu[1]
 
 
 def test_the_plans_for_the_issues_shapes(emulator):
@@ -316,57 +324,8 @@ def test_the_plans_for_the_issues_shapes(emulator):
     assert small.resident == small.fragments
     assert middle[:2] == (8, 16)
     assert middle.resident > 0.6 * middle.fragments
-    assert plan_of(emulator, 256, 512, 20, True, (100, 148, 232448)).cluster == 0  # no kernels for it
     assert plan_of(emulator, 256, 256, 129, True, H100).cluster == 0
     assert plan_of(emulator, 256, 4096, 20, False, H100).cluster == 0  # does not fit
-
-
-# -- discrete_argmin --------------------------------------------------------------------------------------------------
-
-
-def heads(n: int, hidden: int, k: int, outputs: int) -> list[Tensor]:
-    """u, w3, b3, target."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (n, hidden), (k, outputs, hidden), (k, outputs), (n, outputs)
-    u, w3, b3, target = (torch.randn(shape, generator=generator) for shape in shapes)
-    return [u.relu(), w3 / hidden**0.5, b3, target]
-
-
-def energies_of(u: Tensor, w3: Tensor, b3: Tensor, target: Tensor) -> Tensor:
-    """(N, k), float64."""
-    u, w3, b3, target = (x.double() for x in (u, w3, b3, target))
-    return torch.stack([(u @ w.mT + b - target).square().mean(dim=1) for w, b in zip(w3, b3, strict=True)], dim=1)
-
-
-def emulated_argmin(emulator: ctypes.CDLL, *inputs: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    (n, hidden), (k, outputs, _) = inputs[0].shape, inputs[1].shape
-    energies, index = torch.empty(n, k), torch.empty(n, dtype=torch.int64)
-    emulator.discrete_argmin(*pointers(*inputs), n, hidden, k, outputs, seed, *pointers(energies, index))
-    return energies, index
-
-
-@pytest.mark.parametrize("shape", [(5, 16, 3, 40), (33, 7, 2, 300), (40, 264, 5, 257), (3, 41, 2, 1)])
-def test_discrete_argmin(emulator, shape):
-    inputs = heads(*shape)
-    energies, index = emulated_argmin(emulator, *inputs)
-    right = energies_of(*inputs)
-    assert ((energies - right).abs() <= tolerances.FLOAT32 * right).all()
-    assert torch.equal(index, energies.min(dim=1).indices)
-    assert relative(right.gather(1, index[:, None])[:, 0], right.amin(dim=1)) <= tolerances.FLOAT32
-    again = emulated_argmin(emulator, *inputs, seed=3)
-    assert torch.equal(energies, again[0])
-
-
-def test_heads_that_are_not_finite_never_win(emulator):
-    u, w3, b3, target = heads(3, 8, 4, 10)
-    b3[0, 4], w3[2, 1, 3] = torch.nan, torch.inf
-    w3[3] = w3[1]
-    b3[3] = b3[1]
-    target[2, 0] = torch.nan
-    energies, index = emulated_argmin(emulator, u, w3, b3, target)
-    assert not energies[:, 0].isfinite().any()
-    assert torch.equal(energies[:2, 1], energies[:2, 3])
-    assert index.tolist() == [1, 1, 0]  # the first of equals; of none, the first
 
 
 # -- The real launch --------------------------------------------------------------------------------------------------
@@ -427,11 +386,3 @@ class TestOnAGPU:
         energy, z0 = problem(4, 16, 129)
         with pytest.raises(RuntimeError, match="129 latents are not served"):
             launched(energy, z0, rule(129), 1, False)
-
-    @pytest.mark.parametrize("shape", [(5, 16, 3, 40), (33, 7, 2, 300), (256, 512, 5, 12 * 512), (3, 41, 2, 1)])
-    def test_discrete_argmin(self, shape):
-        inputs = heads(*shape)
-        right = energies_of(*inputs)
-        energies, index = torch.ops.vjvcr.discrete_argmin(*(x.cuda() for x in inputs))
-        assert ((energies.cpu() - right).abs() <= tolerances.FLOAT32 * right).all()
-        assert torch.equal(index, energies.min(dim=1).indices)

@@ -48,6 +48,11 @@ class Problem(NamedTuple):
     def n(self) -> int:
         return len(self.data[0])
 
+    def methods(self, operators: bool) -> tuple[str, ...]:
+        """Those of a sparse latent that serve its energy."""
+        newton = operators and native.MISSING is None and isinstance(self.energy(), MLPEnergy)
+        return ("fista", "ista", "newton") if newton else ("fista", "ista")
+
     def energy(self, *rows: Tensor) -> Energy:
         return self.of(*(rows or self.data))
 
@@ -100,8 +105,11 @@ def problems(draw: st.DrawFn, exponents: st.SearchStrategy[int]) -> Problem:
 
 
 @st.composite
-def latents(draw: st.DrawFn, m: int, steps: st.SearchStrategy[int], rates: st.SearchStrategy[int]) -> Any:
-    """A sparse or a continuous one, for z of m components."""
+def latents(
+    draw: st.DrawFn, problem: Problem, operators: bool, steps: st.SearchStrategy[int], rates: st.SearchStrategy[int]
+) -> Any:
+    """A sparse or a continuous one, that serves the problem."""
+    m = problem.m
     common = {
         "step_rule": draw(st.sampled_from(("backtracking", "backtracking", "fixed"))),
         "tolerance": draw(st.sampled_from((0.0, 1e-4, 0.1))),
@@ -110,7 +118,7 @@ def latents(draw: st.DrawFn, m: int, steps: st.SearchStrategy[int], rates: st.Se
     lr = 10.0 ** draw(rates)
     if draw(st.booleans()):
         weight = draw(st.sampled_from((0.0, 1e-4, 1e-2, 1.0, 1e10)))
-        method, nonnegative = draw(st.sampled_from(("fista", "ista", "newton"))), draw(st.booleans())
+        method, nonnegative = draw(st.sampled_from(problem.methods(operators))), draw(st.booleans())
         if method == "newton":
             common["step_rule"] = "backtracking"
         return SparseLatent(m, weight, draw(steps), method=method, nonnegative=nonnegative, lr=lr, **common)
@@ -169,7 +177,7 @@ EXTREME = st.one_of(st.integers(-3, 3), st.integers(-30, 30))
 def test_never_above_the_start(
     problem: Problem, dtype: torch.dtype, seed: int, far: float, operators: bool, data: st.DataObject
 ) -> None:
-    latent = data.draw(latents(problem.m, st.integers(1, 12), EXTREME))
+    latent = data.draw(latents(problem, operators, st.integers(1, 12), EXTREME))
     problem = problem._replace(data=tuple(t.to(dtype) for t in problem.data))
     energy, z0 = problem.energy(), make_z0(problem, dtype, seed, far)
     if isinstance(energy, MLPEnergy):
@@ -203,7 +211,7 @@ USUAL, FEW = st.integers(-1, 1), st.integers(1, 8)
 @fuzz(80, 250, problem=problems(USUAL), seed=SEEDS, operators=ROUTES, data=st.data())
 def test_samples_do_not_see_each_other(problem: Problem, seed: int, operators: bool, data: st.DataObject) -> None:
     """Not in a part of the batch, and not beside samples without a number among their data."""
-    latent = data.draw(latents(problem.m, FEW, USUAL).filter(lambda latent: not latent.check))
+    latent = data.draw(latents(problem, operators, FEW, USUAL).filter(lambda latent: not latent.check))
     z0 = make_z0(problem, torch.float64, seed)
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=problem.n, max_size=problem.n).filter(any)))
     right = infer(latent, problem.energy(), z0, operators)
@@ -233,7 +241,7 @@ def test_an_energy_that_is_not_finite(
     problem: Problem, seed: int, operators: bool, bad: str, data: st.DataObject
 ) -> None:
     """Is told with the number of samples, or leaves them where they were."""
-    latent = data.draw(latents(problem.m, FEW, USUAL))
+    latent = data.draw(latents(problem, operators, FEW, USUAL))
     z0, row = make_z0(problem, torch.float64, seed), data.draw(st.integers(0, problem.n - 1))
     last = problem.data[-1].clone()
     last[row] = float(bad)

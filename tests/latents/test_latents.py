@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tolerances import (
     COMPILED,
@@ -37,7 +37,7 @@ from vjvcr_fast.models.energy import EnergyModel
 
 N, T_X, T_Y, D, DIM = 8, 2, 3, 24, 6
 SPARSE = SparseLatent(DIM, 2e-3, 100)
-NEWTON = SparseLatent(DIM, 2e-3, 40, method="newton")  # a step in torch operations takes 10 ms
+NEWTON = SparseLatent(DIM, 2e-3, 40, method="newton")
 CONTINUOUS = ContinuousLatent((DIM,), 100, 1.0)
 HOW = {"device": "cpu", "dtype": torch.float64}
 
@@ -85,6 +85,16 @@ def name(latent: Latent) -> str:
     return "-".join([type(latent).__name__, *changed])
 
 
+def is_refused(latent: Any, closed: bool, infer: Callable[[], LatentResult]) -> bool:
+    """Whether method="newton" cannot serve; then `infer` has to say so."""
+    if latent.method != "newton" or (closed and native.MISSING is None):
+        return False
+    with pytest.raises(ValueError, match=r"^method='newton': it needs .*; choose method='fista'$") as error:
+        infer()
+    assert str(error.value).isprintable()
+    return True
+
+
 def by_autograd(energy: Energy) -> Energy:
     """The same energy, of which nothing is known."""
     return lambda z: energy(z)
@@ -127,12 +137,15 @@ def test_is_the_plain_loop_for_every_sample(method: str, rule: str, route: str) 
 def test_newton_is_the_plain_method_for_every_sample(closed: bool, nonnegative: bool) -> None:
     model = make_model()
     h_x, h_y, _ = make_targets(model)
-    latent = SparseLatent(DIM, 2e-3, 40, method="newton", nonnegative=nonnegative, lr=3.0, tolerance=1e-4)
+    latent = SparseLatent(DIM, 2e-3, 40, method="newton", nonnegative=nonnegative, tolerance=1e-4)
     energy = model.latent_energy(h_x, h_y)
     zeros = torch.zeros(N, DIM, dtype=torch.float64)
     with torch.no_grad():
-        curvature = energy.expand(zeros).curvature() if closed else torch.eye(DIM, dtype=torch.float64) / 3.0
-    found = latent.infer(energy if closed else by_autograd(energy), N, **HOW)
+        curvature = energy.expand(zeros).curvature()
+    infer = lambda: latent.infer(energy if closed else by_autograd(energy), N, **HOW)  # noqa: E731
+    if is_refused(latent, closed, infer):
+        return
+    found = infer()
     for i in range(N):
         own = by_autograd(make_energy_of_one(model, h_x, h_y, i))
         z, steps = reference.proximal_newton(
@@ -191,11 +204,11 @@ def orthogonal() -> Tensor:
 
 
 @pytest.mark.parametrize("nonnegative", [False, True])
-@pytest.mark.parametrize("method", ["fista", "ista", "newton"])
+@pytest.mark.parametrize("method", ["fista", "ista"])
 @pytest.mark.parametrize("lr", [1e-3, 1.0, 1e5])
 def test_lasso(lr: float, method: str, nonnegative: bool) -> None:
     energy, weight = Quadratic(condition=5.0), 0.01
-    steps = {"fista": 100, "ista": 150, "newton": 150 if lr < 1 and not nonnegative else 60}[method]
+    steps = {"fista": 100, "ista": 150}[method]
     latent = SparseLatent(DIM, weight, steps, method=method, nonnegative=nonnegative, lr=lr, tolerance=0)
     found = latent.infer(energy, N, **HOW)
     right = energy.minimum(weight, low=0.0 if nonnegative else -torch.inf)
@@ -236,6 +249,8 @@ def test_momentum_pays() -> None:
 def test_no_worse_than_a_long_run(latent: Any, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
+    if latent is NEWTON and is_refused(latent, row == "vj-vcr", lambda: latent.infer_from(model, h_x, h_y, y)):
+        return
     steps = 80 if latent is NEWTON else 1000 if row == "vj-vcr" else 150
     long = type(latent)(**{**vars(latent), "steps": steps, "tolerance": 0.0}).infer_from(model, h_x, h_y, y)
     short = latent.infer_from(model.float(), h_x.float(), h_y.float(), y.float())
@@ -310,6 +325,7 @@ def test_closed_form_keeps_its_digits_beside_large_targets() -> None:
 def test_never_ends_above_the_start(
     seed: int, exponent: float, weight: float, options: dict[str, Any], closed: bool, dtype: torch.dtype
 ) -> None:
+    assume(options["method"] != "newton" or (closed and native.MISSING is None))
     torch.manual_seed(seed)
     model = make_model()
     h_x, h_y, _ = (t.to(dtype) for t in make_targets(model, 5))
@@ -336,6 +352,8 @@ def test_never_ends_above_the_start(
 def test_samples_are_independent(latent: SparseLatent, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
+    if is_refused(latent, row == "vj-vcr", lambda: latent.infer_from(model, h_x, h_y, y)):
+        return
     whole = latent.infer_from(model, h_x, h_y, y)
     order = torch.randperm(N)
     shuffled = latent.infer_from(model, h_x[order], h_y[order], y[order])
@@ -354,6 +372,8 @@ def test_frozen_samples_stay(latent: Any, closed: bool) -> None:
     h_x, h_y, _ = make_targets(model)
     energy = model.latent_energy(h_x, h_y)
     energy = energy if closed else by_autograd(energy)
+    if latent is NEWTON and is_refused(latent, closed, lambda: latent.infer(energy, N, **HOW)):
+        return
     few = 17 if latent is NEWTON and closed else 25
     runs = [
         type(latent)(**{**vars(latent), "steps": steps, "tolerance": 1e-3}).infer(energy, N, **HOW)
@@ -375,9 +395,6 @@ def test_one_evaluation_a_step_and_one_at_the_start() -> None:
 
     SparseLatent(DIM, 0.01, 17).infer(counted, N, **HOW)
     assert len(calls) == 18
-    calls.clear()
-    SparseLatent(DIM, 0.01, 5, method="newton").infer(counted, N, **HOW)
-    assert len(calls) == 6
 
 
 def test_a_converged_start_is_kept() -> None:
@@ -524,6 +541,9 @@ class NoSynchronisation(TorchDispatchMode):
 def test_nothing_waits_for_the_device(latent: Any, row: str) -> None:
     model = make_model(row)
     h_x, h_y, y = make_targets(model)
+    sparse = isinstance(latent, SparseLatent)
+    if sparse and is_refused(latent, row == "vj-vcr", lambda: latent.infer_from(model, h_x, h_y, y)):
+        return
     with NoSynchronisation():
         latent.infer_from(model, h_x, h_y, y)
     if row == "generative":
@@ -588,6 +608,10 @@ def test_not_finite_after_a_step() -> None:
             "step_rule='fixed': method='newton' has no step",
         ),
         (lambda: SparseLatent(2, 0.1, method="newton", compile=True), "compile=True: method='newton' is not compiled"),
+        (
+            lambda: SparseLatent(2, 0.1, method="newton").infer(hole, 1, **HOW),
+            "method='newton': it needs an energy in closed form, .*; choose method='fista'",
+        ),
         (lambda: SparseLatent(2, 0.1, step_rule="none"), "step_rule='none': choose 'backtracking' or 'fixed'"),
         (lambda: SparseLatent(2, 0.1, lr=0.0), "lr=0.0"),
         (lambda: SparseLatent(2, 0.1, lr=float("inf")), "lr=inf"),

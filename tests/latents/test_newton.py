@@ -1,6 +1,7 @@
-"""The quasi-Newton method: its parts against the plain ones, its operators, and what it is for."""
+"""The quasi-Newton method: its operator against `reference.proximal_newton`, where it serves, and what it is for."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -10,155 +11,115 @@ from tolerances import LATENT_CONVEX, LATENT_PLAIN, LATENT_ROUTES
 from torch import Tensor
 
 from vjvcr_fast import native, reference
-from vjvcr_fast.latents import LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent, newton
+from vjvcr_fast.latents import LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent, descent
+from vjvcr_fast.reference import DAMPED, SCALES, SETTLED, SWEEPS
 
 N, M = 7, 5
 needs_operators = pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
 
 
-def models(n: int = N, m: int = M, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """z (n, m) with zeros, gradients and positive definite B (n, m, m)."""
-    generator = torch.Generator().manual_seed(0)
-    z, gradient, root = (torch.randn(*s, generator=generator, dtype=dtype) for s in ((n, m), (n, m), (n, m, m)))
-    return z.where(z.abs() > 0.5, 0), gradient, root @ root.mT + torch.eye(m, dtype=dtype)
-
-
-def state_of(n: int = N, m: int = M, dtype: torch.dtype = torch.float64) -> newton.State:
-    z, gradient, B = models(n, m, dtype)
-    ones = torch.ones(n, 1, dtype=dtype)
-    steps = (torch.arange(n) % 3).unsqueeze(1)  # some at their first
-    active = (torch.arange(n) % 4 != 3).unsqueeze(1)
-    return newton.State(z, 5 * ones, gradient, B, 2 * ones, active, ones < 0, steps)
-
-
-def met(state: newton.State) -> list[Tensor]:
-    """Trials, their energies, some of them higher, one not finite, and gradients, some with negative curvature."""
-    generator = torch.Generator().manual_seed(1)
-    v = newton.trial(state.z, state.gradient, state.damping[:, :, None] * state.B, 0.3, -torch.inf)
-    value = 5 + torch.randn(len(v), 1, generator=generator, dtype=v.dtype)
-    value[1] = torch.nan
-    bend = torch.linspace(-1, 3, len(v), dtype=v.dtype)[:, None]
-    return [v, value, state.gradient + bend * (v - state.z)]
-
-
 @pytest.mark.parametrize("low", [-torch.inf, 0.0])
 @pytest.mark.parametrize("weight", [0.0, 0.4])
 def test_the_trial_is_the_minimum_of_the_model(weight: float, low: float) -> None:
-    """To the precision of its last sweep; the plain one's, exactly."""
-    z, gradient, B = models()
-    z = z.clamp(min=low)
-    v = newton.trial(z, gradient, B, weight, low)
+    """To the precision of its last sweep."""
+    generator = torch.Generator().manual_seed(0)
+    z, gradient, root = (torch.randn(*s, generator=generator).double() for s in ((N, M), (N, M), (N, M, M)))
+    z, B = z.where(z.abs() > 0.5, 0).clamp(min=low), root @ root.mT + torch.eye(M)
     for i in range(N):
-        assert relative(v[i], reference.model_minimum(z[i], gradient[i], B[i], weight, low)) < LATENT_PLAIN
+        v = reference.model_minimum(z[i], gradient[i], B[i], weight, low)
 
         def model(x: Tensor, i: int = i) -> Tensor:
             return gradient[i] @ (x - z[i]) + (x - z[i]) @ B[i] @ (x - z[i]) / 2 + weight * x.abs().sum()
 
+        assert v.min() >= low
         for _ in range(20):
-            other = (v[i] + 0.1 * torch.randn(M, dtype=z.dtype)).clamp(min=low)
-            assert model(v[i]) <= model(other) + 1e-5
+            other = (v + 0.1 * torch.randn(M, generator=generator)).clamp(min=low)
+            assert model(v) <= model(other) + 1e-5
 
 
-@needs_operators
-@pytest.mark.parametrize(("n", "m"), [(N, M), (1, 1), (70, 20)])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_operators_are_the_torch_operations(dtype: torch.dtype, n: int, m: int) -> None:
-    bound = LATENT_PLAIN if dtype == torch.float64 else 1e-4
-    state = state_of(n, m, dtype)
-    v, (z, _, gradient, B, damping, active, *_) = state.z.clone(), state
-    torch.ops.vjvcr.newton_trial(v, gradient, B, damping, active, 0.3, -torch.inf, 20, 1e-3)
-    right = newton.trial(z, gradient, damping[:, :, None] * B, 0.3, -torch.inf)
-    assert relative(v, right.where(active, z)) < bound
-
-    plain = newton.State(*(of.clone() for of in state))
-    if n > 1:
-        trial = met(state)
-        torch.ops.vjvcr.newton_update(*state, *trial, 0.3, 1e-3, reference.DAMPED, *reference.SCALES)
-        newton.update(plain, *trial, 0.3, 1e-3)
-        for name, ours, theirs in zip(newton.State._fields, state, plain, strict=True):
-            assert relative(ours.double(), theirs.double()) < bound, name
-        assert 0 < state.active.sum() < n
-        assert torch.linalg.eigvalsh(state.B.double()).min() > 0
-
-
-@needs_operators
-@pytest.mark.parametrize(
-    ("at", "change", "words"),
-    [
-        (0, lambda x: x[0], r"z must be \(N, m\)"),
-        (1, lambda x: x[:-1], "must have z's shape"),
-        (2, lambda x: x[:, 0], r"B must be \(N, m, m\) = \(7, 5, 5\)"),
-        (3, lambda x: x.squeeze(1), r"must be \(N, 1\), N = 7"),
-        (4, lambda x: x.double(), "bool"),
-        (1, lambda x: x.float(), "dtype and device"),
-    ],
-)
-def test_what_a_trial_cannot_take_is_named(at: int, change: object, words: str) -> None:
-    state = state_of()
-    given = [state.z, state.gradient, state.B, state.damping, state.active]
-    given[at] = change(given[at])  # type: ignore[operator]
-    with pytest.raises(RuntimeError, match=words):
-        torch.ops.vjvcr.newton_trial(*given, 0.3, 0.0, 20, 1e-3)
-
-
-@needs_operators
-def test_opcheck() -> None:
-    state = state_of()
-    trial = (state.z, state.gradient, state.B, state.damping, state.active, 0.3, 0.0, 20, 1e-3)
-    torch.library.opcheck(torch.ops.vjvcr.newton_trial.default, trial)
-    torch.library.opcheck(torch.ops.vjvcr.newton_update.default, (*state, *met(state), 0.3, 1e-3, 0.2, 0.01, 100.0))
-
-
-def infer(method: str, energy: MLPEnergy, dtype: torch.dtype = torch.float64, **options: object) -> LatentResult:
-    latent = SparseLatent(energy.w1z.shape[1], 1e-2, **{"steps": 30, "method": method, **options})  # type: ignore[arg-type]
+def infer(energy: MLPEnergy, dtype: torch.dtype = torch.float64, **options: Any) -> LatentResult:
+    latent = SparseLatent(energy.w1z.shape[1], 1e-2, **{"steps": 30, "method": "newton", **options})
     return latent.infer(energy.to(dtype), len(energy.p), device="cpu", dtype=dtype)
 
 
-def infer_in_torch(energy: MLPEnergy, **options: object) -> LatentResult:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "MISSING", "not wanted")
-        return infer("newton", energy, **options)
+def of_sample(energy: MLPEnergy, i: int) -> MLPEnergy:
+    return dataclasses.replace(energy, p=energy.p[i : i + 1], target=energy.target[i : i + 1])
+
+
+def plain(energy: MLPEnergy, i: int, curvature: Tensor, **options: Any) -> tuple[Tensor, int]:
+    """z and the number of steps of sample i, by the specification."""
+    own, zero = of_sample(energy, i), torch.zeros(energy.w1z.shape[1], dtype=torch.float64)
+    rules = {"steps": 30, "tolerance": 1e-4, "weight": 1e-2, **options}
+    return reference.proximal_newton(lambda z: own(z[None])[0], zero, curvature=curvature, **rules)
 
 
 @needs_operators
 @pytest.mark.parametrize("options", [{}, {"nonnegative": True}, {"tolerance": 0.0}, {"steps": 1}], ids=str)
 @pytest.mark.parametrize(
-    "size", [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}], ids=str
+    "size", [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}, {"latent": 20}], ids=str
 )
-def test_newton_mlp_is_the_loop_in_torch(size: dict[str, int], options: dict[str, object]) -> None:
-    found, right = infer("newton", mlp(**size), **options), infer_in_torch(mlp(**size), **options)
-    assert found.steps.equal(right.steps)
-    assert (found.z == 0).equal(right.z == 0)
-    assert relative(found.z, right.z) < LATENT_PLAIN
-    assert relative(found.energy, right.energy) < LATENT_PLAIN
+def test_it_is_the_specification_of_every_sample(size: dict[str, int], options: dict[str, Any]) -> None:
+    energy = mlp(**size)
+    found = infer(energy, **options)
+    start = torch.zeros(len(energy.p), energy.w1z.shape[1], dtype=torch.float64)
+    curvature = energy.expand(start).curvature()
+    low = 0.0 if "nonnegative" in options else -torch.inf
+    options = {name: value for name, value in options.items() if name != "nonnegative"}
+    for i in range(0, len(energy.p), 1 + len(energy.p) // 10):
+        z, steps = plain(energy, i, curvature, low=low, **options)
+        assert found.steps[i] == steps
+        assert (found.z[i] == 0).equal(z == 0)
+        assert relative(found.z[i], z) < LATENT_PLAIN
 
 
 @needs_operators
 def test_samples_leave_the_batch_as_they_are() -> None:
     """Samples that froze after different steps, in a batch that shrinks, and each alone; in float32 by their energy."""
     energy = mlp(n=64, seed=1)
-    together = infer("newton", energy, steps=200)
+    together = infer(energy, steps=200)
     assert len(together.steps.unique()) > 8
     for i in (0, 17, 63):
-        one = dataclasses.replace(energy, p=energy.p[i : i + 1], target=energy.target[i : i + 1])
-        alone = infer("newton", one, steps=200)
+        alone = infer(of_sample(energy, i), steps=200)
         assert relative(alone.z[0], together.z[i]) < LATENT_PLAIN
         assert alone.steps[0] == together.steps[i]
-    short = infer("newton", energy, torch.float32, steps=200)
+    short = infer(energy, torch.float32, steps=200)
     assert relative(short.energy.mean(), together.energy.mean()) < LATENT_ROUTES
+
+
+def call(energy: MLPEnergy, scale: float = 1.0, steps: int = 7) -> tuple[list[Tensor], dict[str, Any], Tensor]:
+    """Arguments of newton_mlp, with a first curvature that is off by a factor `scale`; that curvature."""
+    z0 = torch.zeros(len(energy.p), energy.w1z.shape[1], dtype=torch.float64)
+    made = energy.expand(z0)
+    curvature = scale * made.curvature()
+    rules = {"scale": made.scale, "weight": 1e-2, "low": -torch.inf, "tolerance": 1e-4, "steps": steps}
+    constants = {"sweeps": SWEEPS, "settled": SETTLED, "damped": DAMPED, "least": SCALES[0], "most": SCALES[1]}
+    return [*made.operands(z0), reference.with_ridge(curvature)], rules | constants, curvature
+
+
+@needs_operators
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_a_first_model_that_is_far_off_does_not_end_it(scale: float) -> None:
+    """With a wrong curvature the first trial may hardly move, which is no convergence."""
+    energy = mlp(n=N)
+    right = infer(energy, steps=200, tolerance=0.0)
+    tensors, numbers, curvature = call(energy, scale, steps=60)
+    z, value, step, steps, lost = torch.ops.vjvcr.newton_mlp(*tensors, **numbers)
+    assert value.mean() < right.energy.mean() * 1.01
+    assert (step <= 1).all()
+    assert not lost.any()
+    for i in range(N):
+        expected, taken = plain(energy, i, curvature, steps=60)
+        assert steps[i] == taken
+        assert relative(z[i], expected) < LATENT_PLAIN
 
 
 @needs_operators
 def test_what_newton_mlp_cannot_take_is_named() -> None:
-    z0, energy = torch.zeros(9, 5, dtype=torch.float64), mlp()
-    made = energy.expand(z0)
-    tensors = [z0, energy.p, energy.w1z, energy.w2, energy.b2, made.G, made.u0, made.r, made.start]
-    numbers = (made.scale, 1e-2, -torch.inf, 1e-3, 7, *newton.CONSTANTS)
-    torch.library.opcheck(torch.ops.vjvcr.newton_mlp.default, (*tensors, made.curvature(), *numbers))
-    with pytest.raises(RuntimeError, match=r"B must be \(m, m\), m = 5"):
-        torch.ops.vjvcr.newton_mlp(*tensors, made.curvature()[:4], *numbers)
-    with pytest.raises(RuntimeError, match="dtype"):
-        torch.ops.vjvcr.newton_mlp(*tensors, made.curvature().float(), *numbers)
+    (*tensors, B), numbers, _ = call(mlp())
+    torch.library.opcheck(torch.ops.vjvcr.newton_mlp.default, (*tensors, B), numbers)
+    for wrong, words in ((B[:4], r"B must be \(m, m\), m = 5"), (B.float(), "dtype"), (B.mT, "contiguous")):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.vjvcr.newton_mlp(*tensors, wrong, **numbers)
 
 
 @needs_operators
@@ -167,24 +128,24 @@ def test_what_is_not_finite_is_lost(value: float) -> None:
     energy = mlp()
     energy.target[4, 2] = value
     with pytest.raises(NonFiniteEnergyError, match="1 of 9 samples, before the first step"):
-        infer("newton", energy)
-    quiet, right = infer("newton", energy, check=False), infer("newton", mlp())
+        infer(energy)
+    quiet, right = infer(energy, check=False), infer(mlp())
     assert quiet.z[4].count_nonzero() == 0
     others = torch.arange(9) != 4
     assert relative(quiet.z[others], right.z[others]) < LATENT_PLAIN
 
 
-@pytest.mark.parametrize("lr", [1e-3, 1.0, 1e3])
-def test_a_first_model_that_is_far_off_does_not_end_it(lr: float) -> None:
-    """Of an unknown curvature the first trial may move hardly, which is no convergence."""
-    how = {"device": "cpu", "dtype": torch.float64}
-    for operators in (True, False):
-        with pytest.MonkeyPatch.context() as patch:
-            if not operators:
-                patch.setattr(native, "MISSING", "not wanted")
-            latent = SparseLatent(3, 1e-3, 60, method="newton", lr=lr, tolerance=1e-3)
-            found = latent.infer(lambda z: 1 + (z - 1).square().sum(dim=1) / 2, 4, **how)
-        assert (found.energy < 1.01).all()
+def test_where_it_does_not_serve_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ValueError, match=r"^method='newton': it needs an energy in closed form, .*choose method='fista'$"
+    ):
+        SparseLatent(M, 1e-2, method="newton").infer(mlp().__call__, 9, device="cpu", dtype=torch.float64)
+    monkeypatch.setattr(native, "MISSING", "not built: no compiler")
+    with pytest.raises(
+        ValueError, match=r"the compiled operators, which are not built: no compiler; choose method='fista'$"
+    ):
+        infer(mlp())
+    assert descent.newton_refusal(True, torch.device("cuda", 1)) == "it runs on a CPU only, not on cuda"
 
 
 def test_a_lasso_takes_one_step() -> None:
@@ -209,6 +170,7 @@ def test_a_lasso_takes_one_step() -> None:
     assert energy(quick) <= energy(exact) * (1 + 1e-3)
 
 
+@needs_operators
 def test_fewer_evaluations_than_fista_where_units_seldom_switch() -> None:
     """An MLP most of whose units are active, and a target that it reaches: four trials against sixteen."""
     generator = torch.Generator().manual_seed(0)
@@ -223,8 +185,9 @@ def test_fewer_evaluations_than_fista_where_units_seldom_switch() -> None:
     assert found.energy.mean() < fista.energy.mean()
 
 
+@needs_operators
 def test_no_curvature_at_all() -> None:
-    """Of units that are never active: the energy is flat, z stays."""
+    """With units that are never active the energy is flat, and z stays."""
     energy = mlp()
     energy = dataclasses.replace(energy, w2=0 * energy.w2)
     found = SparseLatent(5, 1e-2, 10, method="newton").infer(energy, 9, device="cpu", dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import tolerances
@@ -117,18 +118,6 @@ def test_compiled():
     tensors = arguments(3, 4)
     compiled = torch.compile(twice, fullgraph=True, backend="aot_eager")
     assert all(torch.equal(a, b) for a, b in zip(compiled(*tensors), twice(*tensors), strict=True))
-
-
-def test_the_host_math_of_the_sources():
-    host = pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
-    z, v, gradient, step, momentum = arguments(5, 20, dtype=torch.float64)
-    columns = step[:, None].numpy(), momentum[:, None].numpy()
-    after = host.proximal(v.numpy(), gradient.numpy(), columns[0], 0.3, -1.0, 1.0)
-    ahead = host.extrapolate_in_sign(after, z.numpy(), columns[1], 0.3, -1.0, 1.0)
-    torch.ops.vjvcr.proximal_step(z, v, gradient, step, momentum, 0.3, -1.0, 1.0)
-    moved = [0, 2, 3, 4]
-    assert torch.equal(z[moved], torch.from_numpy(after)[moved])
-    assert torch.equal(v[moved], torch.from_numpy(ahead)[moved])
 
 
 def test_the_step_size_changes_alike_in_the_sources_and_in_python():
@@ -294,61 +283,6 @@ def test_inference_compiled():
     assert relative(compiled(mlp_energy.p), whole(mlp_energy.p)) <= tolerances.LATENT_PLAIN
 
 
-# -- One of several heads -------------------------------------------------------------------------------------------
-
-
-def heads(n: int, k: int, width: int, hidden: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """u, w3, b3, target."""
-    generator = torch.Generator().manual_seed(n)
-    shapes = ((n, hidden), (k, width, hidden), (k, width), (n, width))
-    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
-
-
-def energies_of(u: Tensor, w3: Tensor, b3: Tensor, target: Tensor) -> Tensor:
-    predictions = torch.einsum("nh,kmh->nkm", u.double(), w3.double()) + b3.double()
-    return (predictions - target.double()[:, None]).square().mean(dim=2)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("shape", [(9, 5, 30, 24), (1, 1, 1, 1), (3, 2, 17, 5), (300, 3, 6000, 8), (0, 3, 4, 5)])
-def test_discrete_argmin(shape, dtype, device):
-    if device == "cuda" and dtype == torch.float64:
-        pytest.skip("float32 alone on a GPU")
-    given = heads(*shape, dtype=dtype)
-    energies, index = torch.ops.vjvcr.discrete_argmin(*(x.to(device) for x in given))
-    right = energies_of(*given)
-    assert energies.shape == (shape[0], shape[1])
-    if shape[0]:
-        assert relative(energies, right) <= (tolerances.FLOAT32 if dtype == torch.float32 else tolerances.FLOAT64)
-        assert torch.equal(index, energies.argmin(dim=1))
-
-
-def test_the_first_of_equals_and_no_nan():
-    u, w3, b3, target = heads(6, 4, 10, 7)
-    w3[3], b3[3] = w3[1], b3[1]
-    w3[0, 0, 0] = math.nan
-    energies, index = torch.ops.vjvcr.discrete_argmin(u, w3, b3, target)
-    assert energies[:, 0].isnan().all()
-    assert (index > 0).all()
-    assert (index < 3).all()
-
-
-@pytest.mark.parametrize(
-    ("at", "words"),
-    [(0, "u must be"), (1, r"w3 must be \(k, M, H\), H = 24"), (2, "b3 must be"), (3, "target must be")],
-)
-def test_what_discrete_argmin_cannot_take_is_named(at, words):
-    given = heads(9, 5, 30, 24)
-    given[at] = given[at][0]
-    with pytest.raises(RuntimeError, match=words):
-        torch.ops.vjvcr.discrete_argmin(*given)
-
-
-def test_opcheck_of_discrete_argmin():
-    torch.library.opcheck(torch.ops.vjvcr.discrete_argmin.default, tuple(heads(9, 5, 30, 24)))
-
-
 # -- How it would be launched ---------------------------------------------------------------------------------------
 
 
@@ -366,3 +300,54 @@ def test_the_launch_plan_of_an_h100():
     assert native.plan(512, latent=128)
     assert native.plan(512, latent=129) == {}
     assert "hidden 512: 16 clusters of 8 blocks" in native.explain_plan()
+
+
+def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """As with a GPU of this compute capability and operators that were built with nvcc."""
+    properties = SimpleNamespace(
+        major=capability[0], multi_processor_count=132, shared_memory_per_block_optin=227 << 10
+    )
+    patch.setattr(native, "_HAS_CUDA", True)
+    patch.setattr(native, "_plan", native.plan)  # without its cache
+    patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
+
+
+class OnAGPU(SimpleNamespace):
+    """What native asks of a tensor."""
+
+    is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.float32, (256, 20)
+
+    def get_device(self) -> int:
+        return 0
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("capability", "step", "fista"),
+    [
+        ((7, 5), False, False),
+        ((8, 0), True, False),
+        ((8, 9), True, False),
+        ((9, 0), True, True),
+        ((10, 0), False, False),
+    ],
+)
+def test_the_compute_capability_decides(capability, step, fista, monkeypatch):
+    """Kernels were compiled for 8.x and 9.0; fista_mlp needs the clusters of 9.0."""
+    pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
+    on_a_gpu(monkeypatch, capability)
+    assert native.serves(OnAGPU()) is step
+    assert native.serves_fista(OnAGPU(), 512, True) is fista
+    assert not native.serves(OnAGPU(dtype=torch.float16))
+    assert not native.serves_fista(OnAGPU(dtype=torch.float64), 512, True)
+    assert not native.serves_fista(OnAGPU(shape=(256, 129)), 512, True)
+    assert bool(native.plan(512)) is fista
+    said = native.explain_plan()
+    if fista:
+        assert said.startswith("this GPU, N = 256, bf16: hidden 256: ")
+    else:
+        assert said == f"not served: this GPU has compute capability {capability[0]}.{capability[1]}, 9.0 is needed"

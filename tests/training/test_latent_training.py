@@ -11,10 +11,9 @@ from test_training import Probe, Waits, assert_same_run, break_the_weights, logg
 from tolerances import FLOAT32
 
 from vjvcr_fast import native
-from vjvcr_fast.config import LATENTS, Config, latent, override
+from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
 from vjvcr_fast.data.moving_mnist import Videos
 from vjvcr_fast.evaluation.evaluate import evaluate_run
-from vjvcr_fast.latents import SparseLatent, newton
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint, loop
@@ -123,24 +122,41 @@ def test_settings_reach_the_inference(tiny_stochastic: Config) -> None:
 # -- Training -------------------------------------------------------------------------------------------------------
 
 
-def test_newton_is_fista_where_no_operators_are(tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = override(tiny_stochastic, {"latent.kind": "sparse", "latent.method": "newton", "latent.tolerance": 0.1})
-    latents, _ = latents_of(config)
-    asked: list[tuple[str, int, float]] = []
-    whole = SparseLatent.infer_from
+NEWTON = {"latent.kind": "sparse", "latent.method": "newton", "latent.tolerance": 0.1}
 
-    def seen(self: SparseLatent, *given: Any) -> Any:
-        asked.append((self.method, self.steps, self.tolerance))
-        return whole(self, *given)
 
-    monkeypatch.setattr(SparseLatent, "infer_from", seen)
+@pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
+def test_newton_trains(tmp_path: Path, tiny_stochastic: Config) -> None:
+    train(override(tiny_stochastic, NEWTON), tmp_path)
+    assert [*logged(tmp_path, "zeros")] == [5, 10, 12]
+
+
+@pytest.mark.parametrize(
+    ("changes", "operators", "why"),
+    [
+        ({}, False, "it needs the compiled operators, which are not wanted"),
+        ({"model.row": "vj-vcr-decoder"}, True, "it needs an energy in closed form"),
+        ({"model.row": "generative"}, True, "it needs an energy in closed form"),
+    ],
+)
+def test_newton_is_refused_before_the_first_step(
+    tmp_path: Path,
+    tiny_stochastic: Config,
+    changes: dict[str, Any],
+    operators: bool,
+    why: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "MISSING", None if operators else "not wanted")
+    config = override(tiny_stochastic, {**NEWTON, **changes})
+    with pytest.raises(ConfigError, match=rf"^latent.method=newton: {why}.*; choose --latent.method fista$") as error:
+        train(config, tmp_path)
+    assert str(error.value).isprintable()
+    assert not (tmp_path / "metrics.jsonl").exists()
+    latents, _ = latents_of(config)  # its model can still be loaded
     x, y = split_frames(batch(config), config)
-    for serves in (True, False):
-        monkeypatch.setattr(newton, "serves", lambda tensor, serves=serves: serves and native.MISSING is None)
+    with pytest.raises(ConfigError, match=r"choose --latent\.method fista$"):
         latents.infer(x, y)
-    if native.MISSING is None:
-        assert asked[0] == ("newton", 8, 0.1)
-    assert asked[1] == ("fista", 50, 1e-4)
 
 
 @pytest.mark.parametrize("name", KINDS)

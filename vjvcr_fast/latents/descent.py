@@ -1,48 +1,61 @@
-"""The loop of the latents that take steps: `reference.monotone_fista` for all samples at once.
+"""Inference in steps, for all samples at once: `reference.monotone_fista`.
 
 Each sample has a point z, a step size s and a momentum b. A step costs one forward and one backward pass, both at the
-trial point v. The start costs one of each.
+trial point v. One more of each is needed at the start.
 
-    x = prox(z - s grad E(z)),   v = x + b (x - previous x), with 0 where v has not the sign of x
+    x = prox(z - s grad E(z)),   v = x + b (x - previous x), with 0 where v and x differ in sign
     E(v) <= E(z):  z becomes v, b grows;   else:  z stays, b restarts from 0
 
-so that the energy, L1 term included, never rises and v is as sparse as x. Backtracking holds s below the inverse of the
-curvature that the trial met, <grad E(v) - grad E(z), v - z> / |v - z|^2. For the next step s is halved where it is
-above that, or where a trial without momentum failed; else it grows, fourfold until a trial fails or comes near the
-bound, by 1% from then on: enough to leave a kink behind, too little to disturb the acceleration. A sample whose
-proximal step |x - z| is at most `tolerance` of |x| or |z|, once s has found its scale, is frozen: later steps leave it
-as it is, to the bit.
+So the energy, L1 term included, never rises, and v is as sparse as x.
 
-Nothing in the loop waits for the device; the one look at a flag, for energies that are not finite, comes at the end.
+Backtracking keeps s below the inverse of the curvature that the trial met, <grad E(v) - grad E(z), v - z> / |v - z|^2.
+If s is above that, or if a trial without momentum failed, s is halved for the next step. Otherwise it grows: fourfold
+until a trial fails or s comes near the bound, then by 1% a step. That is enough to leave a kink behind, and too little
+to disturb the acceleration.
 
-`SparseLatent(method="newton")` has a loop of its own, in newton.py.
+A sample is frozen when its proximal step |x - z| is at most `tolerance` times |x| or |z| and s has found its scale.
+Later steps do not change it, not even in the last bit.
 
-If the operators of csrc/ are built, the loop for an MLP predictor is one of them, `fista_mlp`, in which frozen samples
-cost nothing. Otherwise it runs in torch operations.
+The loop never waits for the device. The only synchronisation is at the end, to check for energies that are not finite.
+
+There are three ways to run it. If the operators of csrc/ are built, all steps for an MLP predictor are one operator,
+`fista_mlp`, in which frozen samples cost nothing; for other energies the loop below uses `proximal_step`. If they are
+not built, the loop is in torch operations alone.
+
+`SparseLatent(method="newton")` is another method, `reference.proximal_newton`. It is for energies that are nearly
+quadratic over the distance that z moves, and exists only as an operator, `newton_mlp`.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vjvcr_fast import native
-from vjvcr_fast.latents import newton
 from vjvcr_fast.latents.energies import ExpandedMLPEnergy, LatentEnergy, MLPEnergy
 from vjvcr_fast.losses.analytic import full_precision
-from vjvcr_fast.reference import GROWTH, GROWTH_AT_FIRST, SHRINKAGE, soft_threshold
+from vjvcr_fast.reference import (
+    DAMPED,
+    GROWTH,
+    GROWTH_AT_FIRST,
+    SCALES,
+    SETTLED,
+    SHRINKAGE,
+    SWEEPS,
+    soft_threshold,
+    with_ridge,
+)
 
 StepRule = Literal["backtracking", "fixed"]
 
 
 class LatentResult(NamedTuple):
-    """What inference found, for each of N samples.
+    """What inference found for each of N samples.
 
-    z: (N, ...). energy: (N,), what was minimised, the L1 term included. steps: (N,), int64, until the sample was
+    z: (N, ...). energy: (N,), what was minimised, L1 term included. steps: (N,), int64, how many until the sample was
     frozen. zeros: (N,), the fraction of z's components that are exactly 0.
     """
 
@@ -53,26 +66,22 @@ class LatentResult(NamedTuple):
 
 
 class NonFiniteEnergyError(RuntimeError):
-    """The energy or its gradient is NaN or infinite where inference started or ended; the message has the step size."""
+    """The energy or its gradient is NaN or infinite where inference started or ended. The message has the step size."""
 
 
 class Rule(NamedTuple):
-    """What a step needs to know; the same for all samples. momentum: None for FISTA's growing one."""
+    """The settings of a step, the same for all samples. momentum: None for FISTA's, which grows."""
 
     shape: tuple[int, ...]
-    momentum: float | None
     step_rule: StepRule
     lr: float
     tolerance: float
+    momentum: float | None = None
     weight: float = 0.0
-    low: float | None = None
-    high: float | None = None
+    low: float = -math.inf
+    high: float = math.inf
     bf16: bool = False
     newton: bool = False
-
-    @property
-    def box(self) -> tuple[float, float]:
-        return -math.inf if self.low is None else self.low, math.inf if self.high is None else self.high
 
     def penalty(self, z: Tensor) -> Tensor:
         """(N, m) -> (N, 1)."""
@@ -81,32 +90,26 @@ class Rule(NamedTuple):
     def propose(
         self, z: Tensor, gradient: Tensor, previous: Tensor, step: Tensor, momentum: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """The proximal point x and the trial v of a step. (N, m), or (N, 1) for step and momentum."""
-        if native.serves(z) and not torch.compiler.is_compiling():
+        """The proximal point x and the trial v of a step, (N, m) each. z, gradient, previous: (N, m); step, momentum:
+        (N, 1)."""
+        if not torch.compiler.is_compiling() and native.serves(z):
             x, v = previous.clone(), z.clone()
             of_sample = step.squeeze(1), momentum.squeeze(1)
-            torch.ops.vjvcr.proximal_step(x, v, gradient.contiguous(), *of_sample, self.weight, *self.box)
+            torch.ops.vjvcr.proximal_step(x, v, gradient.contiguous(), *of_sample, self.weight, self.low, self.high)
             return x, v
-        x = self.proximal(z - step * gradient, step)
-        return x, self.extrapolate(x, previous, momentum)
-
-    def proximal(self, z: Tensor, step: Tensor) -> Tensor:
-        """argmin_x |x - z|^2 / (2 step) + penalty(x), in the box; elementwise. z: (N, m). step: (N, 1)."""
+        x = z - step * gradient
         if self.weight > 0:
-            z = soft_threshold(z, step * self.weight)
-        return self.project(z)
+            x = soft_threshold(x, step * self.weight)
+        x = self.project(x)
+        v = x + momentum * (x - previous)
+        return x, self.project(torch.where(v * x > 0, v, 0) if self.weight > 0 else v)
 
     def project(self, z: Tensor) -> Tensor:
-        return z if self.low is None and self.high is None else z.clamp(self.low, self.high)
-
-    def extrapolate(self, x: Tensor, previous: Tensor, momentum: Tensor) -> Tensor:
-        """x + momentum * (x - previous), where it keeps the signs of a penalised x, its zeros and the box."""
-        v = x + momentum * (x - previous)
-        return self.project(torch.where(v * x > 0, v, 0) if self.weight > 0 else v)
+        return z.clamp(self.low, self.high)
 
 
 class _Found(NamedTuple):
-    """What is left of a `_State` in the end."""
+    """What remains of a `_State` in the end."""
 
     z: Tensor
     energy: Tensor
@@ -116,7 +119,7 @@ class _Found(NamedTuple):
 
 
 class _State(NamedTuple):
-    """Of every sample: (N, m) or (N, 1)."""
+    """What changes from step to step: (N, m) or (N, 1)."""
 
     z: Tensor
     energy: Tensor
@@ -131,7 +134,11 @@ class _State(NamedTuple):
 
 
 def minimise(energy: LatentEnergy, z0: Tensor, rule: Rule, steps: int, compile_step: bool, check: bool) -> LatentResult:
-    """z0: (N, *rule.shape)."""
+    """argmin_z of the energy plus the rule's penalty, from z0 (N, *rule.shape), in at most `steps` steps.
+
+    compile_step: put the step through torch.compile. check: raise NonFiniteEnergyError; waits for the device.
+    Raises ValueError if `rule.newton` is set and the operator does not serve.
+    """
     with apart(z0):
         z0 = rule.project(z0.flatten(1))
         inner: LatentEnergy | ExpandedMLPEnergy = energy
@@ -139,66 +146,69 @@ def minimise(energy: LatentEnergy, z0: Tensor, rule: Rule, steps: int, compile_s
             energy = energy.to(z0.dtype)
             inner = energy.expand(z0)
         if rule.newton:
-            state = _newton(inner, rule, z0, steps)
-        elif isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
-            state = _fused(inner, rule, z0, steps)
+            why = newton_refusal(isinstance(inner, ExpandedMLPEnergy), z0.device)
+            require(why is None, f"method='newton': {why}; choose method='fista'")
+        if isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
+            found = _fused(inner, rule, z0, steps)
         else:
             at = _start(inner, rule, z0)
             step = torch.compile(_step, fullgraph=True) if compile_step else _step
             for _ in range(steps):
                 at = step(inner, rule, at)
-            state = _Found(at.z, at.energy, at.step, at.steps, at.lost)
-        z, least = state.z, state.energy
+            found = _Found(at.z, at.energy, at.step, at.steps, at.lost)
+        z, least = found.z, found.energy
         if isinstance(inner, ExpandedMLPEnergy):  # the true residual, once
             before = inner.start.unsqueeze(1) + rule.penalty(z0)
             least = energy(z).unsqueeze(1) + rule.penalty(z)
             rose = least > before  # by rounding
             z, least = torch.where(rose, z0, z), torch.where(rose, before, least)
-        lost = state.lost | ~state.energy.isfinite()
+        lost = found.lost | ~found.energy.isfinite()
         if check and lost.any():
-            raise NonFiniteEnergyError(_diagnosis(_start(inner, rule, z0), state, lost, rule))
-        return result(z.unflatten(1, rule.shape), least.squeeze(1), state.steps.squeeze(1))
+            raise NonFiniteEnergyError(_diagnosis(_start(inner, rule, z0), found, lost, rule))
+        return result(z.unflatten(1, rule.shape), least.squeeze(1), found.steps.squeeze(1))
+
+
+def newton_refusal(closed_form: bool, device: torch.device) -> str | None:
+    """Why method="newton" cannot serve here, or None if it can. closed_form: the energy is an `MLPEnergy`."""
+    if not closed_form:
+        return "it needs an energy in closed form, that of an MLP predictor without a pixel term"
+    if device.type != "cpu":
+        return f"it runs on a CPU only, not on {device.type}"
+    return None if native.MISSING is None else f"it needs the compiled operators, which are {native.MISSING}"
 
 
 def _is_fused(energy: ExpandedMLPEnergy, z0: Tensor, rule: Rule) -> bool:
-    if not native.serves(z0) or not z0.is_cuda:
-        return native.serves(z0)
-    return z0.dtype == torch.float32 and native.planned(len(energy.G), len(z0), z0.shape[1], rule.bf16, z0.get_device())
+    return rule.newton or native.serves_fista(z0, len(energy.G), rule.bf16)
 
 
-def _fused(energy: ExpandedMLPEnergy, rule: Rule, z0: Tensor, steps: int) -> "_Found":
-    """All steps of `_step` in one operator."""
-    momentum = -1.0 if rule.momentum is None else rule.momentum
-    found = torch.ops.vjvcr.fista_mlp(
-        *_tensors(energy, z0), energy.scale, rule.weight, *rule.box, momentum,
-        rule.step_rule == "backtracking", rule.lr, rule.tolerance, steps, rule.bf16 and z0.is_cuda,
-    )  # fmt: skip
-    return _Found(found[0], *(of_sample.unsqueeze(1) for of_sample in found[1:]))
-
-
-def _tensors(energy: ExpandedMLPEnergy, z0: Tensor) -> list[Tensor]:
-    """What the operators for an MLP predictor take."""
-    mlp = energy.mlp
-    tensors = (z0, mlp.p, mlp.w1z, mlp.w2, mlp.b2, energy.G, energy.u0, energy.r, energy.start)
-    return [tensor.contiguous() for tensor in tensors]
-
-
-def _newton(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, z0: Tensor, steps: int) -> "_Found":
-    """All steps of the quasi-Newton method."""
-    low = rule.box[0]
-    if isinstance(energy, ExpandedMLPEnergy):
-        curvature = energy.curvature()
-        if newton.serves(z0):
-            rules = energy.scale, rule.weight, low, rule.tolerance, steps
-            tensors = (*_tensors(energy, z0), newton.with_ridge(curvature))
-            found = torch.ops.vjvcr.newton_mlp(*tensors, *rules, *newton.CONSTANTS)
-            z, least, damping, taken, lost = found
-            return _Found(z, *(of_sample.unsqueeze(1) for of_sample in (least, 1 / damping, taken, lost)))
+def _fused(energy: ExpandedMLPEnergy, rule: Rule, z0: Tensor, steps: int) -> _Found:
+    """All steps in one operator."""
+    operands = energy.operands(z0)
+    shared = {"scale": energy.scale, "weight": rule.weight, "tolerance": rule.tolerance, "steps": steps}
+    if rule.newton:
+        found = torch.ops.vjvcr.newton_mlp(
+            *operands,
+            with_ridge(energy.curvature()),
+            **shared,
+            low=rule.low,
+            sweeps=SWEEPS,
+            settled=SETTLED,
+            damped=DAMPED,
+            least=SCALES[0],
+            most=SCALES[1],
+        )
     else:
-        curvature = torch.eye(z0.shape[1]).to(z0) / rule.lr
-    evaluate = partial(_evaluate, energy, rule)
-    at = newton.minimise(evaluate, z0, curvature, rule.weight, low, rule.tolerance, steps)
-    return _Found(at.z, at.energy, 1 / at.damping, at.steps, at.lost)
+        found = torch.ops.vjvcr.fista_mlp(
+            *operands,
+            **shared,
+            lower=rule.low,
+            upper=rule.high,
+            momentum=-1.0 if rule.momentum is None else rule.momentum,
+            backtracking=rule.step_rule == "backtracking",
+            lr=rule.lr,
+            bf16=rule.bf16 and z0.is_cuda,
+        )
+    return _Found(found[0], *(of_sample.unsqueeze(1) for of_sample in found[1:]))
 
 
 def _start(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, z0: Tensor) -> _State:
@@ -219,14 +229,14 @@ def _start(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, z0: Tensor) -> 
 
 
 def _step(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, state: _State) -> _State:
-    """One step of all samples; see the top of the file."""
+    """One step of all samples, as the head of this file describes it."""
     z, step, active = state.z, state.step, state.active
     momentum, t = _momentum(state.t, rule.momentum)
     x, trial = rule.propose(z, state.gradient, state.previous, step, momentum)
     value, gradient = _evaluate(energy, rule, trial)
 
     change = trial - z
-    bent = _inner(gradient - state.gradient, change)  # the curvature, times |change|^2
+    bent = _inner(gradient - state.gradient, change)  # the curvature times |change|^2
     finite = value.isfinite() & bent.isfinite()
     accepted = finite & (value <= state.energy)
     moved = _inner(x - z, x - z).sqrt()
@@ -236,8 +246,8 @@ def _step(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, state: _State) -
     if rule.step_rule == "fixed":
         done = small | ~(accepted | (momentum > 0))  # the same trial would fail again
     else:
-        done = (small & (growth < GROWTH_AT_FIRST)) | (moved == 0)  # a first step is small where lr is
-        # How many times this step the curvature allows; any number where there is none.
+        done = (small & (growth < GROWTH_AT_FIRST)) | (moved == 0)  # with a small lr the first step is small
+        # How many times larger a step the curvature allows: any number if there is no curvature.
         room = torch.where(bent > 0, _inner(change, change) / (bent * step), torch.inf)
         growth = torch.where(accepted & (room >= GROWTH_AT_FIRST), growth, GROWTH)
         factor = torch.where(accepted, growth, torch.where(momentum > 0, 1.0, SHRINKAGE))
@@ -260,7 +270,7 @@ def _step(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, state: _State) -
 
 
 def _momentum(t: Tensor, constant: float | None) -> tuple[Tensor, Tensor]:
-    """The momentum and the next t. None after a restart, where t is 1."""
+    """The momentum and the next t. After a restart t is 1 and the momentum 0."""
     if constant is not None:
         return constant * (t > 1).to(t.dtype), torch.full_like(t, 2.0)
     following = (1 + (1 + 4 * t * t).sqrt()) / 2
@@ -268,11 +278,11 @@ def _momentum(t: Tensor, constant: float | None) -> tuple[Tensor, Tensor]:
 
 
 def _evaluate(energy: LatentEnergy | ExpandedMLPEnergy, rule: Rule, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Energy with penalty (N, 1) and the gradient without (N, m) at z (N, m)."""
+    """At z (N, m): energies with the penalty (N, 1), gradients without it (N, m)."""
     if isinstance(energy, ExpandedMLPEnergy):
         value, gradient = energy.value_and_gradient(z)
     else:
-        # Unlike autograd.grad it leaves parameters out by itself, works in inference mode and compiles.
+        # Unlike autograd.grad, vjp leaves parameters alone, works in inference mode and compiles.
         value, pull_back = torch.func.vjp(energy, z.unflatten(1, rule.shape))  # type: ignore[misc]
         (gradient,) = pull_back(torch.ones_like(checked(value, len(z))))
     return value.to(z.dtype).unsqueeze(1) + rule.penalty(z), gradient.flatten(1)
@@ -283,7 +293,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(dim=1, keepdim=True)
 
 
-def _diagnosis(start: _State, state: "_Found", lost: Tensor, rule: Rule) -> str:
+def _diagnosis(start: _State, found: _Found, lost: Tensor, rule: Rule) -> str:
     at_start = ~start.energy.isfinite() | ~start.gradient.isfinite().all(dim=1, keepdim=True)
     settings = f"lr={rule.lr:g}, step_rule={rule.step_rule!r}"
     if at_start.any():
@@ -293,7 +303,7 @@ def _diagnosis(start: _State, state: "_Found", lost: Tensor, rule: Rule) -> str:
         )
     return (
         f"energy or gradient is not finite for {int(lost.sum())} of {len(lost)} samples, after steps down to a size of "
-        f"{float(state.step[lost].min()):.3g} ({settings}): choose a smaller lr"
+        f"{float(found.step[lost].min()):.3g} ({settings}): choose a smaller lr"
     )
 
 
@@ -313,6 +323,6 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def apart(tensor: Tensor) -> Iterator[None]:
-    """Nothing is recorded for a backward pass, and autocast is off."""
+    """A context in which nothing is recorded for a backward pass, and autocast is off."""
     with torch.no_grad(), full_precision(tensor):
         yield

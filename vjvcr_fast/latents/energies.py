@@ -1,4 +1,4 @@
-"""Energies of which more is known than their value: through an MLP, and through one of several last layers."""
+"""Energies that inference knows more about than their value: through an MLP, and through one of several last layers."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vjvcr_fast import native
-
 LatentEnergy: TypeAlias = Callable[[Tensor], Tensor]
 
 
@@ -17,10 +15,10 @@ LatentEnergy: TypeAlias = Callable[[Tensor], Tensor]
 class MLPEnergy:
     """The prediction term through an MLP: |W3 u + b3 - h_y|^2 / M, with u = relu(W2 a + b2), a = relu(W1z z + P).
 
-    p: (N, H), W1h h_x + b1, which does not depend on z. w1z: (H, m). w2, b2: (H, H), (H,). w3, b3: (M, H), (M,).
-    target: (N, M), h_y with its frames side by side, M = T_y d.
+    p: (N, H), W1h h_x + b1, the part that does not depend on z. w1z: (H, m). w2, b2: (H, H), (H,). w3, b3: (M, H),
+    (M,). target: (N, M), h_y with its frames side by side, M = T_y d.
 
-    A call computes the true residual. Inference takes `expand` instead, whose steps touch nothing of size M.
+    Calling it computes the residual itself. Inference uses `expand` instead, whose steps touch nothing of size M.
     """
 
     p: Tensor
@@ -36,19 +34,19 @@ class MLPEnergy:
         return self.residual(self.activations(z)[1]).square().mean(dim=1)
 
     def activations(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """The hidden layers a and u, (N, H) each."""
+        """z (N, m) -> the hidden layers a and u, (N, H) each."""
         a = torch.relu(torch.addmm(self.p, z, self.w1z.mT))
         return a, torch.relu(F.linear(a, self.w2, self.b2))
 
     def residual(self, u: Tensor) -> Tensor:
-        """(N, H) -> (N, M)."""
+        """u (N, H) -> prediction minus target (N, M)."""
         return F.linear(u, self.w3, self.b3) - self.target
 
     def to(self, dtype: torch.dtype) -> "MLPEnergy":
         return MLPEnergy(**{name: tensor.to(dtype) for name, tensor in vars(self).items()})
 
     def expand(self, z0: Tensor) -> "ExpandedMLPEnergy":
-        """The same energy, exactly, about z0 (N, m). Raises ValueError for another shape."""
+        """The same energy, exactly, expanded about z0 (N, m). Raises ValueError if z0 has another shape."""
         if z0.shape != (shape := (len(self.p), self.w1z.shape[1])):
             raise ValueError(f"z has shape {tuple(z0.shape)}: this predictor and batch need {shape}")
         u0 = self.activations(z0)[1]
@@ -61,8 +59,8 @@ class MLPEnergy:
 class ExpandedMLPEnergy(NamedTuple):
     """E(z) = E(z0) + (D'G D - 2 r'D) / M with D = u(z) - u(z0); its gradient in u is 2 (G D - r) / M.
 
-    About the start, not about u = 0, it rounds against the change of the energy and not against |h_y|^2. Where torch
-    allows TF32 the products round to that.
+    Expanded about the start and not about u = 0, so that it rounds against the change of the energy and not against
+    |h_y|^2. If torch allows TF32, its products round to that.
 
     u0: (N, H), u(z0). G: (H, H), W3'W3. r: (N, H), W3'(h_y - Pred(h_x, z0)). start: (N,), E(z0). scale: 1 / M.
     """
@@ -75,7 +73,7 @@ class ExpandedMLPEnergy(NamedTuple):
     scale: float
 
     def curvature(self) -> Tensor:
-        """(m, m): the Hessian in z where every unit of both layers is active, the same for all samples."""
+        """(m, m): the Hessian in z if every unit of both layers is active. It is the same for all samples."""
         slopes = self.mlp.w2 @ self.mlp.w1z
         return 2 * self.scale * (slopes.mT @ (self.G @ slopes))
 
@@ -88,26 +86,28 @@ class ExpandedMLPEnergy(NamedTuple):
         gradient = torch.ops.aten.threshold_backward(gradient, u, 0) @ self.mlp.w2
         return value, 2 * self.scale * (torch.ops.aten.threshold_backward(gradient, a, 0) @ self.mlp.w1z)
 
+    def operands(self, z0: Tensor) -> list[Tensor]:
+        """The tensors that the operators `fista_mlp` and `newton_mlp` take first, contiguous."""
+        mlp = self.mlp
+        tensors = (z0, mlp.p, mlp.w1z, mlp.w2, mlp.b2, self.G, self.u0, self.r, self.start)
+        return [tensor.contiguous() for tensor in tensors]
+
 
 @dataclass(frozen=True)
 class HeadEnergy:
-    """The energy of a predictor with `heads` last layers, of which z selects one.
+    """The energy of a predictor with `heads` last layers, one of which z selects.
 
-    energy: of any z (N, heads). of_head: (N,), that of the i-th one-hot, from the i-th head alone. linear: where that
-    is the mean of (W_i u + b_i - target)^2, what `torch.ops.vjvcr.discrete_argmin` takes: (u, W, b, target).
+    energy: of any z (N, heads). of_head: i -> (N,), the energy of the i-th one-hot, computed from the i-th head alone.
     """
 
     heads: int
     energy: LatentEnergy
     of_head: Callable[[int], Tensor]
-    linear: tuple[Tensor, Tensor, Tensor, Tensor] | None = None
 
     def __call__(self, z: Tensor) -> Tensor:
         """z (N, heads) -> (N,)."""
         return self.energy(z)
 
     def all(self) -> Tensor:
-        """(N, heads)."""
-        if self.linear is not None and native.serves(self.linear[0]):
-            return torch.ops.vjvcr.discrete_argmin(*(tensor.contiguous() for tensor in self.linear))[0]
+        """The energies of all one-hots, (N, heads)."""
         return torch.stack([self.of_head(i) for i in range(self.heads)], dim=1)

@@ -1,4 +1,4 @@
-"""The latents: discrete (every value is tried), sparse (FISTA) and continuous (gradient descent with momentum).
+"""The three kinds of latent: discrete (every value is tried), sparse (FISTA) and continuous (gradient descent).
 
 Each has `infer`, for any energy z (N, ...) -> (N,), and `infer_from`, which takes the energy from a model.
 """
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ Method = Literal["fista", "ista", "newton"]
 
 
 class LatentModel(Protocol):
-    """What `infer_from` asks of a model; `vjvcr_fast.models.energy.EnergyModel` has it."""
+    """What `infer_from` needs of a model. `vjvcr_fast.models.energy.EnergyModel` has it."""
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -38,9 +38,8 @@ class LatentModel(Protocol):
 
 
 class Latent(ABC):
-    """What the three have in common."""
+    """What the three kinds have in common."""
 
-    @abstractmethod
     def infer(
         self,
         energy: LatentEnergy,
@@ -52,12 +51,22 @@ class Latent(ABC):
     ) -> LatentResult:
         """z* = argmin_z energy(z) for each of n samples.
 
-        energy: z (N, ...) -> (N,), each sample's own, of its own z alone; differentiable by torch.func, but for
-            discrete z. Autocast is off while it runs; anything it closes over may require gradients and gets none.
-        device, dtype: of z; float32 or float64. z0: where to start, as z; None: 0.
+        energy: z (N, ...) -> (N,). Each sample's energy depends on its own z only. Must be differentiable by
+            torch.func, unless z is discrete. Autocast is off while it runs. Tensors that it closes over may require
+            gradients; they get none.
+        device, dtype: of z; float32 or float64.
+        z0: where to start, of z's shape; None is 0. A discrete latent ignores it.
 
-        Raises: ValueError for a wrong n, dtype, z0 or shape of the energy; NonFiniteEnergyError, unless check=False.
+        Raises: ValueError for a wrong n, dtype, z0 or shape of the energy, and if method="newton" does not serve;
+            NonFiniteEnergyError, unless check=False.
         """
+        shape = (n, *self._shape())
+        require(n >= 1, f"n={n}: at least one sample is needed")
+        require(dtype in (torch.float32, torch.float64), f"dtype={dtype}: float32 or float64 is needed")
+        if z0 is None:
+            return self._search(energy, torch.zeros(shape, device=device, dtype=dtype))
+        require(z0.shape == shape, f"z0 has shape {tuple(z0.shape)}: {shape} is needed")
+        return self._search(energy, z0.detach().to(device, dtype))
 
     def infer_from(
         self,
@@ -69,13 +78,14 @@ class Latent(ABC):
     ) -> LatentResult:
         """z* for the terms of the model's energy that depend on z, equation (6).
 
-        The prediction term through an `MLPPredictor` alone takes the closed form of `MLPEnergy`, which agrees with
-        autograd to rounding. Computed in float32, in float64 where h_x is, also under autocast; in evaluation mode,
-        where no sample sees another. Parameters, their .grad, buffers and modes are afterwards as they were.
+        If the energy is the prediction term through an `MLPPredictor` alone, its closed form `MLPEnergy` is used, which
+        agrees with autograd to rounding. Computes in float32, or in float64 if h_x is float64, also under autocast; and
+        in evaluation mode, where samples do not see each other. Leaves parameters, their .grad, buffers and modes as
+        they were.
 
-        h_x: (N, T_x, d). h_y: (N, T_y, d). y: (N, T_y, C, H, W), for a model with a pixel term. z0: as `infer`.
+        h_x: (N, T_x, d). h_y: (N, T_y, d). y: (N, T_y, C, H, W), for a model with a pixel term. z0: as for `infer`.
 
-        Raises: as `infer`; ValueError where the predictor has no such latent, or the energy misses h_y or y.
+        Raises: as `infer`; ValueError if the predictor has no such latent, or if the energy needs h_y or y.
         """
         dtype = compute_dtype(h_x)
         with _evaluation(model), apart(h_x):
@@ -83,14 +93,22 @@ class Latent(ABC):
             energy = model.latent_energy(h_x.detach().to(dtype), *targets)
             return self.infer(energy, len(h_x), device=h_x.device, dtype=dtype, z0=z0)
 
+    @abstractmethod
+    def _shape(self) -> tuple[int, ...]:
+        """Of one sample's z."""
+
+    @abstractmethod
+    def _search(self, energy: LatentEnergy, z0: Tensor) -> LatentResult: ...
+
 
 @dataclass(frozen=True)
 class DiscreteLatent(Latent):
-    """z is one of k one-hots: all are tried, the least energy wins, the first of equals.
+    """z is one of k one-hots. All are tried; the lowest energy wins, the first one among equals.
 
-    k: at least 2. check: raise for an energy that is not finite; else such a value of z only never wins.
+    k: number of values, at least 2.
+    check: raise NonFiniteEnergyError for an energy that is not finite. If False, such a value of z just never wins.
 
-    k energies; of a predictor with k heads, k last layers, one prediction at a time in memory. z0 changes nothing.
+    Costs k energies. For a predictor with k heads it costs k last layers, with one prediction at a time in memory.
     """
 
     k: int
@@ -100,24 +118,18 @@ class DiscreteLatent(Latent):
     def __post_init__(self) -> None:
         require(self.k >= 2, f"k={self.k}: at least 2 values are needed")
 
-    def infer(
-        self,
-        energy: LatentEnergy,
-        n: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        z0: Tensor | None = None,
-    ) -> LatentResult:
-        values = torch.eye(self.k, device=device, dtype=dtype)
-        _start_at(z0, n, (self.k,), device, dtype)
+    def _shape(self) -> tuple[int, ...]:
+        return (self.k,)
+
+    def _search(self, energy: LatentEnergy, z0: Tensor) -> LatentResult:
+        n, values = len(z0), torch.eye(self.k).to(z0)
         with apart(values):
             if isinstance(energy, HeadEnergy):
                 require(energy.heads == self.k, f"k={self.k}: the predictor has {energy.heads} heads")
-                each = energy.all().to(dtype)
+                each = energy.all().to(z0.dtype)
                 require(len(each) == n, f"n={n}: the energy is of {len(each)} samples")
             else:
-                each = torch.stack([checked(energy(value.expand(n, -1)), n) for value in values], dim=1).to(dtype)
+                each = torch.stack([checked(energy(value.expand(n, -1)), n) for value in values], dim=1).to(z0.dtype)
             finite = each.isfinite()
             least, index = torch.where(finite, each, torch.inf).min(dim=1)
         if self.check and not finite.all():
@@ -130,44 +142,50 @@ class DiscreteLatent(Latent):
 
 
 class _Descended(Latent):
-    """What the two that take steps have in common."""
+    """What the two kinds that take steps have in common."""
 
     steps: int
+    step_rule: StepRule
+    lr: float
+    tolerance: float
     compile: bool
     check: bool
 
-    @abstractmethod
-    def _rule(self) -> "Rule": ...
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"steps={self.steps}: must be at least 1")
+        rules = get_args(StepRule)
+        require(self.step_rule in rules, f"step_rule={self.step_rule!r}: choose 'backtracking' or 'fixed'")
+        require(0 < self.lr < float("inf"), f"lr={self.lr}: must be positive and finite")
+        require(0 <= self.tolerance < 1, f"tolerance={self.tolerance}: must be in [0, 1)")
 
-    def infer(
-        self,
-        energy: LatentEnergy,
-        n: int,
-        *,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        z0: Tensor | None = None,
-    ) -> LatentResult:
-        rule = self._rule()
-        start = _start_at(z0, n, rule.shape, device, dtype)
-        return minimise(energy, start, rule, self.steps, self.compile, self.check)
+    @abstractmethod
+    def _own(self) -> dict[str, Any]:
+        """The fields of `Rule` that differ between the two."""
+
+    def _search(self, energy: LatentEnergy, z0: Tensor) -> LatentResult:
+        rule = Rule(self._shape(), self.step_rule, self.lr, self.tolerance, **self._own())
+        return minimise(energy, z0, rule, self.steps, self.compile, self.check)
 
 
 @dataclass(frozen=True)
 class SparseLatent(_Descended):
-    """energy(z) + weight * |z|_1 by monotone FISTA (Beck and Teboulle 2009), restarted where the energy would rise.
+    """energy(z) + weight * |z|_1 by monotone FISTA (Beck and Teboulle 2009), restarted if the energy would rise.
 
     Args:
-        dim: components of z. weight: of the L1 term, summed over z and not divided by anything.
-        steps: at most; the cost does not shrink where samples are frozen earlier.
-        method: "ista" is the same without momentum; "newton" the quasi-Newton method of `reference.proximal_newton`,
-            for a CPU. nonnegative: z >= 0.
-        step_rule: "backtracking", or "fixed": always lr, trials that fail are still left out.
-        lr: the (first) step size; of "newton", for energies whose curvature is not known, right to a factor of 1000.
-        tolerance: of convergence, relative, of z, "newton": of the energy; 0 runs on until nothing moves.
-        compile: the step through torch.compile(fullgraph=True); for energies that it can trace.
-        bf16: products in bfloat16 where `fista_mlp` runs on a GPU, several times as fast; elsewhere it changes nothing.
-        check: raise where energies are not finite, the one synchronisation; without, such samples keep z0.
+        dim: components of z.
+        weight: of the L1 term, which is summed over z and not divided by anything.
+        steps: at most. Samples that are frozen earlier cost less in the compiled operators only.
+        method: "fista"; "ista", the same without momentum; or "newton", the quasi-Newton method
+            `reference.proximal_newton`. "newton" needs an energy in closed form (an MLP predictor without a pixel
+            term), a CPU and the compiled operators; otherwise `infer` raises a ValueError that says why.
+        nonnegative: z >= 0.
+        step_rule: "backtracking", or "fixed": always lr. In both, trials that raise the energy are not taken.
+        lr: the first step size, or the fixed one. "newton" does not use it.
+        tolerance: relative, when a sample counts as converged; of z, for "newton" of the energy. With 0 it runs on
+            until nothing moves.
+        compile: put the step through torch.compile(fullgraph=True); the energy must be traceable.
+        bf16: products in bfloat16 if `fista_mlp` runs on a GPU, several times as fast; no effect elsewhere.
+        check: raise NonFiniteEnergyError, which is the only synchronisation. If False, such samples keep z0.
     """
 
     dim: int
@@ -187,33 +205,35 @@ class SparseLatent(_Descended):
         require(self.dim >= 1, f"dim={self.dim}: must be at least 1")
         require(0 <= self.weight < float("inf"), f"weight={self.weight}: must be finite and not negative")
         require(self.method in get_args(Method), f"method={self.method!r}: choose {', '.join(get_args(Method))}")
-        _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
+        super().__post_init__()
         newton = self.method == "newton"
         require(not newton or self.step_rule == "backtracking", "step_rule='fixed': method='newton' has no step size")
         require(not (newton and self.compile), "compile=True: method='newton' is not compiled")
 
-    def _rule(self) -> "Rule":
-        return Rule(
-            shape=(self.dim,),
-            weight=self.weight,
-            low=0.0 if self.nonnegative else None,
-            momentum=0.0 if self.method == "ista" else None,
-            newton=self.method == "newton",
-            step_rule=self.step_rule,
-            lr=self.lr,
-            tolerance=self.tolerance,
-            bf16=self.bf16,
-        )
+    def _shape(self) -> tuple[int, ...]:
+        return (self.dim,)
+
+    def _own(self) -> dict[str, Any]:
+        return {
+            "weight": self.weight,
+            "low": 0.0 if self.nonnegative else -torch.inf,
+            "momentum": 0.0 if self.method == "ista" else None,
+            "newton": self.method == "newton",
+            "bf16": self.bf16,
+        }
 
 
 @dataclass(frozen=True)
 class ContinuousLatent(_Descended):
-    """energy(z) by gradient descent with (Nesterov's) momentum, projected on a box where `clamp` gives one.
+    """energy(z) by gradient descent with (Nesterov's) momentum, projected onto a box if `clamp` gives one.
 
     Args:
-        shape: of one sample's z. steps: at most. lr: the first step size, or the only one where step_rule="fixed".
-        momentum: in [0, 1); restarted at 0 for one step where the energy would rise.
-        clamp: (low, high), as (0, 1) for actions; z0 is projected too. Others: as SparseLatent's.
+        shape: of one sample's z.
+        steps: at most.
+        lr: the first step size, or the only one if step_rule="fixed".
+        momentum: in [0, 1). It restarts at 0, for one step, if the energy would rise.
+        clamp: (low, high), for example (0, 1) for actions; z0 is projected, too.
+        The others are those of SparseLatent.
     """
 
     shape: Sequence[int]
@@ -233,42 +253,19 @@ class ContinuousLatent(_Descended):
         require(0 <= self.momentum < 1, f"momentum={self.momentum}: must be in [0, 1)")
         if self.clamp is not None:
             require(len(self.clamp) == 2 and self.clamp[0] < self.clamp[1], f"clamp={self.clamp}: needs low < high")
-        _check_loop(self.steps, self.step_rule, self.lr, self.tolerance)
+        super().__post_init__()
 
-    def _rule(self) -> "Rule":
-        low, high = self.clamp or (None, None)
-        return Rule(
-            shape=tuple(self.shape),
-            low=low,
-            high=high,
-            momentum=self.momentum,
-            step_rule=self.step_rule,
-            lr=self.lr,
-            tolerance=self.tolerance,
-        )
+    def _shape(self) -> tuple[int, ...]:
+        return tuple(self.shape)
 
-
-def _start_at(
-    z0: Tensor | None, n: int, shape: tuple[int, ...], device: torch.device | str, dtype: torch.dtype
-) -> Tensor:
-    require(n >= 1, f"n={n}: at least one sample is needed")
-    require(dtype in (torch.float32, torch.float64), f"dtype={dtype}: float32 or float64 is needed")
-    if z0 is None:
-        return torch.zeros(n, *shape, device=device, dtype=dtype)
-    require(z0.shape == (n, *shape), f"z0 has shape {tuple(z0.shape)}: {(n, *shape)} is needed")
-    return z0.detach().to(device, dtype)
-
-
-def _check_loop(steps: int, step_rule: str, lr: float, tolerance: float) -> None:
-    require(steps >= 1, f"steps={steps}: must be at least 1")
-    require(step_rule in get_args(StepRule), f"step_rule={step_rule!r}: choose 'backtracking' or 'fixed'")
-    require(0 < lr < float("inf"), f"lr={lr}: must be positive and finite")
-    require(0 <= tolerance < 1, f"tolerance={tolerance}: must be in [0, 1)")
+    def _own(self) -> dict[str, Any]:
+        low, high = self.clamp or (-torch.inf, torch.inf)
+        return {"momentum": self.momentum, "low": low, "high": high}
 
 
 @contextmanager
 def _evaluation(model: LatentModel) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is back in its own."""
+    """The model is in evaluation mode; afterwards every module is back in its own mode."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

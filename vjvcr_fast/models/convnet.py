@@ -168,11 +168,6 @@ class MLPPredictor(LatentPredictor):
         """Predicted h_y (N, T_y, d) of the i-th head, from u = hidden(h_x)."""
         return self._frames(self.last[i](u))
 
-    def linear_heads(self, u: Tensor, h_y: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """u (N, hidden); all heads' weights (heads, M, hidden) and biases (heads, M); h_y as (N, M), M = T_y d."""
-        last = cast("Sequence[nn.Linear]", self.last)
-        return u, torch.stack([x.weight for x in last]), torch.stack([x.bias for x in last]), h_y.flatten(1)
-
     def closed_form(self, h_x: Tensor, h_y: Tensor) -> MLPEnergy:
         """z -> the mean of (Pred(h_x, z) - h_y)^2 over T_y d, for each sample. Needs latent_dim > 0."""
         first, _, second, _, last = cast("Sequence[nn.Linear]", self.layers)

@@ -185,8 +185,7 @@ class EnergyModel(nn.Module):
             return predictor.closed_form(h_x, h_y)
         if predictor.heads > 1:
             u = predictor.hidden(h_x)
-            linear = predictor.linear_heads(u, h_y) if h_y is not None and decoder is None else None
-            return HeadEnergy(predictor.heads, whole, lambda i: energy(predictor.head(i, u)), linear)
+            return HeadEnergy(predictor.heads, whole, lambda i: energy(predictor.head(i, u)))
         return whole
 
     def _predicted(self, h_x: Tensor, z: Tensor | None) -> Tensor:

@@ -1,62 +1,66 @@
-"""Latent variables in training and after it: z* of a batch, the calibration of the L1 weight, the heads in use.
+"""Latent variables in training and evaluation: z* of a batch, the L1 weight, and the heads in use.
 
-A step infers z* = argmin_z E(x, y, z), equation (6), with every weight fixed, then updates the weights with z* fixed;
-no gradient flows through it. While training z* comes from the representations that the update sees, normalised by the
-batch's own statistics: z* from running statistics explains their difference too, and is worth less.
+A training step first infers z* = argmin_z E(x, y, z), equation (6), with all weights fixed. Then it updates the weights
+with z* fixed; no gradient flows through z*. In training z* is inferred from the representations that the update sees,
+normalised by the batch's own statistics. With running statistics z* would also explain the difference between the two.
 
-Calibration of the L1 weight w [ours]. The paper chooses w for a fraction of zeros; which w that is depends on the scale
-of the representations and on how strongly the predictor answers to z, and both move while training. So w follows them:
-at every log line, where the host reads the sums of the steps anyway,
+Calibration of the L1 weight w [ours]. The paper chooses w for a given fraction of zeros. The right w depends on the
+scale of the representations and on how strongly the predictor reacts to z, and both change in training. So we adapt w
+at every log line, where the host reads the sums of the steps anyway:
 
     log w <- log w + GAIN (latent.zeros - fraction of zeros since the last line).
 
-The fraction answers to log w at once and by less than 1 / GAIN per unit, hence no oscillation. w is logged and kept in
-the checkpoint, and is what evaluation infers with. `latent.calibrate false` keeps `latent.weight`.
+The fraction reacts to log w at once, by less than 1 / GAIN per unit, so there is no oscillation. w is logged, stored in
+the checkpoint, and used in evaluation. `latent.calibrate false` keeps `latent.weight`.
 
-The predictor decays [ours]. Unit columns alone do not hold z: z* is shrunk by the penalty, the layers behind learn to
-make up for it, z* shrinks further, and w runs after it (500-fold in 1,000 steps of the mini preset, direction then read
-from z* with 64% instead of 91%). A weight decay of the predictor alone, `latent.decay`, ends that; the encoder's
-weights, which carry what z is to say, do not decay.
+Weight decay of the predictor [ours]. Unit columns alone do not keep the scale of z: the penalty shrinks z*, the layers
+behind learn to compensate, z* shrinks further, and w has to follow (500-fold in 1,000 steps of the mini preset; the
+direction was then read from z* with 64% instead of 91%). A weight decay of the predictor alone, `latent.decay`, stops
+this. The encoder's weights, which determine what z has to explain, do not decay.
 
-Heads out of use [ours]. A head that is never the best is never trained. At a log line, every head that fewer than DEAD
-of its share of the videos since the last line chose becomes a copy of the most used one, each weight perturbed by NOISE
-of the layer's standard deviation; Adam's moments are copied as they are. `latent.revive false` is the paper's.
+Revival of unused heads [ours]. A head that is never the best is never trained. At a log line we look at the videos
+since the last one. A head chosen for less than DEAD times its equal share becomes a copy of the most used head, with
+noise of NOISE times the layer's standard deviation on every weight. Adam's moments are copied without noise.
+`latent.revive false` is what the paper does.
 """
 
 import math
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.config import Config, Latent
-from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent, newton
+from vjvcr_fast.config import Config, ConfigError
+from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, SparseLatent
+from vjvcr_fast.latents.descent import newton_refusal
 from vjvcr_fast.models.convnet import MLPPredictor
 from vjvcr_fast.models.energy import EnergyModel
 
 GAIN = 3.0
-LEAST, MOST = 1e-12, 1e12  # of w, where no w gives the fraction
+LEAST, MOST = 1e-12, 1e12  # bounds of w, for when no w gives the fraction
 DEAD = 0.05
 NOISE = 0.05
 
 
 class Inferred(NamedTuple):
-    """z: (N, dim) or (N, heads) float32, or None without a latent. measured: (len(Latents.names),), means over N."""
+    """z: (N, dim) or (N, heads) float32; None without a latent. measured: (len(Latents.names),), means over the N
+    videos."""
 
     z: Tensor | None
     measured: Tensor
 
 
 class DuringForward:
-    """What an EnergyModel's forward calls for z*, with the representations that the update sees: they are made once.
-    measured: of the last call."""
+    """Infers z* within an EnergyModel's forward, so that the representations are computed only once.
+
+    measured: that of the last call.
+    """
 
     def __init__(self, latents: "Latents") -> None:
         self.latents = latents
         self.measured = torch.empty(0)
 
-    @torch._disable_dynamo  # a loop, of operators that the compiler does not see into
+    @torch._disable_dynamo  # the compiler cannot look into the operators, and would unroll the loop
     def __call__(self, h_x: Tensor, h_y: Tensor | None, y: Tensor) -> Tensor:
         found = self.latents.infer_from(h_x, h_y, y)
         self.measured = found.measured
@@ -64,10 +68,10 @@ class DuringForward:
 
 
 class Latents:
-    """The latent variable of one run: `config.latent`, with what of it changes while training.
+    """The latent variable of one run: `config.latent` and its state in training.
 
-    names: of what `infer` measures: "latent_energy", the energy that z* minimises with the L1 term in it, and
-    "zeros" or "head_0", "head_1", ..., the fraction of the videos that chose it. weight: of the L1 term, now.
+    names: what `infer` measures. "latent_energy" is the energy at z*, L1 term included; "zeros" the fraction of zeros
+    in z*; "head_0", "head_1", ... the fraction of the videos that chose this head. weight: the current L1 weight.
     """
 
     def __init__(self, config: Config, model: EnergyModel) -> None:
@@ -79,12 +83,24 @@ class Latents:
         self.names = names.get(config.latent.kind, [])
         self.dim, self.compile = config.latent_dim, config.train.compile
 
+    def check_method(self) -> None:
+        """Raises ConfigError if `latent.method` is newton and that cannot serve this model where it is."""
+        if self.settings.kind != "sparse" or self.settings.method != "newton":
+            return
+        model = self.model
+        closed_form = type(model.predictor) is MLPPredictor and (model.decoder is None or model.gamma == 0)
+        why = newton_refusal(closed_form, next(model.parameters()).device)
+        if why is not None:
+            raise ConfigError(f"latent.method=newton: {why}; choose --latent.method fista")
+
     @torch.no_grad()
     def infer(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Inferred:
-        """z* of videos x (N, T_x, C, S, S), y (N, T_y, C, S, S); the model is afterwards as it was. given: z itself,
-        where it is known, as actions are in pre-training; it is returned as (N, m), and nothing is inferred.
+        """z* of videos x (N, T_x, C, S, S) and y (N, T_y, C, S, S). Does not change the model.
 
-        Never waits for the device: where energies are not finite z* is 0, and the loss says so.
+        given: z itself, if it is known, as actions are in pre-training. It is returned as (N, m); nothing is inferred.
+
+        Never waits for the device: for energies that are not finite z* is 0, and the loss shows it. Raises ConfigError
+        as `check_method`.
         """
         if self.settings.kind == "none":
             return Inferred(None, x.new_empty(0))
@@ -95,7 +111,7 @@ class Latents:
 
     @torch.no_grad()
     def infer_from(self, h_x: Tensor, h_y: Tensor | None, y: Tensor) -> Inferred:
-        """`infer` of representations h_x (N, T_x, d), h_y (N, T_y, d), that have been made already."""
+        """`infer` from representations h_x (N, T_x, d), h_y (N, T_y, d). y: (N, T_y, C, S, S)."""
         settings = self.settings
         latent: DiscreteLatent | SparseLatent | ContinuousLatent = DiscreteLatent(settings.heads, check=False)
         if settings.kind == "actions":
@@ -111,9 +127,7 @@ class Latents:
                 check=False,
             )
         if settings.kind == "sparse":
-            if settings.method == "newton" and not newton.serves(h_x):
-                usual = Latent()
-                settings = replace(settings, method="fista", iterations=usual.iterations, tolerance=usual.tolerance)
+            self.check_method()
             latent = SparseLatent(
                 settings.dim,
                 self.weight,
@@ -131,7 +145,8 @@ class Latents:
         return Inferred(found.z, measured if self.names else h_x.new_empty(0))
 
     def parameters(self) -> list[Any]:
-        """Of the model, for an optimizer: with a sparse latent the predictor's apart, for their own weight decay."""
+        """The model's parameters for an optimizer. With a sparse latent the predictor's are a group with its own weight
+        decay."""
         if self.settings.kind != "sparse":
             return list(self.model.parameters())
         predictor = list(self.predictor.parameters())
@@ -139,16 +154,19 @@ class Latents:
         return [{"params": others}, {"params": predictor, "weight_decay": self.settings.decay}]
 
     def predict(self, x: Tensor, y: Tensor, given: Tensor | None = None) -> Tensor:
-        """Predicted representations of the target frames at z*, or at the one given, (N, T_y, d)."""
+        """Predicted representations of the target frames, (N, T_y, d), at z* or at the given z."""
         return self.model.predict(x, self.infer(x, y, given).z)
 
     def project(self) -> None:
-        """After every update of the weights: the columns that an inferred z enters by are unit vectors again."""
+        """To be called after every update: makes the columns by which an inferred z enters unit vectors again."""
         if self.settings.kind == "sparse":
             self.predictor.normalize_latent()
 
     def adapt(self, step: int, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """At a log line: calibrates or revives. means: of `names`, since the last line. Returns what to log besides."""
+        """To be called at a log line: adapts the L1 weight or revives heads.
+
+        means: the means of `names` since the last line. Returns what to log in addition.
+        """
         settings = self.settings
         if settings.kind == "sparse":
             used = self.weight
@@ -162,7 +180,8 @@ class Latents:
         return {}
 
     def encode(self, frames: Tensor, targets: bool = False) -> Tensor:
-        """As the model's encoder, of x or of targets, in its mode, but the running statistics stay as they are."""
+        """h (N, T, d) of frames (N, T, C, S, S): the encoder of x or of targets, in its current mode, without updating
+        its running statistics."""
         twin = self.model.twin
         encoder = twin if targets and twin is not None else self.model.encoder
         buffers = {name: buffer.clone() for name, buffer in encoder.named_buffers()}
@@ -170,7 +189,8 @@ class Latents:
 
     @torch.no_grad()
     def _revive(self, usage: list[float], step: int, optimizer: torch.optim.Optimizer) -> int:
-        """Copies the most used head into those out of use; returns how many those are."""
+        """Replaces unused heads by copies of the most used one. usage: the share of the videos that chose each head.
+        Returns how many were replaced."""
         heads = self.predictor.last
         dead = [i for i, share in enumerate(usage) if share < DEAD / len(usage)]
         source = list(heads[max(range(len(usage)), key=usage.__getitem__)].parameters())

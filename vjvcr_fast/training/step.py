@@ -24,7 +24,7 @@ class Step:
 
     names: what the numbers that a call returns are, except the last one, which says whether the update was skipped.
 
-    Raises ConfigError if `train.chunk` does not fit the model.
+    Raises ConfigError if `train.chunk` or `latent.method` does not fit the model.
     """
 
     def __init__(self, config: Config, processes: Processes) -> None:
@@ -34,6 +34,7 @@ class Step:
         self.model.group = processes.group
         decay = settings.weight_decay if self.model.terms.hidden else settings.weight_decay_generative
         self.latents = Latents(config, self.model)
+        self.latents.check_method()
         self.optimizer = torch.optim.Adam(self.latents.parameters(), settings.lr, weight_decay=decay, fused=True)
         self.inference = DuringForward(self.latents)
         self.energy = compiled(processes.parallel(self.model), settings.compile, device)

@@ -1,7 +1,6 @@
 // The kernels on a CPU, called through ctypes: see emulator.h. All arrays are copied to where going beyond them shows.
 #include "emulator.h"
 //
-#include "../../../csrc/discrete_argmin.cuh"
 #include "../../../csrc/fista_mlp.cuh"
 
 namespace vjvcr {
@@ -76,26 +75,10 @@ extern "C" int least_shared(int n, int hidden, int latent, bool bf16, int cluste
   return plan.shared_bytes - plan.resident * vjvcr::kFragment;
 }
 
-extern "C" void launch_plan(int n, int hidden, int latent, bool bf16, int architecture, int multiprocessors,
-                            int shared_limit, int* found) {
-  const vjvcr::Plan plan = vjvcr::launch_plan(n, hidden, latent, bf16, architecture, multiprocessors, shared_limit);
+extern "C" void launch_plan(int n, int hidden, int latent, bool bf16, int multiprocessors, int shared_limit,
+                            int* found) {
+  const vjvcr::Plan plan = vjvcr::launch_plan(n, hidden, latent, bf16, multiprocessors, shared_limit);
   const int of[] = {plan.cluster,  plan.samples,     plan.blocks(),    plan.rows,
                     plan.resident, plan.fragments(), plan.shared_bytes};
   std::copy(std::begin(of), std::end(of), found);
-}
-
-extern "C" void discrete_argmin(const float* u, const float* w3, const float* b3, const float* target, int n,
-                                int hidden, int heads, int outputs, unsigned seed, float* energies, int64_t* index) {
-  using namespace vjvcr;
-  const size_t rows = size_t(heads) * outputs;
-  const Input in_u(u, size_t(n) * hidden), in_w3(w3, rows * hidden), in_b3(b3, rows);
-  const Input in_target(target, size_t(n) * outputs);
-  const Output<float> out_energies(energies, size_t(n) * heads);
-  const Output<int64_t> out_index(index, n);
-  const HeadsInput in{n, hidden, heads, outputs, in_u.data(), in_w3.data(), in_b3.data(), in_target.data()};
-  const hw::Array<float> partial(size_t(heads) * in.row_blocks() * n);
-  const auto head_energies = hidden % 8 == 0 ? head_energies_kernel<true> : head_energies_kernel<false>;
-  hw::launch([&] { head_energies(in, partial.data()); }, in.blocks(), kThreads, 1, kHeadBytes, seed);
-  hw::launch([&] { least_head_kernel(in, partial.data(), out_energies.data(), out_index.data()); },
-             (n + kThreads - 1) / kThreads, kThreads, 1, 0, seed);
 }

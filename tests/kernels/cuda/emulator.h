@@ -27,6 +27,7 @@
 #define VJVCR_KERNEL(threads) void
 #define VJVCR_DEVICE inline
 #define VJVCR_CONSTANT const
+#define VJVCR_CLUSTERS
 
 struct alignas(8) uint2 {
   uint32_t x, y;
