@@ -1,5 +1,5 @@
-// One block of fista_mlp's cluster: where its arrays lie in shared memory, how it sends to the others, and how its warps
-// multiply. csrc/fista_mlp.cuh says who writes and reads which array, and why that is safe.
+// One block of fista_mlp's cluster: where its arrays lie in shared memory, how it sends to the other blocks, and how
+// its warps multiply. csrc/fista_mlp.cuh says who writes and reads which array, and why that is safe.
 #pragma once
 
 #include "latent_math.h"
@@ -18,8 +18,8 @@ enum { kOfA, kOfD, kOfQ, kOfParts };                                    // mailb
 enum { kP, kA, kC, kU, kR };                                            // arrays
 enum { kZ, kGradient, kPrevious, kProximal, kTrial, kSlope, kOrigin };  // states
 
-// How a block's warps share a product of `tiles` by `steps` fragments. Each warp takes a pair of tiles; if there are more
-// warps than pairs, it takes a part of the k-steps. Computed once, because it divides.
+// How a block's warps share a product of `tiles` by `steps` fragments. Each warp takes a pair of tiles; if there are
+// more warps than pairs, it takes a part of the k-steps. Computed once, because it divides.
 struct Work {
   int tiles, steps, pairs, groups, group, pair;
   VJVCR_DEVICE Work(int tiles, int steps, int warp)
@@ -85,8 +85,8 @@ struct FistaBlock {
     send(which, reinterpret_cast<uint2*>(operand + rank * (units() * 8)) + at.index, Mode::pack(x));
   }
 
-  // scratch [group of warps][tile][8 samples] <- weights times activations. The weights start at fragment `first`, and a
-  // k-step is `stride` fragments. Ends with a barrier.
+  // scratch [group of warps][tile][8 samples] <- weights times activations. The weights start at fragment `first`, and
+  // a k-step is `stride` fragments. Ends with a barrier.
   template <typename Product>
   VJVCR_DEVICE void multiply(const Work& work, int first, int stride, const char* activations) const {
     for (int pair = work.pair; pair < work.pairs && work.group < work.groups; pair += kWarps) {

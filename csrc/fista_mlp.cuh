@@ -15,30 +15,35 @@
 //
 // The arrays in shared memory, in step i. "All blocks" are those of the cluster.
 //
-//   array              | written by                | read by                  | safe because
-//   fragments, p, c, r | load, once                | this block               | a cluster barrier follows load
-//   X: change of a     | all blocks, mailbox a     | W2 X                     | a block sends a(i) after it has parts(i-1) of
-//                      |                           |                          | all; they follow the last use of X in i-1
-//   Y: D               | all blocks, mailbox D     | G Y                      | D(i) follows a(i) of all; they follow the
-//                      |                           |                          | last use of Y in i-1
-//   X: q               | all blocks, mailbox q     | W2' X                    | q(i) follows D(i) of all; D(i) is sent after
-//                      |                           |                          | the barrier that ends W2 X
-//   X: [a > 0] W2' q   | this block                | W1z' X                   | the barrier that ends W2' X; the other blocks
-//     (float32, may    |                           |                          | send a(i+1) or D(i+1) only after they have
-//     reach into Y)    |                           |                          | this block's parts(i), which follow W1z' X
-//   a, u               | one thread for each unit  | the same thread          | units stay with their threads
-//   energy             | threads, in G Y's units   | threads, for parts       | barriers in between; parts(i) of all lie
-//                      |                           |                          | between its reading and the next writing
-//   parts              | all blocks, mailbox parts | update                   | parts(i+1) follow a(i+1) of all, sent after
-//                      |                           |                          | the barrier that ends update(i)
-//   scratch            | multiply                  | threads, after its       | after reading comes a receive, which needs what
-//                      |                           | barrier                  | all threads of the block send, or a barrier
-//   v (change of z)    | update                    | W1z v                    | barrier after update; update(i) follows
-//                      |                           |                          | parts(i), which follow W1z v
-//   states, scalars    | a team of lanes           | the same team            | samples stay with their teams; lanes wait for
-//                      |                           |                          | each other between reading and writing scalars
-//   mailboxes          | senders; thread 0, which  | all threads, by the      | round i+1 ends only after every thread of the
-//                      | announces the bytes       | parity of the round      | block has passed the barrier of the next product
+//   array                | written by           | read by             | safe because
+//   fragments, p, c, r   | load, once           | this block          | a cluster barrier follows load
+//   X: change of a       | all blocks, mailbox  | W2 X                | a block sends a(i) after it has the parts(i-1)
+//                        | a                    |                     | of all; these follow the last use of X in step
+//                        |                      |                     | i-1
+//   Y: D                 | all blocks, mailbox  | G Y                 | a block sends D(i) after it has the a(i) of
+//                        | D                    |                     | all; these follow the last use of Y in step i-1
+//   X: q                 | all blocks, mailbox  | W2' X               | a block sends q(i) after it has the D(i) of
+//                        | q                    |                     | all; these follow the barrier that ends W2 X
+//   X: [a > 0] W2' q in  | this block           | W1z' X              | it follows the barrier that ends W2' X; the
+//   float32, may reach   |                      |                     | others send a(i+1) and D(i+1) after they have
+//   into Y               |                      |                     | this block's parts(i), which follow W1z' X
+//   a, u                 | one thread for each  | the same thread     | a unit stays with its thread
+//                        | unit                 |                     |
+//   energy               | threads, after G Y   | threads, for parts  | there are barriers in between; the next writing
+//                        |                      |                     | follows the parts(i) of all
+//   parts                | all blocks, mailbox  | update              | parts(i+1) follow the a(i+1) of all; these
+//                        | parts                |                     | follow the barrier that ends update(i)
+//   scratch              | multiply             | threads, after its  | before the next multiply there is a barrier, or
+//                        |                      | barrier             | a receive that needs what every thread of the
+//                        |                      |                     | block sends after reading
+//   v: change of z       | update               | W1z v               | a barrier ends update; update(i) follows the
+//                        |                      |                     | parts(i) of all, which follow W1z v
+//   states, scalars      | a team of lanes      | the same team       | a sample stays with its team; its lanes wait
+//                        |                      |                     | for each other between reading and writing the
+//                        |                      |                     | scalars
+//   mailboxes            | senders; thread 0,   | all threads, by the | round i+1 can only end after every thread of
+//                        | which announces the  | parity of the round | the block has passed the barrier of the next
+//                        | bytes                |                     | product
 //
 // What a step moves, per block, with e bytes a number: 3 e H^2 / C of weights; 3 e S H H / (32 C) of activations out of
 // shared memory and 3 e S H into it, from the cluster; partial sums, 6 * 640 bytes for every tile of 16 rows, 8 samples
@@ -68,9 +73,9 @@ struct FistaOutput {
   bool* lost;
 };
 
-// What fista_prepare_kernel makes: p0, a0 = relu(p0), and for each block of a cluster its fragments: W1z [k-step][tile],
-// W1z' [k-step][tile], then [k-step][W2, G, W2'][tile]. In this order the fragments that stay in shared memory, the
-// first ones, are equal parts of all three. c = W2 relu(p0) is computed between the two kernels.
+// What fista_prepare_kernel makes: p0, a0 = relu(p0), and the fragments of each block of a cluster: W1z [k-step][tile],
+// W1z' [k-step][tile], then [k-step][W2, G, W2'][tile]. The first fragments stay in shared memory; in this order they
+// are equal parts of W2, G and W2'. c = W2 relu(p0) is computed between the two kernels.
 struct FistaPrepared {
   uint4* fragments;
   float *p0, *a0;
@@ -166,9 +171,9 @@ VJVCR_DEVICE float team_sum(float x) {
   return x;
 }
 
-// One step of one sample, by a team of lanes: takes the trial point or not, from its energy and gradient in `parts`, and
-// makes the next trial point. i: the sample's number in the cluster, n: in the batch. In the first call (begins) energy
-// and gradient are those of z0. Returns whether the sample is still active.
+// One step of one sample, by a team of lanes. Takes the trial point or not, from its energy and gradient in `parts`,
+// and makes the next one. i: the sample's number in the cluster; n: in the batch. In the first call (begins) energy and
+// gradient are those of z0. Returns whether the sample is still active.
 template <typename Mode, int kTiles>
 VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& in, int i, int n, bool begins) {
   const int m = at.plan.latent, first = at.thread % kTeam;

@@ -1,4 +1,4 @@
-// The math of a step of monotone FISTA, shared by the CPU and the GPU. vjvcr_fast/latents/descent.py describes the step.
+// The math of a step of monotone FISTA, shared by CPU and GPU. vjvcr_fast/latents/descent.py describes the step.
 // Without torch headers. Both compilers are told not to fuse multiplies and adds, so that both round alike.
 #pragma once
 
@@ -14,8 +14,8 @@ namespace vjvcr {
 
 // -- One element ----------------------------------------------------------------------------------------------------
 
-// argmin_x (x - v)^2 / 2 + threshold |x|, threshold >= 0: v moved towards zero by `threshold`, and exactly zero if |v| is
-// not above it. NaN stays NaN.
+// argmin_x (x - v)^2 / 2 + threshold |x|, threshold >= 0: v moved towards zero by `threshold`, and exactly zero if |v|
+// is not above it. NaN stays NaN.
 template <typename T>
 VJVCR_HOST_DEVICE T soft_threshold(T v, T threshold) {
   T magnitude = (v < T(0) ? -v : v) - threshold;
@@ -51,7 +51,7 @@ VJVCR_HOST_DEVICE bool is_finite(T x) {
 // By which factors the step size changes. The same as in vjvcr_fast/reference.py.
 constexpr double kGrowthAtFirst = 4.0, kGrowth = 1.01, kShrinkage = 0.5;
 
-// The settings that all samples share. momentum: negative for FISTA's, which grows. lr: the first or the fixed step size.
+// The settings that all samples share. momentum: negative for FISTA's, which grows. lr: the first, or fixed, step size.
 template <typename T>
 struct Rule {
   T weight, lower, upper, momentum;
@@ -86,8 +86,8 @@ VJVCR_HOST_DEVICE T momentum_of(const Rule<T>& rule, const Sample<T>& sample) {
   return (sample.t - T(1)) / following(sample.t);
 }
 
-// Updates the sample's state after a trial at v, which is the proximal point x moved on by `momentum`. Returns whether v
-// becomes z. value: the energy at v, penalty included. The others are sums over the sample's elements: bent is
+// Updates the sample's state after a trial at v, which is the proximal point x moved on by `momentum`. Returns whether
+// v becomes z. value: the energy at v, penalty included. The others are sums over the sample's elements: bent is
 // <gradient at v - gradient at z, v - z>; changed2 |v - z|^2; moved2 |x - z|^2; x2 |x|^2; z2 |z|^2.
 template <typename T>
 VJVCR_HOST_DEVICE bool advance(const Rule<T>& rule, Sample<T>& sample, T momentum, T value, T bent, T changed2,

@@ -2,8 +2,15 @@
 // how samples leave the batch. The matrix products are torch's; between two of them lies one pass over each row.
 //
 // A sample that is frozen needs no more steps, but it still costs its rows of every product. So once an eighth of the
-// batch is frozen, `retire` writes those samples out and moves the others up, into the gaps. A row only ever moves to a
-// lower or the same place, in ascending order, so that no row is overwritten before it has moved.
+// batch is frozen, `retire` writes those samples out and moves the others up, into the gaps.
+//
+//   buffer               | written by             | read by           | safe because
+//   u_, value_           | gradient, row i in a   | the next pass,    | passes do not overlap; each call of gradient
+//                        | pass over sample i     | value(i)          | writes them anew, so retire need not move them
+//   all other rows,      | retire, which copies   | the next step     | one thread copies them, in ascending order of
+//   samples              | row i to row j <= i    |                   | i; row j has been copied or written out before
+//   a sample's scratch   | the pass over the      | the same pass     | every pass over a sample has its own
+//                        | sample                 |                   |
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// What Python can ask about the build: for which CUDA architectures it has kernels, how fista_mlp would be launched, and
-// constants that C++ and Python must agree on.
+// What Python can ask about the build: for which CUDA architectures it has kernels, how fista_mlp would be launched,
+// and constants that C++ and Python must agree on.
 #include <pybind11/pybind11.h>
 
 #include "latent_math.h"

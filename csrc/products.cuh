@@ -1,9 +1,9 @@
 // Products on tensor cores: weights times the activations of 8, 16 or 32 samples.
 //
-// A k-step is 32 bytes of k: 16 bfloat16 or 8 float32. An instruction sums over k in any order, as long as both operands
-// have the same. So lane 4 g + t takes the t-th 8 bytes of a k-step, adjacent in memory: of rows 2 g and 2 g + 1 of the
-// weights (its 16 bytes of a fragment; its sums are of the same rows) and of sample g of the activations. These lie
-// [k-step][sample][32 bytes].
+// A k-step is 32 bytes of k: 16 bfloat16 or 8 float32. An instruction sums over k in any order, as long as both
+// operands have the same. So lane 4 g + t takes the t-th 8 bytes of a k-step, adjacent in memory: of rows 2 g and
+// 2 g + 1 of the weights (its 16 bytes of a fragment; its sums are of the same rows) and of sample g of the
+// activations, which lie [k-step][sample][32 bytes].
 #pragma once
 
 #include "hardware.cuh"

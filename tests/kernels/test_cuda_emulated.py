@@ -1,6 +1,6 @@
 """The CUDA kernels' own source, run on the CPU by tests/kernels/cuda/emulator.h, against the plain loop in torch.
 
-What a GPU adds (the instructions themselves, memory ordering, speed) is checked by the tests marked cuda, at the end.
+The tests marked cuda, at the end, check what only a GPU has: the instructions themselves and memory ordering.
 """
 
 import ctypes
@@ -32,7 +32,7 @@ FLAGS = (
     "-Wno-clobbered",
 )
 HOPPER = 232448  # bytes of shared memory a block may have
-BARRIERS = 10  # of a step, that can be left out
+BARRIERS = 10  # how many of a step's barriers can be left out
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def rule(latent: int, **changes) -> Rule:
 
 
 def problem(n: int, hidden: int, latent: int, outputs: int = 50, seed: int = 0) -> tuple[MLPEnergy, Tensor]:
-    """An energy and a start, float64 numbers that float32 holds."""
+    """An energy and a start, in float64, with numbers that float32 can represent."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -87,7 +87,7 @@ def plain(energy: MLPEnergy, z0: Tensor, rule: Rule, steps: int, dtype: torch.dt
 
 
 def of_rule(rule: Rule, scale: float) -> list[float | bool]:
-    """The operator's numbers from scale to tolerance."""
+    """The operator's arguments from scale to tolerance."""
     momentum = -1.0 if rule.momentum is None else rule.momentum
     return [
         scale,
@@ -102,7 +102,7 @@ def of_rule(rule: Rule, scale: float) -> list[float | bool]:
 
 
 def operands(energy: MLPEnergy, z0: Tensor, rule: Rule) -> tuple[Tensor, MLPEnergy, ExpandedMLPEnergy]:
-    """In float32: the start, the energy, and about the start."""
+    """In float32: the start, the energy, and the energy expanded about the start."""
     z0, energy = rule.project(z0.float()).contiguous(), energy.to(torch.float32)
     return z0, energy, energy.expand(z0)
 
@@ -160,7 +160,7 @@ def same(a: Result, b: Result) -> bool:
     ],
 )
 def test_it_is_the_plain_loop(emulator, n, hidden, latent, cluster, samples, streams):
-    """Six steps: so soon a float32 loop is still beside the float64 one, where no sample is at a kink."""
+    """After six steps a float32 loop is still close to the float64 one, if no sample is at a kink."""
     energy, z0 = problem(n, hidden, latent)
     least = emulator.least_shared(n, hidden, latent, False, cluster, samples)
     where = {"cluster": cluster, "samples": samples, "shared": least + 4096 if streams else 1 << 21}
@@ -209,7 +209,7 @@ def test_frozen_samples_stay(emulator, bf16):
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_long_runs_end_where_the_plain_loop_does(emulator, bf16):
-    """The true residual energy, its mean: 1% is the issue's bound for bfloat16."""
+    """Compares the mean of the true residual energy; 1% is the issue's bound for bfloat16."""
     energy, z0 = problem(10, 64, 12, outputs=30)
 
     def true(z: Tensor) -> Tensor:
@@ -235,7 +235,7 @@ def test_the_order_of_threads_changes_nothing(emulator, bf16):
 
 @pytest.mark.parametrize("skip", range(BARRIERS))
 def test_the_emulator_finds_a_missing_barrier(emulator, skip):
-    """That it does is what the test above is worth."""
+    """Otherwise the test above would prove nothing."""
     energy, z0 = problem(8, 64, 6)
     right = emulated(emulator, energy, z0, rule(6), 3, samples=16)
 
@@ -344,7 +344,7 @@ class TestOnAGPU:
     @pytest.mark.parametrize("bf16", [False, True])
     @pytest.mark.parametrize("shape", [(5, 40, 7), (19, 64, 20), (9, 100, 33), (33, 300, 9), (4, 48, 128)])
     def test_it_is_what_was_emulated(self, emulator, shape, bf16):
-        """Both round alike but for how tensor cores add up, so the emulator's word holds for the GPU."""
+        """Both round alike, except for how tensor cores add up: so what the emulator finds holds for the GPU."""
         energy, z0 = problem(*shape)
         made = launched(energy, z0, rule(shape[2]), 6, bf16)
         expected = emulated(emulator, energy, z0, rule(shape[2]), 6, bf16=bf16, shared=1 << 21)

@@ -1,5 +1,5 @@
-"""Inference of z* for whatever energy there is: never above its start, finite where the energy is, each sample on its
-own, nothing changed but z; and one clear error for energies that are not finite."""
+"""Inference of z* for any energy: it never ends above its start, z* is finite if the energy is, samples do not see each
+other, nothing but z changes, and energies that are not finite give one clear error."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from vjvcr_fast.latents import (
 
 Energy = Callable[[Tensor], Tensor]
 DTYPES = st.sampled_from((torch.float32, torch.float64))
-ROUTES = st.booleans()  # with the operators of csrc/, or as where they were not built
+ROUTES = st.booleans()  # with the operators of csrc/, or as if they were not built
 SEEDS = st.integers(0, 10**6)
 
 
@@ -37,7 +37,7 @@ def threads(one_thread: None) -> None:
 
 
 class Problem(NamedTuple):
-    """n samples of m components. of: an energy from the data of the samples, (n, ...) tensors; data: theirs."""
+    """n samples of m components. of: makes an energy from the samples' data, (n, ...) tensors. data: these tensors."""
 
     m: int
     of: Callable[..., Energy]
@@ -49,7 +49,7 @@ class Problem(NamedTuple):
         return len(self.data[0])
 
     def methods(self, operators: bool) -> tuple[str, ...]:
-        """Those of a sparse latent that serve its energy."""
+        """The methods of a sparse latent that serve this energy."""
         newton = operators and native.MISSING is None and isinstance(self.energy(), MLPEnergy)
         return ("fista", "ista", "newton") if newton else ("fista", "ista")
 
@@ -58,7 +58,7 @@ class Problem(NamedTuple):
 
 
 def quadratic(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Problem:
-    """Mean of (A z - b)^2, A of any condition."""
+    """The mean of (A z - b)^2, with an A that may be ill-conditioned."""
     a = make(m + 2, m) * torch.logspace(0, -3, m, dtype=torch.float64)
     b = make(n, m + 2)
     return Problem(
@@ -67,7 +67,7 @@ def quadratic(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Prob
 
 
 def network(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Problem:
-    """Through two layers with ReLU: not convex, with kinks."""
+    """Two layers with ReLU: not convex, with kinks."""
     w, v, p, target = make(7, m), make(5, 7), make(n, 7), make(n, 5)
 
     def of(p: Tensor, target: Tensor) -> Energy:
@@ -81,7 +81,7 @@ def network(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Proble
 
 
 def closed_form(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Problem:
-    """The same kind of network where inference knows of it."""
+    """The same kind of network in closed form."""
     root = scale**0.5
     shared = make(8, m), make(8, 8), make(8), root * make(6, 8), root * make(6)
     of = lambda p, target: MLPEnergy(p, *shared, target)  # noqa: E731
@@ -89,7 +89,7 @@ def closed_form(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Pr
 
 
 def wavy(n: int, m: int, scale: float, make: Callable[..., Tensor]) -> Problem:
-    """Many minima, and no bound on what a step may meet."""
+    """Many minima, and curvature without a bound."""
     b = make(n, m)
     return Problem(m, lambda b: lambda z: scale * ((5 * z + b).sin() + 0.1 * z.square() * b.exp()).sum(dim=1), (b,), ())
 
@@ -108,7 +108,7 @@ def problems(draw: st.DrawFn, exponents: st.SearchStrategy[int]) -> Problem:
 def latents(
     draw: st.DrawFn, problem: Problem, operators: bool, steps: st.SearchStrategy[int], rates: st.SearchStrategy[int]
 ) -> Any:
-    """A sparse or a continuous one, that serves the problem."""
+    """A sparse or continuous latent that serves the problem."""
     m = problem.m
     common = {
         "step_rule": draw(st.sampled_from(("backtracking", "backtracking", "fixed"))),
@@ -134,7 +134,7 @@ def infer(latent: Latent, energy: Energy, z0: Tensor, operators: bool = True) ->
 
 
 def outcome(call: Callable[[], Any], error: type[Exception]) -> tuple[Any, str]:
-    """What a call returns, or what `error` says, which is one line."""
+    """What a call returns, or the message of the error that it raises, which must be one line."""
     try:
         return call(), ""
     except error as refusal:
@@ -210,7 +210,7 @@ USUAL, FEW = st.integers(-1, 1), st.integers(1, 8)
 
 @fuzz(80, 250, problem=problems(USUAL), seed=SEEDS, operators=ROUTES, data=st.data())
 def test_samples_do_not_see_each_other(problem: Problem, seed: int, operators: bool, data: st.DataObject) -> None:
-    """Not in a part of the batch, and not beside samples without a number among their data."""
+    """z* is the same in a part of the batch, and beside samples whose data are not finite."""
     latent = data.draw(latents(problem, operators, FEW, USUAL).filter(lambda latent: not latent.check))
     z0 = make_z0(problem, torch.float64, seed)
     kept = torch.tensor(data.draw(st.lists(st.booleans(), min_size=problem.n, max_size=problem.n).filter(any)))
@@ -240,7 +240,7 @@ def test_samples_do_not_see_each_other(problem: Problem, seed: int, operators: b
 def test_an_energy_that_is_not_finite(
     problem: Problem, seed: int, operators: bool, bad: str, data: st.DataObject
 ) -> None:
-    """Is told with the number of samples, or leaves them where they were."""
+    """It raises an error with the number of samples, or leaves them at their start."""
     latent = data.draw(latents(problem, operators, FEW, USUAL))
     z0, row = make_z0(problem, torch.float64, seed), data.draw(st.integers(0, problem.n - 1))
     last = problem.data[-1].clone()
@@ -261,7 +261,7 @@ def test_an_energy_that_is_not_finite(
 
 @fuzz(60, 250, n=st.integers(1, 5), k=st.integers(2, 6), dtype=DTYPES, check=st.booleans(), data=st.data())
 def test_the_least_of_k(n: int, k: int, dtype: torch.dtype, check: bool, data: st.DataObject) -> None:
-    """The first of equals; what is not finite never wins, unless nothing is."""
+    """The first of equals wins. An energy that is not finite wins only if none is finite."""
     numbers = st.one_of(st.sampled_from((0.0, -0.0, 1.0, 1e30, -1e30)), st.floats(width=32))
     table = torch.tensor([[data.draw(numbers) for _ in range(k)] for _ in range(n)]).to(dtype)
     energy = lambda z: torch.where(z > 0, table, 0).sum(dim=1)  # noqa: E731
@@ -299,7 +299,7 @@ NUMBERS = st.one_of(st.integers(-2, 3), st.floats(), st.sampled_from((1e-30, 0.5
 
 @fuzz(100, 500, dim=st.integers(-1, 2), weight=NUMBERS, steps=st.integers(-1, 3), lr=NUMBERS, tolerance=NUMBERS)
 def test_settings(dim: int, weight: float, steps: int, lr: float, tolerance: float) -> None:
-    """A latent that can be made works; else its error names the setting."""
+    """A latent either works or raises an error that names the setting when it is made."""
     make = lambda: SparseLatent(dim, weight, steps, lr=lr, tolerance=tolerance, check=False)  # noqa: E731
     latent, said = outcome(make, ValueError)
     if said:

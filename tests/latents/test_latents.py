@@ -1,4 +1,4 @@
-"""Inference of z*: against long runs, coordinate descent and one sample at a time; and what it must leave alone."""
+"""Inference of z* against long runs, coordinate descent and one sample at a time; and what it must not change."""
 
 import dataclasses
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def seed(one_thread: None) -> None:
 
 @pytest.fixture(autouse=True, params=["operators", "torch"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the operators of csrc/, and as where they were not built."""
+    """With the operators of csrc/, and as if they were not built."""
     if request.param == "torch":
         monkeypatch.setattr(native, "MISSING", "not wanted")
     elif native.MISSING is not None:
@@ -59,7 +59,8 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def make_model(row: str = "vj-vcr", gamma: float = 0.5, **latent: int) -> EnergyModel:
-    """Representations are inputs: there is no encoder. Larger weights than a new layer's, so that z matters."""
+    """A model without encoder, whose inputs are representations. Weights are larger than a new layer's, so that z
+    matters."""
     predictor = MLPPredictor(D, T_X, T_Y, 32, **(latent or {"latent_dim": DIM}))
     decoder = None if row == "vj-vcr" else ConvDecoder(1, (4, 5, 6), 16, 2)
     with torch.no_grad():
@@ -70,7 +71,7 @@ def make_model(row: str = "vj-vcr", gamma: float = 0.5, **latent: int) -> Energy
 
 
 def make_targets(model: EnergyModel, n: int = N) -> tuple[Tensor, Tensor, Tensor]:
-    """h_x, an h_y that some z predicts well, y; in float64."""
+    """h_x, an h_y that some z predicts well, and y, in float64."""
     h_x = torch.randn(n, T_X, D, dtype=torch.float64)
     z = torch.randn(n, max(model.predictor.latent_dim, model.predictor.heads), dtype=torch.float64)
     with torch.no_grad():
@@ -79,14 +80,14 @@ def make_targets(model: EnergyModel, n: int = N) -> tuple[Tensor, Tensor, Tensor
 
 
 def name(latent: Latent) -> str:
-    """What of it is not the default, for the names of tests."""
+    """A test's name: the settings of the latent that are not the default."""
     fields = dataclasses.fields(latent)
     changed = (f.name for f in fields if f.default is not dataclasses.MISSING and getattr(latent, f.name) != f.default)
     return "-".join([type(latent).__name__, *changed])
 
 
 def is_refused(latent: Any, closed: bool, infer: Callable[[], LatentResult]) -> bool:
-    """Whether method="newton" cannot serve; then `infer` has to say so."""
+    """True if method="newton" cannot serve. Then `infer` must raise an error that says so."""
     if latent.method != "newton" or (closed and native.MISSING is None):
         return False
     with pytest.raises(ValueError, match=r"^method='newton': it needs .*; choose method='fista'$") as error:
@@ -96,7 +97,7 @@ def is_refused(latent: Any, closed: bool, infer: Callable[[], LatentResult]) -> 
 
 
 def by_autograd(energy: Energy) -> Energy:
-    """The same energy, of which nothing is known."""
+    """The same energy without its closed form."""
     return lambda z: energy(z)
 
 
@@ -179,7 +180,7 @@ def test_gradient_descent_is_the_plain_loop_without_penalty() -> None:
 
 
 class Quadratic:
-    """Mean of (A z - b)^2, of every row b; its minimum with an L1 term, in a box, by coordinate descent."""
+    """The mean of (A z - b)^2 for every row b, and its minimum with an L1 term in a box, by coordinate descent."""
 
     def __init__(self, rows: int = 30, condition: float = 10.0) -> None:
         q, _ = torch.linalg.qr(torch.randn(rows, DIM, dtype=torch.float64))
@@ -290,7 +291,7 @@ def test_closed_form_ends_where_autograd_does(dtype: torch.dtype, latent: Any) -
 
 
 def test_closed_form_keeps_its_digits_beside_large_targets() -> None:
-    """|h_y| is a thousand times the residual: an expansion about u = 0 would lose all digits of the energy."""
+    """With |h_y| a thousand times the residual, an expansion about u = 0 would lose all digits of the energy."""
     model = make_model()
     h_x, h_y, _ = make_targets(model)
     with torch.no_grad():
@@ -398,7 +399,7 @@ def test_one_evaluation_a_step_and_one_at_the_start() -> None:
 
 
 def test_a_converged_start_is_kept() -> None:
-    """With a first step far too small, too: it must not pass for convergence."""
+    """Also, a first step that is far too small must not count as convergence."""
     model = make_model()
     h_x, h_y, _ = make_targets(model)
     cold = SparseLatent(DIM, 2e-3, 400).infer_from(model, h_x, h_y)
@@ -519,7 +520,7 @@ def test_modes_are_restored_after_an_error() -> None:
 
 
 class NoSynchronisation(TorchDispatchMode):
-    """Raises where an operation would wait for a device."""
+    """Raises if an operation would wait for a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), func
@@ -657,7 +658,7 @@ def test_a_latent_that_the_predictor_does_not_have() -> None:
     ids=["sparse", "continuous"],
 )
 def test_compiled(latent: Any, row: str) -> None:
-    """One graph whatever the batch; fullgraph, so that nothing in it can wait for the host."""
+    """There is one graph for all batches. With fullgraph nothing in it can wait for the host."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(row)

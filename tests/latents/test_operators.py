@@ -1,4 +1,4 @@
-"""The compiled operators against their formula in float64, and as torch and its compiler see them."""
+"""The compiled operators against their formulas in float64, and under torch's compiler."""
 
 import dataclasses
 import math
@@ -69,7 +69,7 @@ def test_zeros_are_exact_and_nan_is_not_hidden():
 @given(st.integers(1, 5), st.integers(0, 9), st.floats(0, 2), st.integers(0, 2**16))
 @settings(max_examples=30, deadline=None, derandomize=True)
 def test_it_lowers_what_it_minimises(n, width, weight, seed):
-    """x -> (x - v)^2 / 2 + weight |x| at the step's result, against a thousand other points."""
+    """(x - v)^2 / 2 + weight |x| is lower at the step's result than at a thousand other points x."""
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(n, width, generator=generator, dtype=torch.float64)
     z, one, zero = torch.zeros_like(v), torch.ones(n, dtype=torch.float64), torch.zeros(n, dtype=torch.float64)
@@ -155,7 +155,7 @@ def moved(energy: MLPEnergy, device: str) -> MLPEnergy:
 
 
 def infer(latent, energy: MLPEnergy, dtype: torch.dtype = torch.float64, z0: Tensor | None = None) -> LatentResult:
-    """In one operator."""
+    """By the operator, which must really be called."""
     calls = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(descent, "_fused", lambda *a, fused=descent._fused: calls.append(1) or fused(*a))
@@ -194,7 +194,7 @@ def test_fista_mlp_of_other_sizes(size, latent):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rule", RULES)
 def test_fista_mlp_in_float32(rule, device):
-    """Other roundings take other steps: what counts is the energy."""
+    """Rounding changes the steps, so we compare the energy."""
     energy = mlp(n=40)
     found = infer(RULES[rule], moved(energy.to(torch.float32), device), torch.float32)
     right = infer_in_torch(RULES[rule], energy)
@@ -287,7 +287,7 @@ def test_inference_compiled():
 
 
 def test_the_launch_plan_of_an_h100():
-    """No more blocks than it has multiprocessors."""
+    """It has no more blocks than the GPU has multiprocessors."""
     pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
     for hidden in (256, 512, 1024):
         for bf16 in (True, False):
@@ -303,7 +303,7 @@ def test_the_launch_plan_of_an_h100():
 
 
 def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """As with a GPU of this compute capability and operators that were built with nvcc."""
+    """As if there were a GPU of this compute capability, and operators that were built with nvcc."""
     properties = SimpleNamespace(
         major=capability[0], multi_processor_count=132, shared_memory_per_block_optin=227 << 10
     )
@@ -315,7 +315,7 @@ def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
 
 
 class OnAGPU(SimpleNamespace):
-    """What native asks of a tensor."""
+    """The parts of a tensor that native looks at."""
 
     is_cuda, device, dtype, shape = True, torch.device("cuda", 0), torch.float32, (256, 20)
 

@@ -1,4 +1,4 @@
-"""Training with latents: z* of a batch, the L1 weight's calibration, heads that are revived, runs that go on."""
+"""Training with latents: z* of a batch, calibration of the L1 weight, revival of heads, and resumed runs."""
 
 import math
 import signal
@@ -178,7 +178,8 @@ def test_training(tmp_path: Path, tiny_stochastic: Config, name: str, row: str) 
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative"])
 def test_representations_are_made_once(tiny_stochastic: Config, name: str, row: str) -> None:
-    """Inferring z* from those that the update sees gives the z*, energy, gradient and statistics of inferring first."""
+    """Inferring z* from the representations that the update sees gives the same z*, energy, gradients and statistics as
+    inferring it first."""
     config = latent(override(tiny_stochastic, {"model.row": row}), name)
     x, y = split_frames(batch(config), config)
     found = []
@@ -251,7 +252,7 @@ def test_no_step_waits_for_the_device(
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("step", [5, 7, 8])
 def test_stopped_and_resumed_is_never_stopped(tmp_path: Path, tiny_stochastic: Config, name: str, step: int) -> None:
-    """At a log line, where the weight or the heads have just changed, in between, and at a validation."""
+    """Stopped at a log line, where the weight or the heads have just changed, between two, and at a validation."""
     config = override(latent(tiny_stochastic, name), {"train.probe_every": 1, "train.steps": 18})
     with pytest.raises(StopRequestedError):
         train(config, tmp_path / "stopped", Probe(step, send(signal.SIGINT)))
@@ -331,7 +332,7 @@ def test_evaluation_has_the_weight_of_the_checkpoint(tmp_path: Path, tiny_stocha
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "zeros"), [("sparse-high", 0.8), ("sparse-low", 0.2)])
 def test_calibration_finds_the_fraction(tmp_path: Path, tiny_stochastic: Config, name: str, zeros: float) -> None:
-    """From a weight that is far off, either way."""
+    """It starts from a weight that is far too small, or far too large."""
     for weight in (1e-7, 1e-2):
         changes = {"train.steps": 300, "latent.weight": weight, "train.validate_every": 300, "latent.iterations": 30}
         run = tmp_path / str(weight)

@@ -1,4 +1,5 @@
-// The kernels on a CPU, called through ctypes: see emulator.h. All arrays are copied to where going beyond them shows.
+// The kernels on a CPU, to be called through ctypes; see emulator.h. All arrays are copied to memory where an access
+// beyond their end is a fault.
 #include "emulator.h"
 //
 #include "../../../csrc/fista_mlp.cuh"
@@ -6,7 +7,7 @@
 namespace vjvcr {
 namespace {
 
-constexpr int kBarriers = 11;  // of a step, after a first one
+constexpr int kBarriers = 11;  // in a step; the cluster barrier before the first step is one more
 
 struct Input : hw::Array<float> {
   Input(const float* from, size_t n) : hw::Array<float>(n) { std::copy(from, from + n, data()); }
@@ -37,8 +38,8 @@ const char* run(const FistaInput& in, FistaPrepared made, float* c, const FistaO
 }  // namespace
 }  // namespace vjvcr
 
-// skip: a barrier of every step that is left out, or -1. fragments: those in shared memory, and all. Returns what went
-// wrong, if anything did.
+// skip: the barrier of every step that is left out, or -1. fragments: how many are in shared memory, and how many there
+// are. Returns what went wrong, or null.
 extern "C" const char* fista_mlp(const float* z0, const float* p, const float* w1z, const float* w2, const float* b2,
                          const float* gram, const float* r, const float* start, int n, int hidden, int latent,
                          float scale, float weight, float lower, float upper, float momentum, bool backtracking,
@@ -69,7 +70,7 @@ extern "C" const char* fista_mlp(const float* z0, const float* p, const float* w
   return go(in, {packed.data(), p0.data(), a0.data(), nullptr}, c.data(), out, seed, skip);
 }
 
-// Bytes of shared memory without which no weights stay there, but all else fits.
+// The bytes of shared memory into which everything fits but the weights.
 extern "C" int least_shared(int n, int hidden, int latent, bool bf16, int cluster, int samples) {
   const vjvcr::Plan plan = vjvcr::plan_of(n, hidden, latent, bf16, cluster, samples, 132, 1 << 30);
   return plan.shared_bytes - plan.resident * vjvcr::kFragment;

@@ -1,9 +1,11 @@
-// csrc/hardware.cuh for a CPU: the kernels' own source runs here, every CUDA thread a fiber, one cluster after another.
+// csrc/hardware.cuh for a CPU. With it the kernels' own source runs here: every CUDA thread is a fiber, and clusters
+// run one after another.
 //
 // Between two points where threads wait for each other (barriers, shuffles, products) the fibers run one by one, in an
-// order drawn from a seed, and what is sent to a mailbox arrives at some time, in any order: a missing barrier shows as
-// a result that depends on it. Shared memory starts as NaN and ends at a page that cannot be touched, as do global
-// arrays made by `Array`. Products have the layouts of PTX's mma.sync, round operands as it does, truncate sums.
+// order drawn from a seed. What is sent to a mailbox arrives at any later time and in any order. So if a barrier is
+// missing, the result depends on the seed. Shared memory is filled with NaN at first and ends at a page that must not
+// be touched; so do global arrays made by `Array`. Products have the layouts of PTX's mma.sync, round their operands as
+// it does, and truncate sums.
 #pragma once
 
 #include <setjmp.h>
@@ -51,7 +53,7 @@ inline void fail(const char* what) {
   std::abort();
 }
 
-// Bytes that end where touching one more is a fault, all of them NaN to begin with.
+// Memory that is filled with NaN at first. Touching one byte more is a fault.
 class Pages {
  public:
   explicit Pages(size_t bytes) {
@@ -87,7 +89,7 @@ struct Array {
 
 struct Fiber;
 
-// Threads that wait for each other; the last to come does the work of all, if any, and wakes the others.
+// Threads that wait for each other. The last one to arrive does the work of all, if there is any, and wakes the others.
 struct Meeting {
   size_t expected = 0;
   const char* reason = nullptr;
@@ -95,7 +97,7 @@ struct Meeting {
   bool any = false, result = false;
 };
 
-// An mbarrier with one arrival a round: the round ends when that has come and the bytes announced and arrived are even.
+// An mbarrier with one arrival a round. The round ends after that arrival, when all announced bytes have come.
 struct Mailbox {
   int round = 0;
   int64_t missing = 0;
@@ -122,8 +124,8 @@ struct Fiber {
   Block* block;
   int thread;
   bool started = false;
-  int barriers = 0;          // that it came to
-  void* argument = nullptr;  // of the operation it waits in
+  int barriers = 0;          // how many it has reached
+  void* argument = nullptr;  // of the operation in which it waits
 };
 
 struct Machine {
@@ -149,7 +151,8 @@ inline Machine* machine = nullptr;
   _longjmp(machine->scheduler, 1);
 }
 
-// The running fiber waits; true for the last of all, for which the others are in meeting.here, in order of threads.
+// The running fiber waits for the others. Returns true in the last one to arrive; it finds all in meeting.here, in the
+// order of their threads.
 inline bool meet(Meeting& meeting, const char* reason, void* argument = nullptr) {
   Fiber* self = machine->running;
   if (meeting.here.empty()) meeting.reason = reason;
@@ -239,7 +242,7 @@ inline void deliver(size_t i) {
   end_round(mailbox);
 }
 
-// A thread passes where the round is over, told from the last one, or the next one, by its parity alone.
+// A thread passes if the round is over. As on the GPU, only the parity tells this round from the one before or after.
 inline void receive(uint64_t* box, int bytes, int round) {
   Mailbox& mailbox = machine->mailboxes.at(box);
   if (thread() == 0) {
@@ -292,7 +295,7 @@ struct Operands {
   uint32_t a[4], b[2];  // in PTX's order
 };
 
-// kPerRegister numbers of k in a register, which `element` picks.
+// A register holds kPerRegister numbers of k; `element` picks one.
 template <int kPerRegister, typename Element>
 void mma(const char* name, float (&sum)[4], const uint4& a, const uint2& b, const Element& element) {
   Operands mine{sum, {a.x, a.z, a.y, a.w}, {b.x, b.y}};
@@ -334,8 +337,7 @@ inline void start_fiber() {
   _longjmp(machine->scheduler, 1);
 }
 
-// kernel() on every thread of `blocks` blocks, clusters of `cluster` of them at a time. Returns what went wrong, if
-// anything did.
+// Runs kernel() on every thread of `blocks` blocks, in clusters of `cluster` blocks. Returns what went wrong, or null.
 inline const char* launch(const std::function<void()>& kernel, int blocks, int threads, int cluster, int shared_bytes,
                    unsigned seed, const std::function<bool(int)>& skip = {}) {
   constexpr size_t kStack = 64 * 1024;
