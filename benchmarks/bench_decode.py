@@ -1,35 +1,35 @@
-"""Decoding and loading video: each backend against its library called directly, streaming against the cache.
+"""Decoding and loading videos: each backend against its library called directly, and the cache against decoding.
 
     pytest benchmarks/bench_decode.py                        checks and times
     pytest benchmarks/bench_decode.py --benchmark-disable    checks alone
 
-Videos are generated: 480x320, 128 frames, H.264 with one keyframe and CLEVRER's bit rate, so that a random window of 26
-frames costs decoding from frame 0. One thread a decoder, frames of the same windows, which are compared first. `clips`:
-batches of 16 windows at 64x64, decoded by as many processes as there are cores, and from the decode-once cache.
-`training`: steps of the preset clevrer-mini and the share of their time that the loop waits for data.
+We generate the videos: 480x320, 128 frames, H.264 with a single keyframe, as large as CLEVRER's, so that a random
+window of 26 frames has to be decoded from frame 0. A backend reads the same windows as its library, with one thread,
+and we compare the frames first. `clips` are batches of 16 windows at 64x64: decoded by as many processes as there are
+cores, or read from the cache of decoded frames.
 """
 
-import json
+import importlib.util
+import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from records import Row
-from timing import BusyElsewhere, Host, Region, spread, take_turns
+from records import Row, goals
+from timing import Cuda, Device, Host, timed
 
-from vjvcr_fast.config import override, preset
+from vjvcr_fast.data.simulated.clevrer import write_mp4
 from vjvcr_fast.data.video.cache import FrameCache, fill
 from vjvcr_fast.data.video.clips import Source, VideoClips
 from vjvcr_fast.data.video.decode import BACKENDS, open_video
 from vjvcr_fast.data.video.workers import Pool
-from vjvcr_fast.training import loop
 
 WIDTH, HEIGHT, FRAMES, WINDOW, VIDEOS, BATCH, SIZE = 480, 320, 128, 26, 8, 16, (64, 64)
-SECONDS, SECONDS_FULL, ROUNDS = 3.0, 8.0, (5, 40)
-DIRECT, CACHE, WAIT = 0.9, 100.0, 0.01  # targets: of the library's own rate, of streaming's, of the time of a step
+SECONDS, SECONDS_FULL = 3.0, 8.0
 
 pytest.importorskip("av", reason="the extra video is not installed")
 
@@ -50,33 +50,16 @@ def sources(videos: list[Path]) -> list[Source]:
 
 
 def generate(path: Path, seed: int) -> None:
-    """Discs that move over a soft background, with the grain that makes CLEVRER's files 1.1 to 1.6 MB."""
-    import av
-
+    """A soft picture that moves, with the grain that makes the file as large as CLEVRER's, 1.1 to 1.6 MB."""
     generator = torch.Generator().manual_seed(seed)
-    coarse = torch.rand(1, 3, 5, 7, generator=generator) * 120 + 60
-    background = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[0]
-    rows, columns = torch.meshgrid(torch.arange(HEIGHT), torch.arange(WIDTH), indexing="ij")
-    start = torch.rand(5, 2, generator=generator) * torch.tensor([HEIGHT, WIDTH])
-    step, colours = torch.randn(5, 2, generator=generator) * 2, torch.rand(5, 3, generator=generator) * 255
-    with av.open(str(path), "w") as container:
-        options = {"b": "2300000", "g": "9999", "preset": "veryfast"}
-        stream = container.add_stream("libx264", rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for t in range(FRAMES):
-            picture = background + 6 * torch.randn(HEIGHT, WIDTH, generator=generator)
-            for place, colour in zip(start + t * step, colours, strict=True):
-                disc = (rows - place[0]) ** 2 + (columns - place[1]) ** 2 < 30**2
-                picture = torch.where(disc, colour[:, None, None], picture)
-            array = picture.clamp(0, 255).byte().permute(1, 2, 0).contiguous().numpy()
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(array, format="rgb24")))
-        container.mux(stream.encode(None))
+    coarse = 60 + 120 * torch.rand(1, 3, 5, 7, generator=generator)
+    soft = torch.nn.functional.interpolate(coarse, size=(HEIGHT, WIDTH), mode="bicubic")[0].permute(1, 2, 0)
 
+    def picture(t: int) -> Any:
+        grain = 1.6 * torch.randn(HEIGHT, WIDTH, 1, generator=generator)
+        return (soft.roll(t, dims=1) + grain).clamp(0, 255).byte().numpy()
 
-def windows(paths: list[Path], count: int) -> list[tuple[Path, range]]:
-    chosen = random.Random(0)
-    starts = [chosen.randrange(FRAMES - WINDOW + 1) for _ in range(count)]
-    return [(chosen.choice(paths), range(start, start + WINDOW)) for start in starts]
+    write_mp4(path, map(picture, range(FRAMES)), (WIDTH, HEIGHT))
 
 
 def direct_decord(path: Path, frames: range) -> torch.Tensor:
@@ -97,106 +80,55 @@ assert {*DIRECT_CALLS, "dali"} == {*BACKENDS}, "a backend that nothing measures"
 
 
 @pytest.mark.parametrize("backend", DIRECT_CALLS)
-def test_backend(backend: str, videos: list[Path], full: bool, benchmark, report) -> None:
+def test_backend(backend: str, videos: list[Path], full: bool, benchmark: Any, report: Any) -> None:
     pytest.importorskip(backend)
-    asked = windows(videos, 4)
-
-    def ours() -> list[torch.Tensor]:
-        return [open_video(path, backend).frames(frames) for path, frames in asked]
-
-    def directly() -> list[torch.Tensor]:
-        return [DIRECT_CALLS[backend](path, frames) for path, frames in asked]
-
-    for one, other in zip(ours(), directly(), strict=True):
+    chosen = random.Random(0)
+    starts = [chosen.randrange(FRAMES - WINDOW + 1) for _ in range(4)]
+    asked = [(chosen.choice(videos), range(start, start + WINDOW)) for start in starts]
+    functions = {
+        "ours": lambda: [open_video(path, backend).frames(frames) for path, frames in asked],
+        "directly": lambda: [DIRECT_CALLS[backend](path, frames) for path, frames in asked],
+    }
+    for one, other in zip(functions["ours"](), functions["directly"](), strict=True):
         assert one.equal(other)
     if benchmark.disabled:
         return
-    busy = BusyElsewhere()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    times = take_turns(
-        Host(), {"ours": Region(ours), "directly": Region(directly)}, SECONDS_FULL if full else SECONDS, *ROUNDS
-    )
+    times = timed(Host(), functions, SECONDS_FULL if full else SECONDS, 5, 40)
     torch.set_num_threads(threads)
-    rows = []
-    for name, of_one in times.items():
-        rate = len(asked) * WINDOW / (1e-3 * spread(of_one).median)
-        row: Row = {"what": f"{backend}, {name}", "_frames_per_second": rate, "_busy_elsewhere": busy.share()}
-        row["x directly"] = spread(times["directly"]).median / spread(of_one).median
-        rows.append(row)
-    report([judged(rows[0], "x directly", DIRECT), rows[1]])
+    rows = [{"what": f"{backend}, {name}", **row} for name, row in times.items()]
+    report(against(rows, "directly", {f"{backend}, ours": 0.9}, len(asked) * WINDOW))
 
 
-def test_clips(sources: list[Source], tmp_path: Path, full: bool, benchmark, report) -> None:
-    """Batches from the cache against batches decoded by all cores."""
+def test_clips(sources: list[Source], tmp_path: Path, device: Device, full: bool, benchmark: Any, report: Any) -> None:
+    """Batches from the cache, and from DALI if it is there and a GPU too, against batches decoded on all cores."""
+    options: dict[str, Any] = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench"}
     with Pool() as pool:
-        options = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench"}
+        assert fill(sources, tmp_path, SIZE, "auto", pool).written == VIDEOS
         streaming = VideoClips(sources, **options, pool=pool)
-        done = fill(sources, tmp_path, SIZE, "auto", pool)
-        assert done.written == VIDEOS
         cached = VideoClips(sources, **options, cache=FrameCache(tmp_path, SIZE))
         assert streaming.batch(0, BATCH).frames.equal(cached.batch(0, BATCH).frames)
+        ways = {"stream": streaming, "cache": cached}
+        if isinstance(device, Cuda) and importlib.util.find_spec("nvidia.dali"):
+            ways["DALI"] = VideoClips(sources, **options, backend="dali", device="cuda")
         if benchmark.disabled:
             return
-        busy = BusyElsewhere()
-        regions = {name: Region(next_batch(clips)) for name, clips in {"stream": streaming, "cache": cached}.items()}
-        times = take_turns(Host(), regions, 4 * SECONDS_FULL if full else SECONDS, 3, 10)
-        rows = []
-        for name, of_one in times.items():
-            median = spread(of_one).median
-            row: Row = {"what": f"clips, {name}", "_batches_per_second": 1e3 / median, "_busy_elsewhere": busy.share()}
-            row["x stream"] = spread(times["stream"]).median / median
-            rows.append(row)
-    report([rows[0], judged(rows[1], "x stream", CACHE)])
+
+        def batch(clips: VideoClips, starts: Iterator[int]) -> None:
+            clips.batch(next(starts), BATCH)
+            device.synchronize()
+
+        functions = {name: partial(batch, clips, itertools.count(0, BATCH)) for name, clips in ways.items()}
+        times = timed(Host(), functions, 4 * SECONDS_FULL if full else SECONDS, 3, 10)
+    rows = [{"what": f"clips, {name}", **row} for name, row in times.items()]
+    # DALI's goal is a share of what the CPU decoders reach on 16 cores: it leaves the cores free.
+    report(against(rows, "stream", {"clips, cache": 100.0, "clips, DALI": 0.7}, BATCH * WINDOW))
 
 
-def next_batch(clips: VideoClips) -> Callable[[], object]:
-    starts = iter(range(0, 10**9, BATCH))
-    return lambda: clips.batch(next(starts), BATCH)
-
-
-def test_training(sources: list[Source], tmp_path: Path, full: bool, monkeypatch, benchmark, report) -> None:
-    """The share of its time that the training loop waits for data, and its videos/s: decoders use the same cores."""
-    steps, batch = (40, 32) if full else (16, 8)
-    changes = {"train.steps": steps, "train.validate_every": steps, "train.log_every": steps // 2}
-    changes |= {"train.tensorboard": False, "train.validation_videos": 32, "train.batch": batch}
-    config = override(preset("clevrer-mini"), changes)
-    size, frames = (config.data.canvas,) * 2, config.data.frames_in + config.data.frames_out
-    rows: list[Row] = []
-    monkeypatch.setattr(loop, "build_data", lambda *_: (Part(), Part()))
-    with Pool() as pool:
-        fill(sources, tmp_path / "cache", size, "auto", pool)
-        for name, cache in {"stream": None, "cache": FrameCache(tmp_path / "cache", size)}.items():
-            options = {"frames": frames, "size": size, "seed": 0, "cache": cache, "pool": pool}
-            build = partial(clips_for, sources, options)
-            monkeypatch.setattr(loop, "build_videos", build)
-            busy = BusyElsewhere()
-            loop.train(config, tmp_path / name)
-            elsewhere = busy.share()  # while the workers live: their time counts as ours
-            lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-            last = [line for line in lines if "data_wait" in line][-1]  # the first has the start in it
-            row: Row = {"what": f"training, {name}", "waits": last["data_wait"], "_busy_elsewhere": elsewhere}
-            rows.append(row | {"_videos_per_second": last["videos_per_second"]})
+def against(rows: list[Row], name: str, bounds: dict[str, float], frames: int) -> list[Row]:
+    """The rows with their ratio to the provider called `name`, and what was promised of it."""
+    (first,) = (row["_median_ms"] for row in rows if row["what"].endswith(name))
     for row in rows:
-        row["x stream"] = row["_videos_per_second"] / rows[0]["_videos_per_second"]
-    if not benchmark.disabled:
-        report([rows[0], judged(rows[1], "waits", WAIT, most=True)])
-
-
-def clips_for(sources, options, config, part, stream, device) -> VideoClips:
-    """In the place of `build_videos`."""
-    return VideoClips(sources, **options, stream=stream, device=device)
-
-
-class Part:
-    """What the loop asks of a data set."""
-
-    source = "generated videos"
-
-    def fingerprint(self) -> str:
-        return "generated"
-
-
-def judged(row: Row, metric: str, target: float, most: bool = False) -> Row:
-    met = row[metric] <= target if most else row[metric] >= target
-    return row | {"target": f"{'<=' if most else '>='} {target:g}", "met": "yes" if met else "no"}
+        row |= {f"x {name}": first / row["_median_ms"], "_frames_per_second": 1e3 * frames / row["_median_ms"]}
+    return [goals(row, {f"x {name}": bounds[row["what"]]} if row["what"] in bounds else {}) for row in rows]

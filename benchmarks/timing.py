@@ -1,8 +1,9 @@
-"""How a CUDA GPU is timed: graphs replayed between events, inputs that are not in the cache, regions in turns.
+"""How benchmarks measure time and memory.
 
-A region is what lies between two events: several passes, each over its own copy of the inputs, replayed as one CUDA
-graph, so that the host's launches do not count. Before each region the L2 cache is swept by reading a buffer of twice
-its size; the host queues the region meanwhile, so its start does not count either. Regions take turns, there and back.
+The functions that are compared take turns, there and back, so that a slow spell of the machine meets all of them.
+On a GPU a function is captured in a CUDA graph and replayed between two events, which leaves out the time that the host
+needs to launch it. Before each replay we read a buffer twice as large as the L2 cache, so that inputs are not in it;
+while the GPU does that, the host queues the replay.
 """
 
 import contextlib
@@ -12,42 +13,23 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 PRECISIONS = ("fp32", "tf32", "bf16")  # float32 "highest", float32 with TF32 products, bfloat16 input
-MOST_COPIES = 64  # of the inputs, however small
-COPIED, SIDE = 2 << 30, 8192  # ceilings: bytes of the tensor that is copied, side of the matrices that are multiplied
-HOST_COPIED, HOST_SIDE = 256 << 20, 2048  # the same for a CPU
+MOST_COPIES = 64  # of the inputs, however small they are
 
-
-class Region(NamedTuple):
-    """What is timed: run() makes `passes` passes."""
-
-    run: Callable[[], object]
-    passes: int = 1
-
-
-class Device(Protocol):
-    """What timing needs of a device. `Cuda` is the one that counts; tests put the host in its place."""
-
-    torch_device: torch.device
-    cache_bytes: int
-
-    def stream(self) -> AbstractContextManager[object]: ...
-    def sweep(self) -> None: ...
-    def event(self) -> Any: ...
-    def milliseconds(self, start: Any, end: Any) -> float: ...
-    def synchronize(self) -> None: ...
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]: ...
+# -- Devices --------------------------------------------------------------------------------------------------------
 
 
 class Cuda:
     """The current CUDA device."""
+
+    precisions = PRECISIONS
+    copied, side = 2 << 30, 8192  # for `ceilings`: bytes of the copied tensor, side of the multiplied matrices
 
     def __init__(self) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
@@ -56,13 +38,13 @@ class Cuda:
         self._stream = torch.cuda.Stream()
         torch.cuda.synchronize()
 
-    def stream(self) -> AbstractContextManager[object]:
-        """Within it work goes to the stream that is captured. What is captured must have run there alone: autograd
-        returns to the stream on which it first met a tensor."""
+    def stream(self) -> contextlib.AbstractContextManager[object]:
+        """Sends work to the stream that is captured. Run whatever you capture in it from the start: autograd goes back
+        to the stream on which it first met a tensor."""
         return torch.cuda.stream(self._stream)
 
     def sweep(self) -> None:
-        """Evicts the L2 cache. Reads only: what is written would have to leave the cache within the region."""
+        """Evicts the L2 cache. It only reads, since written data would leave the cache during what is timed."""
         self._swept.amax()
 
     def event(self) -> torch.cuda.Event:
@@ -77,29 +59,33 @@ class Cuda:
         torch.cuda.synchronize()
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        """(replay of all that function launches, what it returned: tensors that every replay writes anew). Both this
-        and the replay are called within `stream`.
+        """(replays everything that function launches, what it returned: every replay writes these tensors anew).
 
-        Raises RuntimeError for what cannot be captured.
+        Call both this and the replay inside `stream`. Raises RuntimeError if the function cannot be captured.
         """
-        function()  # what is set up once is not part of the graph
+        function()  # what it sets up once is not part of the graph
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._stream):
                 outputs = function()
         finally:
-            torch.cuda.set_stream(self._stream)  # a capture that fails leaves none
+            torch.cuda.set_stream(self._stream)  # a capture that fails leaves no stream set
         return graph.replay, outputs
 
 
 class Host:
-    """The CPU, whose calls return when they are done."""
+    """The CPU: its calls return when they are done."""
+
+    precisions = ("fp32",)
+    copied, side = 256 << 20, 2048
 
     def __init__(self) -> None:
-        self.torch_device, self.cache_bytes = torch.device("cpu"), _largest_cache()
+        sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+        kilobytes = [int(size.read_text().strip().removesuffix("K")) for size in sizes]
+        self.torch_device, self.cache_bytes = torch.device("cpu"), max(kilobytes, default=0) << 10
 
-    def stream(self) -> AbstractContextManager[object]:
-        return nullcontext()
+    def stream(self) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext()
 
     def sweep(self) -> None: ...
 
@@ -115,17 +101,11 @@ class Host:
         return function, function()
 
 
-def _largest_cache() -> int:
-    """Bytes of the largest cache of a core, shared or not; 0 where Linux does not say."""
-    found = [0]
-    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        with contextlib.suppress(OSError, ValueError):
-            found.append(int(size.read_text().strip().removesuffix("K")) << 10)
-    return max(found)
+Device = Cuda | Host
 
 
 class BusyElsewhere:
-    """The share of the machine that other processes use, from here on; 0 where there is no /proc/stat."""
+    """The share of the machine that other processes have used since this was made. Our children count as ours."""
 
     def __init__(self) -> None:
         self.started = self._seconds()
@@ -136,33 +116,35 @@ class BusyElsewhere:
 
     @staticmethod
     def _seconds() -> tuple[float, float, float]:
-        """Busy seconds of all processors and of this process with its children, and the time."""
-        try:
-            fields = [int(x) for x in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
-        except OSError:
-            fields = [0] * 8
-        idle = fields[3] + fields[4]
-        own = time.process_time() + _ticks_of_children() / os.sysconf("SC_CLK_TCK")
-        return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK"), own, time.perf_counter()
+        """Busy seconds of all cores, busy seconds of this process and its running children, and the time."""
+        cores = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        children = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # the process may have ended
+                fields = stat.read_text().rpartition(")")[2].split()
+                children += int(fields[11]) + int(fields[12]) if int(fields[1]) == os.getpid() else 0
+        ticks = os.sysconf("SC_CLK_TCK")
+        busy = (sum(cores) - cores[3] - cores[4]) / ticks  # without idle and iowait
+        return busy, time.process_time() + children / ticks, time.perf_counter()
 
 
-def _ticks_of_children() -> int:
-    """Processor time of the processes that this one has started and that run still."""
-    ticks = 0
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it may have ended since
-            fields = stat.read_text().rpartition(")")[2].split()
-            ticks += int(fields[11]) + int(fields[12]) if int(fields[1]) == os.getpid() else 0
-    return ticks
+# -- Time -----------------------------------------------------------------------------------------------------------
+
+
+class Region(NamedTuple):
+    """What lies between two events: run() makes `passes` passes."""
+
+    run: Callable[[], object]
+    passes: int = 1
 
 
 def copies(nbytes: int, cache_bytes: int) -> int:
-    """Of inputs of nbytes, for one region: together twice the cache, but MOST_COPIES at most."""
+    """How many copies of inputs of nbytes are twice as large as the cache; at most MOST_COPIES."""
     return min(max(1, math.ceil(2 * cache_bytes / nbytes)), MOST_COPIES)
 
 
 class Rotating:
-    """Calls function(inputs) with one set of inputs after the other, from the `first` on: more than the cache holds."""
+    """Calls function(inputs) with the next of `sets` each time, from number `first` on: more than the cache holds."""
 
     def __init__(self, function: Callable[[Any], Any], sets: Sequence[Any], first: int = 0) -> None:
         self.function, self.sets, self.next = function, sets, first
@@ -176,13 +158,13 @@ class Rotating:
 def take_turns(
     device: Device, regions: dict[str, Region], seconds: float, fewest: int, most: int
 ) -> dict[str, list[float]]:
-    """Milliseconds of a pass: for every region one number a round. As many rounds as take about `seconds`, but not
-    fewer or more than these; one more, the first, does not count."""
+    """Milliseconds per pass, for every region one number a round. The rounds take about `seconds`; there are at least
+    `fewest` and at most `most`, and one more in front, which does not count."""
     cost = sum(milliseconds * regions[name].passes for name, milliseconds in _round(device, regions).items())
     rounds = round(min(max(1e3 * seconds / max(cost, 1e-6), fewest), most))
     times: dict[str, list[float]] = {name: [] for name in regions}
     for i in range(rounds):
-        # There and back: no region always follows the same neighbour, which may leave the chip hot or idle.
+        # There and back, so that no region always follows the same neighbour, which may leave the chip hot or idle.
         names = list(regions) if i % 2 == 0 else list(reversed(regions))
         for name, milliseconds in _round(device, {name: regions[name] for name in names}).items():
             times[name].append(milliseconds)
@@ -201,7 +183,7 @@ def _round(device: Device, regions: dict[str, Region]) -> dict[str, float]:
 
 
 class Spread(NamedTuple):
-    """Of times, in their unit; iqr is the interquartile range."""
+    """Of times, in their unit. iqr: the interquartile range."""
 
     median: float
     least: float
@@ -213,7 +195,22 @@ def spread(times: list[float]) -> Spread:
     return Spread(median, min(times), high - low)
 
 
-# -- Memory ---------------------------------------------------------------------------------------------------------
+def timed(
+    device: Device, functions: dict[str, Callable[[], object]], seconds: float, fewest: int, most: int
+) -> dict[str, dict[str, float]]:
+    """What `take_turns` says of the functions, as the part of each one's row that goes to the file alone."""
+    busy = BusyElsewhere()
+    regions = {name: Region(function) for name, function in functions.items()}
+    times = take_turns(device, regions, seconds, fewest, most)
+    elsewhere = busy.share() if isinstance(device, Host) else 0.0
+    found = {name: spread(of_one) for name, of_one in times.items()}
+    return {
+        name: {"_median_ms": x.median, "_iqr_ms": x.iqr, "_rounds": len(times[name]), "_busy_elsewhere": elsewhere}
+        for name, x in found.items()
+    }
+
+
+# -- Memory, precision, ceilings ------------------------------------------------------------------------------------
 
 
 def peak_bytes(function: Callable[[], Any], device: Device) -> tuple[Any, int]:
@@ -233,15 +230,12 @@ def peak_bytes(function: Callable[[], Any], device: Device) -> tuple[Any, int]:
     return outputs, peak
 
 
-# -- Precision ------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
+@contextlib.contextmanager
 def precision(name: str) -> Iterator[torch.dtype]:
-    """The dtype of inputs; within it float32 products are TF32 for "tf32" and full float32 for the others.
+    """Gives the dtype for inputs. Inside, float32 products are TF32 for "tf32" and full float32 otherwise.
 
-    Set by torch.set_float32_matmul_precision: where torch.backends.cuda.matmul.fp32_precision alone is set,
-    torch.compile of torch 2.11 refuses ("mix of the legacy and new APIs").
+    It calls torch.set_float32_matmul_precision: if only torch.backends.cuda.matmul.fp32_precision is set, torch.compile
+    of torch 2.11 refuses ("mix of the legacy and new APIs"). Raises RuntimeError if torch ignores the setting.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
@@ -253,27 +247,22 @@ def precision(name: str) -> Iterator[torch.dtype]:
         torch.set_float32_matmul_precision(before)
 
 
-# -- Ceilings -------------------------------------------------------------------------------------------------------
-
-
 class Ceilings(NamedTuple):
-    """What this machine reaches: bytes/s, read and written together, of a copy within its memory; flop/s of the product
-    of two matrices of SIDE x SIDE for each of PRECISIONS."""
+    """What this machine reaches. copy: bytes/s of a copy in its memory, read and written together. products: flop/s of
+    the product of two square matrices, by precision."""
 
     copy: float
     products: dict[str, float]
 
 
-def ceilings(
-    device: Device, copied: int = COPIED, side: int = SIDE, precisions: Sequence[str] = PRECISIONS
-) -> Ceilings:
-    """Measured on random numbers: zeros are faster. Medians."""
-    source = torch.randint(-128, 128, (copied,), dtype=torch.int8, device=device.torch_device)
+def ceilings(device: Device) -> Ceilings:
+    """Measured on random numbers, since zeros are faster."""
+    source = torch.randint(-128, 128, (device.copied,), dtype=torch.int8, device=device.torch_device)
     target = torch.empty_like(source)
-    products = {}
-    copy = _rate(device, functools.partial(target.copy_, source), 2 * copied)
+    copy = _rate(device, functools.partial(target.copy_, source), 2 * device.copied)
     del source, target
-    for name in precisions:
+    products, side = {}, device.side
+    for name in device.precisions:
         with precision(name) as dtype:
             a, b = (torch.randn(side, side, device=device.torch_device).to(dtype) for _ in range(2))
             products[name] = _rate(device, functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * side**3)
@@ -281,6 +270,6 @@ def ceilings(
 
 
 def _rate(device: Device, run: Callable[[], Tensor], work: float) -> float:
-    """Work a second."""
+    """Work per second."""
     times = take_turns(device, {"": Region(run)}, seconds=0.3, fewest=5, most=50)[""]
     return work / (1e-3 * statistics.median(times))

@@ -1,9 +1,8 @@
-"""The benchmarks' own code: floors, targets, records, tables, the order of timing; and that `make gpu` needs a GPU.
+"""The benchmarks' own code: floors, goals, result files, tables, the order of timing; and that `make gpu` needs a GPU.
 
-What runs on a GPU runs here on the host, which takes the device's place, over shapes too small to mean anything.
+What is meant for a GPU runs here on the host, with shapes too small to mean anything.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -11,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ MACHINE = {
     "torch": "2.11.0+cu130",
     "cuda": "13.0",
     "triton": "3.6.0",
-    "commit": "tree-0123456789",
+    "commit": "unknown",
     "dirty": None,
     "date": "2026-01-02T03:04:05+00:00",
     "copy_gb_per_s": 3000.0,
@@ -43,17 +42,15 @@ MACHINE = {
 }
 
 
-class Host:
-    """The host as a `timing.Device`. clock() gives milliseconds."""
+class Host(timing.Host):
+    """The host in the place of a GPU: a small cache, small ceilings, all precisions. clock() gives milliseconds."""
 
-    torch_device = torch.device("cpu")
-    cache_bytes = 1 << 12
+    precisions = timing.PRECISIONS
+    copied, side = 1 << 10, 8
 
     def __init__(self, clock: Callable[[], float] = lambda: 1e3 * time.perf_counter()) -> None:
-        self.clock, self.sweeps = clock, 0
-
-    def stream(self) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
+        super().__init__()
+        self.cache_bytes, self.clock, self.sweeps = 1 << 12, clock, 0
 
     def sweep(self) -> None:
         self.sweeps += 1
@@ -63,12 +60,6 @@ class Host:
 
     def milliseconds(self, start: float, end: float) -> float:
         return end - start
-
-    def synchronize(self) -> None:
-        pass
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
-        return function, function()
 
 
 # -- Floors and targets ---------------------------------------------------------------------------------------------
@@ -116,6 +107,13 @@ def test_targets_met_and_missed():
     assert (last["got"], last["met"]) == (2.5, None), "a row that is missing may be a slower one"
 
 
+def test_goals_of_a_row():
+    row = {"provider": "ours", "x reference": 3.0, "x compiled reference": 1.2}
+    said = records.goals(row, {"x reference": 3.0, "x compiled reference": 1.3})
+    assert said == row | {"target": "x reference >= 3: met; x compiled reference >= 1.3: missed"}
+    assert records.goals(row, {}) == row
+
+
 def test_the_time_of_full_precision_is_absolute():
     assert got(rows_of(records.CATER, "fp32", ours=421.0))["CATER fp32: us"] == ("<= 420", 421.0, False)
 
@@ -140,7 +138,7 @@ def test_every_target_belongs_to_a_case_that_is_timed():
 def test_file_names():
     assert records.file_name("losses", {"device": "cpu", "cuda": None}) == "losses-cpu.json"
     key = "nvidia-h100-80gb-hbm3-torch2.11.0-cu130-triton3.6.0"
-    assert records.file_name("losses_cuda", MACHINE) == f"gpu-{key}-tree-0123456789.json"
+    assert records.file_name("losses_cuda", MACHINE) == f"gpu-{key}-unknown.json"
     commit = {"commit": "0123456789abcdef" * 2 + "01234567", "triton": None}
     named = records.file_name("accuracy", MACHINE | commit)
     assert named == f"accuracy-gpu-{key.replace('3.6.0', 'none')}-0123456789.json"
@@ -166,31 +164,19 @@ def test_a_row_is_a_line():
 
 
 def test_commit(monkeypatch, tmp_path):
-    """The environment's; the checkout's; of a copy, even within another project's checkout, a digest."""
+    """The checkout's. A copy has that of the environment, or none, even within another project's checkout."""
     monkeypatch.delenv("VJVCR_COMMIT", raising=False)
     answers = {"--show-toplevel": str(tmp_path), "HEAD": "f" * 40, "--porcelain": " M README.md"}
     monkeypatch.setattr(records, "git", lambda root, *arguments: answers.get(arguments[-1], ""))
-    assert records.commit(tmp_path) == "f" * 40
-    assert records.dirty(tmp_path) is True
+    assert records.commit(tmp_path) == ("f" * 40, True)
+    answers["--porcelain"] = ""
+    assert records.commit(tmp_path) == ("f" * 40, False)
     answers["--show-toplevel"] = str(tmp_path.parent)
-    assert records.commit(tmp_path).startswith("tree-")
+    assert records.commit(tmp_path) == ("unknown", None)
     answers.clear()
-    assert records.commit(tmp_path) == f"tree-{records.digest(tmp_path)}"
-    assert records.dirty(tmp_path) is None
+    assert records.commit(tmp_path) == ("unknown", None)
     monkeypatch.setenv("VJVCR_COMMIT", "v1.0")
-    assert records.commit(tmp_path) == "v1.0"
-    assert records.dirty(tmp_path) is None
-
-
-def test_digest(tmp_path):
-    (tmp_path / "kernels").mkdir()
-    (tmp_path / "kernels" / "gram.py").write_text("one")
-    before = records.digest(tmp_path)
-    assert len(before) == 10
-    (tmp_path / "README.md").write_text("no code")
-    assert records.digest(tmp_path) == before
-    (tmp_path / "kernels" / "gram.py").write_text("two")
-    assert records.digest(tmp_path) != before
+    assert records.commit(tmp_path) == ("v1.0", None)
 
 
 def test_git_is_optional(monkeypatch, tmp_path):
@@ -216,53 +202,39 @@ def test_report_of_a_gpu(results):
     assert "# Losses on NVIDIA H100 80GB HBM3\n" in text
     assert "| CATER bf16: x eager reference | >= 30 | 30 | yes |" in text
     assert "| CATER fp32: us | <= 420 |  | not measured |" in text
-    assert "| (160, 100, 2048) | bf16 | 4,800 us | 1,280 us | 400 us | 160 us | 1.6x | 2 |" in text
-    assert "## Compiled plain code is faster\n\n- (32, 4, 64) fp32: 0.90x\n" in text
-    assert "- (4096, 1, 64) fp32, ours: left out: time" in text
+    assert "| (160, 100, 2048) | bf16 | 4,800.0 us | 1,280.0 us | 400.0 us | 160.0 us | 1.6x | 2 |" in text
+    slower = text.split("## Compiled plain code is faster\n")[1].split("##")[0]
+    assert "| (32, 4, 64) | fp32 | 0.90x |" in slower
+    assert "2048" not in slower
+    assert "| (4096, 1, 64) | fp32 | ours | left out: time |" in text
 
 
-@pytest.fixture
-def gpu_files(results, tmp_path, monkeypatch) -> Iterator[tuple[Path, Path]]:
-    """An old file and a new one, where report.py looks for them."""
-    monkeypatch.setattr(report, "PARTS", {})
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "benchmarks" / "results")
-    report.RESULTS.mkdir(parents=True)
-    old, new = report.RESULTS / "gpu-b-old.json", report.RESULTS / "gpu-a-new.json"
-    old.write_text(records.dumps(results))
-    new.write_text(records.dumps(results | {"date": "2026-02-03T00:00:00+00:00"}))
-    return old, new
+def test_a_table_is_made_of_columns():
+    rows = [{"N, T, d": "2, 1, 3", "ours": {"ms": 1.25, "note": None}}, {"N, T, d": "4, 1, 3"}]
+    columns = [
+        report.SHAPE,
+        ("time", report.show("ours", "ms", form="{:.1f} ms")),
+        ("note", report.show("ours", "note")),
+    ]
+    lines = ["| (N, T, d) | time | note |", "| --- | --- | --- |", "| (2, 1, 3) | 1.2 ms |  |", "| (4, 1, 3) |  |  |"]
+    assert report.table(rows, columns).splitlines() == lines
 
 
-def test_the_readme_shows_a_gpu_where_it_has_markers(gpu_files):
-    old, new = gpu_files
-    assert report.render("no markers") == "no markers"
-    empty = "before\n<!-- losses-gpu -->\n<!-- /losses-gpu -->\nafter"
-    readme = report.render(empty)
-    assert f"[{new.name}](benchmarks/results/{new.name})" in readme
-    assert "| (160, 100, 2048) | bf16 | 160 us | 1.6x | 30.0x | 8.0x | 2.5x | 2.0 copies of h |" in readme
-    assert report.render(readme) == readme
-    older = readme.replace(new.name, old.name)
-    assert report.render(older) == older, "a newer file alone changes nothing"
-    assert report.render(older, newest=True) == readme
-    old.unlink()
-    with pytest.raises(ValueError, match="losses-gpu"):
-        report.render(older)
+def test_rows_are_joined():
+    rows = [{"N": 1, "who": "a", "x": 3}, {"N": 2, "who": "a", "x": 4}, {"N": 1, "who": "b", "x": 5}]
+    assert report.pivot(rows, "who", "N") == [{"N": 1, "a": rows[0], "b": rows[2]}, {"N": 2, "a": rows[1]}]
 
 
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
     import plots
 
-    row = {"provider": "ours", "N": 4, "d": 8, "T": 2, "median_ms": 1.0, "copies": 2.0, "error": 1e-7}
-    row |= {"fixed": "", "loss error": 1e-7, "gradient error": 2e-7}
-    row |= {"N, T, d": "4, 2, 8", "of product": 0.1, "flop_per_byte": 3.0}
-    machine = {"device": "cpu", "cuda": None, "copy_gb_per_s": 10.0, "product_tflop_per_s": {"fp32": 0.1}}
-    file = tmp_path / "made-cpu.json"
-    file.write_text(json.dumps({**machine, "rows": [row | {"sweep": size} for size in "NdT"]}))
-    for name, files in (("accuracy", [file]), ("scaling", file), ("roofline", [file])):
-        getattr(plots, name)(files, tmp_path / "out" / f"{name}.png")
-        assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    row = {"provider": "ours", "N": 4, "d": 8, "T": 2, "copies": 2.0, "error": 1e-7}
+    rows = [row | {"sweep": size, size: value} for size in "NdT" for value in (4, 16)]
+    (tmp_path / "made-cpu.json").write_text(json.dumps({"rows": rows}))
+    out = tmp_path / "out" / "made.png"
+    plots.sweeps(tmp_path / "made-cpu.json", {"memory": "copies", "error": "error"}, out)
+    assert out.read_bytes().startswith(b"\x89PNG")
 
 
 def test_inputs_rotate():
@@ -304,6 +276,18 @@ def test_regions_take_turns_there_and_back():
     assert len(timing.take_turns(host, regions, 9.0, fewest=2, most=5)["a"]) == 5
 
 
+def test_times_are_put_into_rows():
+    now = 0.0
+
+    def passing() -> None:
+        nonlocal now
+        now += 2.0
+
+    (row,) = timing.timed(Host(lambda: now), {"a": passing}, seconds=0.0, fewest=3, most=5).values()
+    assert row.pop("_busy_elsewhere") >= 0
+    assert row == {"_median_ms": 2.0, "_iqr_ms": 0.0, "_rounds": 3}
+
+
 def test_spread():
     assert timing.spread([4.0, 1.0, 2.0, 3.0, 5.0]) == (3.0, 1.0, 3.0)
     assert timing.spread([2.0]) == (2.0, 2.0, 0.0)
@@ -325,7 +309,7 @@ def test_precision_is_set_and_restored(name):
 
 
 def test_ceilings():
-    found = timing.ceilings(Host(), copied=1 << 10, side=8)
+    found = timing.ceilings(Host())
     assert found.copy > 0
     assert set(found.products) == set(timing.PRECISIONS)
 
