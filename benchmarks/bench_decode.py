@@ -35,18 +35,12 @@ pytest.importorskip("av", reason="the extra video is not installed")
 
 
 @pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("videos")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Source]:
+    folder, starts = tmp_path_factory.mktemp("videos"), torch.arange(FRAMES - WINDOW + 1)
     paths = [folder / f"video_{i:05d}.mp4" for i in range(VIDEOS)]
     for number, path in enumerate(paths):
         generate(path, number)
-    return paths
-
-
-@pytest.fixture(scope="module")
-def sources(videos: list[Path]) -> list[Source]:
-    starts = torch.arange(FRAMES - WINDOW + 1)
-    return [Source(path, path.name, FRAMES, starts, torch.zeros(len(starts))) for path in videos]
+    return [Source(path, path.name, FRAMES, starts, torch.zeros(len(starts))) for path in paths]
 
 
 def generate(path: Path, seed: int) -> None:
@@ -80,11 +74,11 @@ assert {*DIRECT_CALLS, "dali"} == {*BACKENDS}, "a backend that nothing measures"
 
 
 @pytest.mark.parametrize("backend", DIRECT_CALLS)
-def test_backend(backend: str, videos: list[Path], full: bool, benchmark: Any, report: Any) -> None:
+def test_backend(backend: str, sources: list[Source], full: bool, benchmark: Any, report: Any) -> None:
     pytest.importorskip(backend)
     chosen = random.Random(0)
     starts = [chosen.randrange(FRAMES - WINDOW + 1) for _ in range(4)]
-    asked = [(chosen.choice(videos), range(start, start + WINDOW)) for start in starts]
+    asked = [(chosen.choice(sources).path, range(start, start + WINDOW)) for start in starts]
     functions = {
         "ours": lambda: [open_video(path, backend).frames(frames) for path, frames in asked],
         "directly": lambda: [DIRECT_CALLS[backend](path, frames) for path, frames in asked],

@@ -141,7 +141,11 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
 
     def infer(x: Tensor, y: Tensor) -> Tensor:
         """z*, without the package's operators."""
-        h_x, h_y = (encode_frozen(model, part) for part in (x, y))
+        buffers = {
+            name: buffer.clone() for name, buffer in model.encoder.named_buffers()
+        }  # the statistics stay as they are
+        with torch.no_grad():
+            h_x, h_y = (torch.func.functional_call(model.encoder, buffers, (part,)) for part in (x, y))
         with patch.object(native, "MISSING", "not wanted here"):
             return search.infer(
                 lambda z: reference.energy_per_sample(model.predictor(h_x, z), h_y),
@@ -167,16 +171,6 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
         return loss.detach()
 
     return step
-
-
-@torch.no_grad()
-def encode_frozen(model: Any, frames: Tensor) -> Tensor:
-    """In training mode, as the update will see it; the running statistics stay as they were."""
-    kept = {name: buffer.clone() for name, buffer in model.encoder.named_buffers()}
-    h = model.encoder(frames)
-    for name, buffer in model.encoder.named_buffers():
-        buffer.copy_(kept[name])
-    return h
 
 
 def steps_of(

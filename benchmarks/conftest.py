@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")  # most ask only if it is disabled
+    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
     config.stash[ROWS], config.stash[EXPECTED] = {}, {}
     config.stash[MACHINE] = _machine(config)  # now, since the file that this run writes is no change of the code
 

@@ -8,8 +8,8 @@ the columns below, not the page. A test fails where page and file differ.
 
 import json
 import re
-import statistics
 from collections.abc import Callable, Sequence
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ DOCS = ROOT / "docs" / "results"
 Row = dict[str, Any]
 Cell = Callable[[Row], str]
 Column = tuple[str, Cell]  # (title, makes the cell of a row)
-Part = Callable[[str], str]  # makes a part of a page, given the way from the page's folder up to the root, as "../"
+Part = Callable[[Path], str]  # makes a part of a page, given the page's folder
 
 
 # -- Rows to Markdown -----------------------------------------------------------------------------------------------
@@ -60,11 +60,11 @@ def pivot(rows: Sequence[Row], column: str, *keys: str) -> list[Row]:
 def benchmark(name: str, columns: Sequence[Column], select: Callable[[list[Row]], list[Row]] = list) -> Part:
     """The table of benchmarks/results/{name}-cpu.json, and a line with the machine, commit, command and file."""
 
-    def make(up: str) -> str:
-        file = f"benchmarks/results/{name}-cpu.json"
-        results = json.loads((ROOT / file).read_text())
+    def make(folder: Path) -> str:
+        file = RESULTS / f"{name}-cpu.json"
+        results = json.loads(file.read_text())
         machine = f"{results['processor']}, {results['threads']} threads, torch {results['torch']}"
-        made = f"commit {results['commit'][:10]}: `{results['command']}`, [{name}-cpu.json]({up}{file})"
+        made = f"commit {results['commit'][:10]}: `{results['command']}`, [{file.name}]({relpath(file, folder)})"
         return f"{table(select(results['rows']), columns)}\n\nOne run on {machine}, {made}."
 
     return make
@@ -73,23 +73,17 @@ def benchmark(name: str, columns: Sequence[Column], select: Callable[[list[Row]]
 SHAPE = ("(N, T, d)", show("N, T, d", form="({})"))
 
 # The shapes that the README shows: the paper's and small ones. docs/benchmarks.md has all.
-SHOWN = ("160, 100, 2048", "256, 26, 2048", "256, 26, 1024", "256, 15, 512", "256, 15, 256", "128, 9, 256")
-SHOWN += ("64, 8, 128", "32, 4, 64", "4096, 1, 64", "16384, 1, 64")
+SHOWN = ["160, 100, 2048", "256, 26, 2048", "256, 26, 1024", "256, 15, 512", "256, 15, 256", "128, 9, 256"]
+SHOWN += ["64, 8, 128", "32, 4, 64", "4096, 1, 64", "16384, 1, 64"]
 
 
 def by_shape(rows: list[Row]) -> list[Row]:
-    """A row for each shape, with {provider: row}, "compiled" (the compiled reference's time over ours) and "spread"."""
+    """A row {provider: row} for each shape. "compiled" is the compiled reference's time over ours, if it was timed."""
     shapes = pivot(rows, "provider", "N, T, d")
     for shape in shapes:
-        ours, compiled = shape["ours"], shape["compiled reference"].get("median_ms")
-        shape["compiled"] = compiled and compiled / ours["median_ms"]
-        shape["spread"] = ours["iqr_ms"] / ours["median_ms"]
-    return shapes
-
-
-def shown(rows: list[Row]) -> list[Row]:
-    shapes = {row["N, T, d"]: row for row in by_shape(rows)}
-    return [shapes[shape] for shape in SHOWN]
+        compiled = shape["compiled reference"].get("median_ms")
+        shape["compiled"] = compiled and compiled / shape["ours"]["median_ms"]
+    return sorted(shapes, key=lambda shape: -shape["ours"]["x eager"])
 
 
 def goal(row: Row) -> str:
@@ -105,13 +99,8 @@ LOSSES = [
     ("goal, vs eager", goal),
     ("vs reference, compiled", show("compiled", form="{:.1f}x")),
     ("vs best plain PyTorch", show("ours", "x plain", form="{:.1f}x")),
-    ("peak extra memory", show("ours", "copies", form="{:.1f} copies of h")),
-]
-MORE = [
     ("compiled, vs best plain", show("ours compiled", "x plain", form="{:.1f}x")),
-    ("spread", show("spread", form="{:.0%}")),
-    ("of copy", show("ours", "of copy", form="{:.0%}")),
-    ("of product", show("ours", "of product", form="{:.0%}")),
+    ("peak extra memory", show("ours", "copies", form="{:.1f} copies of h")),
 ]
 TRAINING = [
     *((title, show(title)) for title in ("preset", "latent", "provider")),
@@ -163,57 +152,29 @@ DISTRIBUTED = [
 ]
 
 
-# -- The paper's tables, and the study ------------------------------------------------------------------------------
-
-
-def made_on(name: str, up: str) -> str:
-    machine = json.loads((DOCS / f"{name}.json").read_text())["machine"]
-    where = f"{machine['name']}, torch {machine['torch']}, commit {machine['commit']}"
-    return f"Made on {where}: [{name}.json]({up}docs/results/{name}.json)."
+# -- The paper's tables ---------------------------------------------------------------------------------------------
 
 
 def paper(name: str, made: bool = False) -> Part:
     """docs/results/{name}.md without its title; `made` adds a line with the machine and the commit."""
 
-    def make(up: str) -> str:
+    def make(folder: Path) -> str:
         text = (DOCS / f"{name}.md").read_text().split("\n", 2)[2].strip()
-        return f"{text}\n{made_on(name, up)}" if made else text
+        if not made:
+            return text
+        file = DOCS / f"{name}.json"
+        machine = json.loads(file.read_text())["machine"]
+        where = f"{machine['name']}, torch {machine['torch']}, commit {machine['commit']}"
+        return f"{text}\nMade on {where}: [{file.name}]({relpath(file, folder)})."
 
     return make
-
-
-STUDY = "study-moving-mnist-mini"
-MODELS = {"VJ-VCR": "vj-vcr", "gen.": "generative"}
-PROBES = {"Adam": "speed_mse", "std.": "speed_mse_standardised", "l. sq.": "speed_mse_least_squares"}
-
-
-def seeds(model: str, key: str) -> Cell:
-    """The mean of the seeds, and their range."""
-
-    def cell(row: Row) -> str:
-        values = [evaluation[key] for evaluation in row[model]]
-        return f"{statistics.mean(values):.3f} ({min(values):.2f}-{max(values):.2f})"
-
-    return cell
-
-
-def study(up: str) -> str:
-    """The speed MSE of both models by three probes, a line for each setting of docs/studies/settings.yaml."""
-    rows: dict[str, Row] = {}
-    for name, found in json.loads((DOCS / f"{STUDY}.json").read_text())["settings"].items():
-        setting, model = name.rsplit(", row=", 1)
-        rows.setdefault(setting, {"setting": setting})[model] = found["evaluations"]
-    columns = [("setting", show("setting"))]
-    columns += [(f"{title}: {how}", seeds(m, key)) for title, m in MODELS.items() for how, key in PROBES.items()]
-    columns += [("predicting the mean", seeds("generative", "speed_mse_of_the_mean"))]
-    return f"{table([*rows.values()], columns)}\n\n{made_on(STUDY, up)}"
 
 
 # -- Pages ----------------------------------------------------------------------------------------------------------
 
 PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "README.md": {
-        "losses": benchmark("losses", LOSSES, shown),
+        "losses": benchmark("losses", LOSSES, lambda rows: by_shape([row for row in rows if row["N, T, d"] in SHOWN])),
         "table1": paper("table1-moving-mnist-mini"),
         "table2": paper("table2-moving-mnist-stochastic-mini"),
         "table1-clevrer": paper("table1-clevrer-mini"),
@@ -226,10 +187,10 @@ PAGES: dict[Path, dict[str, Part]] = {
         "table1": paper("table1-moving-mnist-mini", made=True),
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
         "table2-fista": paper("table2-fista-moving-mnist-stochastic-mini", made=True),
-        "study": study,
+        "study": paper("study-moving-mnist-mini", made=True),
     },
     ROOT / "docs" / "benchmarks.md": {
-        "losses": benchmark("losses", [*LOSSES, *MORE], by_shape),
+        "losses": benchmark("losses", LOSSES, by_shape),
         "training": benchmark("training", TRAINING, lambda rows: [r for r in rows if "ours" in r["provider"]]),
         "parts": benchmark("training", PARTS, lambda rows: [r for r in rows if r["provider"] == "parts"]),
         "latents": benchmark("latents", LATENTS),
@@ -241,12 +202,11 @@ PAGES: dict[Path, dict[str, Part]] = {
 
 def rendered(text: str, page: Path) -> str:
     """The page's text with all its parts made anew. Raises ValueError if the markers of one are missing."""
-    up = "../" * (len(page.relative_to(ROOT).parts) - 1)
     for name, part in PAGES[page].items():
         pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
         if not pattern.search(text):
             raise ValueError(f"{page.name}: no '<!-- {name} -->' ... '<!-- /{name} -->'")
-        made = f"\n{part(up)}\n\n"
+        made = f"\n{part(page.parent)}\n\n"
         text = pattern.sub(lambda found, made=made: found[1] + made + found[2], text)
     return text
 

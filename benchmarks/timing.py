@@ -8,6 +8,7 @@ while the GPU does that, the host queues the replay.
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import statistics
@@ -147,12 +148,10 @@ class Rotating:
     """Calls function(inputs) with the next of `sets` each time, from number `first` on: more than the cache holds."""
 
     def __init__(self, function: Callable[[Any], Any], sets: Sequence[Any], first: int = 0) -> None:
-        self.function, self.sets, self.next = function, sets, first
+        self.function, self.inputs = function, itertools.cycle([*sets[first:], *sets[:first]])
 
     def __call__(self) -> Any:
-        inputs = self.sets[self.next % len(self.sets)]
-        self.next += 1
-        return self.function(inputs)
+        return self.function(next(self.inputs))
 
 
 def take_turns(

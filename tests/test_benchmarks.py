@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bench_losses_cuda  # noqa: E402
 import check_gpu  # noqa: E402
+import compare as compare_commits  # noqa: E402
 import providers  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
@@ -126,8 +127,8 @@ def test_one_slower_row_misses_the_target_of_all():
 
 def test_every_target_belongs_to_a_case_that_is_timed():
     timed = {str(case) for case in bench_losses_cuda.TARGETED}
-    assert {target.shape for target in records.TARGETS} <= timed
-    assert {precision for target in records.TARGETS for precision in target.precisions} == set(timing.PRECISIONS)
+    assert {shape for shape, *_ in records.TARGETS} <= timed
+    assert {precision for _, precisions, *_ in records.TARGETS for precision in precisions} == set(timing.PRECISIONS)
     assert set(got([])) == {record["target"] for record in records.judged([])}, "no two have the same name"
     assert all(met is None for _, _, met in got([]).values())
 
@@ -405,6 +406,51 @@ def test_on_a_gpu(name):
     rows, wrong = compare(Case(64, (4, 3), 128), name, device)
     assert wrong == []
     assert all(row["us"] > 0 and row["copies"] > 0 and "note" not in row for row in rows)
+
+
+# -- Two commits ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_trees_that_are_compared(tmp_path, monkeypatch):
+    """A commit's, and the working tree's with its changes, which stays as it is."""
+    root, file = tmp_path / "root", tmp_path / "root" / "file"
+    (root / "vjvcr_fast").mkdir(parents=True)
+    (root / "kernels").mkdir()
+    for made in (file, root / "vjvcr_fast" / "a.py", root / "kernels" / "gram.py"):
+        made.write_text("before")
+    for arguments in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qm", "c"]):
+        subprocess.run(["git", *arguments], cwd=root, check=True)
+    monkeypatch.setattr(compare_commits, "ROOT", root)
+    clean = compare_commits.checked_out(".", tmp_path / "clean", build=False)
+    file.write_text("after")
+    changed = compare_commits.checked_out(".", tmp_path / "changed", build=False)
+    committed = compare_commits.checked_out("HEAD", tmp_path / "committed", build=False)
+    assert [(tree / "file").read_text() for tree in (clean, changed, committed, root)] == [
+        "before",
+        "after",
+        "before",
+        "after",
+    ]
+    assert (changed / "vjvcr_fast" / "kernels" / "gram.py").exists()
+    with pytest.raises(SystemExit, match="no-such"):
+        compare_commits.checked_out("no-such", tmp_path / "none", build=False)
+
+
+def test_cases_that_a_tree_does_not_have_are_left_out(monkeypatch, tmp_path):
+    """Of the others the second tree's times are put over the first's; the trees take turns, there and back."""
+    trees, order = [tmp_path / "before", tmp_path / "after"], []
+
+    def said(command, folder, **options):
+        order.append(folder.name)
+        times = {"MovingMNIST": 1.0 + 0.1 * len(order)} | ({"sparse latent": 1.0} if folder.name == "after" else {})
+        return f"warning\n{json.dumps(times)}".encode()
+
+    monkeypatch.setattr(compare_commits, "said", said)
+    ((case, least, median, noise),) = compare_commits.compare(trees, rounds=2)
+    assert order == ["before", "after", "after", "before"]
+    assert case == "MovingMNIST"
+    assert (least, median, noise) == pytest.approx((1.2 / 1.1, 1.25 / 1.25, 1.4 / 1.1))
 
 
 # -- Commands -------------------------------------------------------------------------------------------------------
