@@ -112,10 +112,8 @@ def ours(config: Config, videos: Any, device: torch.device, compile: str, weight
 
 def begun(config: Config, videos: Any, device: torch.device) -> dict[str, Tensor]:
     """The weights of a model after BEGUN steps."""
-    step, batches = (
-        Step(override(config, {"train.compile": "off"}), Processes(device)),
-        videos.batches(1_000, config.train.batch),
-    )
+    step = Step(override(config, {"train.compile": "off"}), Processes(device))
+    batches = videos.batches(1_000, config.train.batch)
     for _ in range(BEGUN):
         step(next(batches))
     return step.model.state_dict()
@@ -140,10 +138,8 @@ def plain(config: Config, videos: Any, device: torch.device, compiled: bool, wei
         return reference.energy_vjvcr(h_x.float(), h_y.float(), predicted, model.alpha, model.beta)
 
     def infer(x: Tensor, y: Tensor) -> Tensor:
-        """z*, without the package's operators."""
-        buffers = {
-            name: buffer.clone() for name, buffer in model.encoder.named_buffers()
-        }  # the statistics stay as they are
+        """z* in plain torch, from the representations that the update will see. The running statistics stay."""
+        buffers = {name: buffer.clone() for name, buffer in model.encoder.named_buffers()}
         with torch.no_grad():
             h_x, h_y = (torch.func.functional_call(model.encoder, buffers, (part,)) for part in (x, y))
         with patch.object(native, "MISSING", "not wanted here"):

@@ -53,7 +53,7 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def device() -> timing.Device:
-    return timing.Cuda() if torch.cuda.is_available() else timing.Host()
+    return timing.current()
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +63,9 @@ def machine(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def ceilings(machine: dict[str, Any], device: timing.Device) -> timing.Ceilings:
+def ceilings(machine: dict[str, Any]) -> timing.Ceilings:
     """The rates of this machine, measured once. They go to the files, too."""
-    found = timing.ceilings(device)
+    found = timing.ceilings(timing.current())
     machine["copy_gb_per_s"] = records.rounded(found.copy / 1e9)
     machine["product_tflop_per_s"] = {name: records.rounded(rate / 1e12) for name, rate in found.products.items()}
     return found

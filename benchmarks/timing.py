@@ -105,6 +105,10 @@ class Host:
 Device = Cuda | Host
 
 
+def current() -> Device:
+    return Cuda() if torch.cuda.is_available() else Host()
+
+
 class BusyElsewhere:
     """The share of the machine that other processes have used since this was made. Our children count as ours."""
 
