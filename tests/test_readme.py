@@ -1,4 +1,4 @@
-"""The README's code runs, its two ways agree, and the tables of all pages are those of the committed files."""
+"""The code of the README and of docs/videos.md runs, its two ways agree, and the tables of all pages are those of the committed files."""
 
 import json
 import re
@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import report  # noqa: E402
 
 
-def blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def blocks(page: str = "README.md") -> list[str]:
+    """The Python code of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 def test_latents() -> None:
@@ -47,7 +48,7 @@ def test_videos(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clevrer_files.write(tmp_path / "data", "train", 0, frames=60)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for block in blocks()[3:5]:
+    for block in blocks("docs/videos.md"):
         exec(block, names)
     assert names["frames"].shape == (26, 3, 64, 64)
     assert names["batch"].frames.shape == (4, 26, 3, 64, 64)
