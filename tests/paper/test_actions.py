@@ -17,6 +17,7 @@ from vjvcr_fast.data.cater import CLASSES
 from vjvcr_fast.evaluation.metrics import average_precision, mean_average_precision
 from vjvcr_fast.paper import actions as module
 from vjvcr_fast.paper import figures
+from vjvcr_fast.paper.latent_probes import actions_probe, spectrum
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.latents import Latents
@@ -168,16 +169,16 @@ def test_a_probe_reads_what_is_there() -> None:
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(400, 28, generator=generator)
     label = z[:, :14] > 0.7
-    scores = module.probe(z[:300], label[:300], z[300:], config)
+    scores = actions_probe(z[:300], label[:300], z[300:], config)
     assert scores.shape == (100, 14)
     assert mean_average_precision(scores, label[300:])[0] > 0.95
     other = torch.rand(400, 28, generator=generator)
-    assert mean_average_precision(module.probe(other[:300], label[:300], other[300:], config), label[300:])[0] < 0.5
+    assert mean_average_precision(actions_probe(other[:300], label[:300], other[300:], config), label[300:])[0] < 0.5
 
 
 def test_the_spectrum_is_that_of_the_rows(config: Config) -> None:
     model, held_out = build_model(config, CPU).eval(), videos(config, 1)
-    found = module.spectrum(model, held_out, config)
+    found = spectrum(model, held_out, config)
     x, y = split_frames(held_out.batch(0, len(held_out)), config)
     with torch.no_grad():
         rows = torch.cat([model.encoder(x).flatten(0, 1), model.encode_targets(y).flatten(0, 1)])

@@ -64,7 +64,7 @@ def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 
 def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = Part("Broken", "table1", "moving-mnist", "broken", "table1.md", ())
+    broken = Part("Broken", "table1", "moving-mnist", "broken", ())
     monkeypatch.setattr(everything, "PARTS", (broken, LACKING[0]))
     monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ReproduceError, match="1 of 2 parts failed"):

@@ -50,8 +50,8 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     started: list[str] = []
 
     def start(job: Job, at_once: int) -> forked.Started:
-        started.append(job.name)
-        wrong = ("--data.root", "/there/is/none") if job.name == RUNS[1] else ()
+        started.append(job.run.name)
+        wrong = ("--data.root", "/there/is/none") if job.run.name == RUNS[1] else ()
         return forked.Started((*job.arguments, *wrong), job.log)
 
     with monkeypatch.context() as patch:
@@ -82,7 +82,7 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_a_process_of_a_run(tmp_path: Path) -> None:
     """In a session of its own, with its share of the cores; what it says is in its log."""
-    job = Job("it", tmp_path, 1, ("info",), tmp_path / "new" / "run.log")
+    job = Job(tmp_path, 1, ("info",), tmp_path / "new" / "run.log")
     process = side_by_side._start(job, 1000)
     assert os.getsid(process.pid) == process.pid
     assert process.wait(60) == 0

@@ -13,16 +13,15 @@ from torch import Tensor
 
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
 from vjvcr_fast.evaluation import evaluate
-from vjvcr_fast.paper import codes as latents
-from vjvcr_fast.paper import figures, side_by_side, table2
-from vjvcr_fast.paper import table1 as paper
-from vjvcr_fast.paper.codes import (
+from vjvcr_fast.paper import figures, latent_probes, side_by_side, table2
+from vjvcr_fast.paper.latent_probes import (
     adam_classifier,
     chance,
     converged_classifier,
     evaluate_latents,
     extract_codes,
 )
+from vjvcr_fast.paper.pages import spread
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_data, build_model, build_videos
 from vjvcr_fast.training.checkpoint import CheckpointError
@@ -140,7 +139,7 @@ def test_evaluation(tmp_path: Path, tiny_stochastic: Config, name: str, monkeypa
         assert result["weight"] == checkpoint.load(tmp_path / "best.pt")["latent_weight"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(latents, "extract_codes", fail)
+        patch.setattr(latent_probes, "extract_codes", fail)
         assert evaluate_latents(tmp_path) == result
     again = evaluate_latents(tmp_path, override(config, {"evaluate.probe_epochs": 2}))
     assert name == "none" or len(again["direction_accuracy_by_epoch"]) == 2
@@ -189,16 +188,16 @@ def test_table2_and_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch
         )
         assert ours["direction_accuracy"] == [run["direction_accuracy"] for run in runs]
         assert cells[0] == table2.title(tiny_stochastic, name)
-        assert cells[1] == paper.spread([100 * a for a in ours["direction_accuracy"]], 1) + "%"
+        assert cells[1] == spread([100 * a for a in ours["direction_accuracy"]], 1) + "%"
         assert cells[2] == f"{theirs[0]:.1%}"
-        assert cells[4] == paper.spread([100 * a for a in ours["digit_accuracy"]], 1) + "%"
+        assert cells[4] == spread([100 * a for a in ours["digit_accuracy"]], 1) + "%"
         assert cells[5] == f"{theirs[1]:.1%}"
     assert lines[3].startswith("| no latent: chance |")
     for said in ("blobs: 40 digits", "seeds 0, 3: mean ± standard deviation", "12 steps of 8", "calibrated"):
         assert said in text
 
     monkeypatch.setattr(side_by_side, "train", fail)
-    monkeypatch.setattr(latents, "extract_codes", fail)
+    monkeypatch.setattr(latent_probes, "extract_codes", fail)
     assert table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)) == text
     check_figure3(tmp_path, tiny_stochastic, monkeypatch)
 

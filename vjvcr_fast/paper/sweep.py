@@ -1,22 +1,24 @@
-"""`vjvcr-fast sweep FILE.yaml`: settings of one preset beside each other, several seeds each, in one table.
+"""`vjvcr-fast sweep FILE.yaml`: compares settings of one preset, with several seeds each, in one table.
 
 The file:
 
     preset: moving-mnist-mini        # or  config: FILE, the config.json of a run
-    set: {data.split: development}   # of every entry
-    list:                            # settings by name, each a change to that
+    set: {data.split: development}   # changes for every entry
+    list:                            # named settings, each with its own changes
       as it is: {}
       wider: {model.channels: [32, 64, 128]}
-    grid:                            # every combination, of every setting of the list
+    grid:                            # all combinations of these values, for each setting of the list
       model.row: [vj-vcr, generative]
       train.lr: [1e-3, 2e-3]
     seeds: [0, 1]                    # default: 0
-    measure: [speed_mse, psnr]       # default: all that is known of DEFAULT
+    measure: [speed_mse, psnr]       # columns of the table; default: those of DEFAULT that were measured
 
-An entry is a setting with a seed: a run's folder, trained and evaluated, which goes on where it was stopped. Entries
-are numbered from 0; any of them can be run alone (`--entry`), also by torchrun, on a machine that sees the same folder.
+An entry is one setting with one seed, and has a run's folder. It is trained and evaluated like any run, and goes on
+where it was stopped. Entries are numbered from 0. `--entry N` runs one of them, also under torchrun and on any machine
+that sees the same folder.
 """
 
+import contextlib
 import itertools
 import json
 import re
@@ -27,53 +29,25 @@ from typing import Any, NamedTuple
 from vjvcr_fast.config import Config, ConfigError, override, parse, preset
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.paper import SweepError, figures
-from vjvcr_fast.paper.actions import ACTIONS
-from vjvcr_fast.paper.side_by_side import (
-    Evaluation,
-    Job,
-    finish_run,
-    is_finished,
-    processes_for,
-    run_jobs,
-    train_run,
-)
-from vjvcr_fast.paper.table1 import TABLE1, about, machine, named_seeds, spread
-from vjvcr_fast.paper.table2 import TABLE2
-from vjvcr_fast.training.build import fill_cache
-from vjvcr_fast.training.checkpoint import read_metrics
-from vjvcr_fast.training.processes import launched, speaks
+from vjvcr_fast.paper.latent_probes import ACTIONS, TABLE2
+from vjvcr_fast.paper.pages import about, machine, named_seeds, spread, table_head, table_row
+from vjvcr_fast.paper.side_by_side import Evaluation, Job, finished, prepare, processes_for, run_jobs, train_run
+from vjvcr_fast.paper.table1 import COLUMNS, TABLE1
+from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
+from vjvcr_fast.training.processes import speaks
 
 SWEEP_FILES = ("sweep.md", "sweep.json", "sweep.png", "curves.png")
 KEYS = ("preset", "config", "set", "list", "grid", "seeds", "measure")
-DEFAULT = {
-    "speed_mse": 3,
-    "speed_mse_standardised": 3,
-    "speed_mse_least_squares": 3,
-    "psnr": 1,
-    "rank_me": 1,
-    "direction_accuracy": 3,
-    "digit_accuracy": 3,
-    "map": 1,
-}  # and the digits to show after the point
-# What `measure` may name besides.
-OTHERS = (
-    "speed_mse_of_the_mean",
-    "psnr_of_black",
-    "psnr_of_last_frame",
-    "feature_std",
-    "explained",
-    "zeros",
-    "direction_accuracy_converged",
-    "digit_accuracy_converged",
-    "step",
-    "train_seconds",
-    "evaluate_seconds",
-)
-CURVES = 10  # settings whose learning curves fit one figure
+# The columns of the table, with digits after the point, and what else `measure` may name.
+DEFAULT = {name: digits for name, (_, digits) in COLUMNS.items()}
+DEFAULT |= {"direction_accuracy": 3, "digit_accuracy": 3, "map": 1}
+OTHERS = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "explained", "zeros")
+OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged", "step", "train_seconds", "evaluate_seconds")
+CURVES = 10  # at most so many settings have their learning curves drawn
 
 
 class Entry(NamedTuple):
-    """setting: its name. changes: to `Sweep.base`, dotted. config: with the seed."""
+    """One run. setting: its name. changes: {dotted field: value}, made to `Sweep.base`. config: the run's own."""
 
     setting: str
     changes: dict[str, Any]
@@ -82,26 +56,33 @@ class Entry(NamedTuple):
 
     @property
     def folder(self) -> str:
-        return f"{slug(self.setting)}-seed{self.seed}"
+        """The setting's name without characters that a file name should not have, and the seed."""
+        name = re.sub(r"[^A-Za-z0-9.]+", "-", self.setting).strip("-.") or "setting"
+        return f"{name}-seed{self.seed}"
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return evaluation_of(self.config)
 
 
 class Sweep(NamedTuple):
-    """A file, read and checked."""
+    """What a sweep's file says. settings: name -> entries, one per seed, in the file's order."""
 
     base: Config
-    entries: list[Entry]
+    settings: dict[str, list[Entry]]
     seeds: tuple[int, ...]
     measure: tuple[str, ...]
 
     @property
-    def settings(self) -> dict[str, list[Entry]]:
-        """Name -> an entry for each seed, in the file's order."""
-        names = dict.fromkeys(entry.setting for entry in self.entries)
-        return {name: [entry for entry in self.entries if entry.setting == name] for name in names}
+    def entries(self) -> list[Entry]:
+        return [entry for entries in self.settings.values() for entry in entries]
 
 
 def read(file: Path) -> Sweep:
-    """A sweep's file. Raises ConfigError, naming file and entry, for one that is not; ImportError without PyYAML."""
+    """Reads and checks a sweep's file.
+
+    Raises ConfigError, which names the file and the entry, if something in it is wrong; ImportError without PyYAML.
+    """
     try:
         import yaml
     except ImportError:
@@ -111,12 +92,12 @@ def read(file: Path) -> Sweep:
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: not a readable YAML file: {one_line(' '.join(str(error).split()))}") from None
     try:
-        return _sweep(_mapping("the file", content), file)
+        return _sweep(_mapping("the file", content), file.parent)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
 
 
-def _sweep(content: dict[str, Any], file: Path) -> Sweep:
+def _sweep(content: dict[str, Any], folder: Path) -> Sweep:
     unknown = [key for key in content if key not in KEYS]
     if unknown:
         raise ConfigError(f"{one_line(unknown[0])}: no such key; keys are {', '.join(KEYS)}")
@@ -125,7 +106,7 @@ def _sweep(content: dict[str, Any], file: Path) -> Sweep:
     if "preset" in content:
         base = preset(parse("preset", str, content["preset"]))
     else:
-        base = Config.load(file.parent / parse("config", str, content["config"]))
+        base = Config.load(folder / parse("config", str, content["config"]))
     base = override(base, _mapping("set", content.get("set")))
     listed = _mapping("list", content.get("list")) or {"": {}}
     grid = {name: _list(name, values) for name, values in _mapping("grid", content.get("grid")).items()}
@@ -134,89 +115,90 @@ def _sweep(content: dict[str, Any], file: Path) -> Sweep:
     wrong = [name for name in measure if name not in (*DEFAULT, *OTHERS)]
     if wrong:
         raise ConfigError(f"measure: {one_line(wrong[0])}: must be one of {', '.join((*DEFAULT, *OTHERS))}")
-    entries = []
-    for name, changes in listed.items():
-        for values in itertools.product(*grid.values()):
-            combination = dict(zip(grid, values, strict=True))
-            changed = {**_mapping(f"list: {name}", changes), **combination}
-            shown = [f"{key.split('.')[-1]}={_text(value)}" for key, value in combination.items()]
-            setting = ", ".join([*([str(name)] if name != "" else []), *shown]) or "as it is"
+    sweep = Sweep(base, {}, seeds, measure)
+    for (name, changes), values in itertools.product(listed.items(), itertools.product(*grid.values())):
+        combination = dict(zip(grid, values, strict=True))
+        changed = _mapping(f"list: {name}", changes) | combination
+        shown = [f"{key.split('.')[-1]}={_text(value)}" for key, value in combination.items()]
+        setting = ", ".join([*([name] if name else []), *shown]) or "as it is"
+        for seed in seeds:
             try:
-                configs = [override(base, {**changed, "train.seed": seed}) for seed in seeds]
+                config = override(base, {**changed, "train.seed": seed})
             except ConfigError as error:
                 raise ConfigError(f"{setting}: {error}") from None
-            entries += [Entry(setting, changed, seed, c) for seed, c in zip(seeds, configs, strict=True)]
-    folders = [entry.folder for entry in entries]
+            sweep.settings.setdefault(setting, []).append(Entry(setting, changed, seed, config))
+    folders = [entry.folder for entry in sweep.entries]
     twice = next((folder for folder in folders if folders.count(folder) > 1), None)
     if twice:
         raise ConfigError(f"two entries have the folder {twice}: names and seeds must differ")
-    return Sweep(base, entries, seeds, measure)
+    return sweep
 
 
 def run_entry(sweep: Sweep, number: int, out: Path) -> dict[str, Any] | None:
-    """Trains what is missing of an entry and evaluates it; returns its evaluation, None where another process does.
+    """Trains what is missing of an entry and evaluates it; returns the evaluation.
 
-    Raises: ConfigError for a number that is not there; as `finish_run`.
+    Under torchrun all processes train together. The first one evaluates, the others return None.
+
+    Raises ConfigError if there is no such entry; else as `side_by_side.finish_run`.
     """
     if not 0 <= number < len(sweep.entries):
         raise ConfigError(f"--entry={number}: must be between 0 and {len(sweep.entries) - 1}")
     entry = sweep.entries[number]
-    run = out / entry.folder
-    if launched() > 1:  # they train together, one evaluates
-        train_run(entry.config, run)
-        return evaluation_of(entry.config).measure(run, entry.config) if speaks() else None
-    return finish_run(entry.config, run, evaluation_of(entry.config))
+    train_run(entry.config, out / entry.folder)
+    return entry.evaluation.measure(out / entry.folder, entry.config) if speaks() else None
 
 
 def run_all(file: Path, out: Path, processes: str = "auto") -> str:
-    """Every entry of a sweep's file, `processes` side by side (`processes_for`); returns the table as Markdown.
+    """Runs every entry of a sweep's file and returns the table as Markdown.
 
-    Each process has its share of the cores. Writes SWEEP_FILES to `out` and, of every process, sweep.log to its run.
+    processes: how many entries run side by side, see `processes_for`. Writes SWEEP_FILES to `out`, and sweep.log, what
+    an entry printed, to the folder of each.
 
-    Raises: ConfigError; SweepError where entries failed, after all others and the summary of those; StopRequestedError
-    on SIGTERM or Ctrl-C, after the running ones have written their checkpoints; ImportError without matplotlib.
+    Raises:
+        ConfigError: if the file or `processes` is wrong.
+        SweepError: if entries failed. All others are finished and summarised first.
+        StopRequestedError: on SIGTERM or Ctrl-C, after the running entries have written their checkpoints.
+        ImportError: without matplotlib.
     """
-    figures.require_matplotlib()
     sweep = read(file)
     at_once = processes_for(processes, sweep.base)
-    if sweep.base.data.dataset != "moving-mnist" and sweep.base.data.cache != "off":
-        fill_cache(sweep.base)
-    jobs = [
-        _job(file, number, entry, out)
-        for number, entry in enumerate(sweep.entries)
-        if not is_finished(entry.config, out / entry.folder, evaluation_of(entry.config))
-    ]
-    failed = run_jobs(jobs, at_once, finished=lambda job, show: None)
+    prepare(sweep.base)
+    jobs = []
+    for number, entry in enumerate(sweep.entries):
+        run, arguments = out / entry.folder, ("sweep", str(file), "--out", str(out), "--entry", str(number))
+        with contextlib.suppress(ConfigError, CheckpointError):  # its own process will say what is wrong
+            if finished(entry.config, run, entry.evaluation):
+                continue
+        jobs.append(Job(run, entry.config.train.steps, arguments, run / "sweep.log"))
+    failed = run_jobs(jobs, at_once)
     text = summarise(sweep, out)
     if failed:
-        names = ", ".join(job.name for job in failed)
+        names = ", ".join(job.run.name for job in failed)
         raise SweepError(f"{len(failed)} of {len(sweep.entries)} entries failed, see sweep.log in {names}")
     return text
 
 
-def _job(file: Path, number: int, entry: Entry, out: Path) -> Job:
-    arguments = ("sweep", str(file), "--out", str(out), "--entry", str(number))
-    run = out / entry.folder
-    return Job(entry.folder, run, entry.config.train.steps, arguments, run / "sweep.log")
-
-
 def summarise(sweep: Sweep, out: Path) -> str:
-    """The table of the entries that are finished, as Markdown; writes SWEEP_FILES."""
+    """Returns the table of the entries that are finished, as Markdown; writes SWEEP_FILES to `out`."""
     found: dict[str, list[dict[str, Any]]] = {}
-    for setting, entries in sweep.settings.items():
-        files = [out / entry.folder / evaluation_of(entry.config).file for entry in entries]
-        found[setting] = [json.loads(file.read_text()) for file in files if file.exists()]
+    logs: dict[str, Path] = {}
+    for entry in sweep.entries:
+        file = out / entry.folder / entry.evaluation.file
+        evaluations = found.setdefault(entry.setting, [])
+        if file.exists():
+            evaluations.append(json.loads(file.read_text()))
+            logs.setdefault(entry.setting, out / entry.folder / "metrics.jsonl")
     done = [evaluation for evaluations in found.values() for evaluation in evaluations]
     measured = [name for name in sweep.measure if any(isinstance(e.get(name), float | int) for e in done)]
     columns = {name: {s: [e[name] for e in es if name in e] for s, es in found.items()} for name in measured}
-    lines = ["| setting | seeds | " + " | ".join(measured) + " |", "|" + " --- |" * (2 + len(measured))]
+    lines = table_head(["setting", "seeds", *measured])
     for setting, evaluations in found.items():
-        cells = (columns[name][setting] for name in measured)
-        shown = [spread(c, DEFAULT.get(n, 4)) if c else "" for n, c in zip(measured, cells, strict=True)]
-        lines.append(f"| {setting} | {len(evaluations)} of {len(sweep.seeds)} | {' | '.join(shown)} |")
-    note = (
-        f"{about(sweep.base)}; {named_seeds(sweep.seeds)}. Data: {done[0]['data']}." if done else "Nothing is finished."
-    )
+        values = {name: column[setting] for name, column in columns.items()}
+        cells = [spread(ours, DEFAULT.get(name, 4)) if ours else "" for name, ours in values.items()]
+        lines.append(table_row([setting, f"{len(evaluations)} of {len(sweep.seeds)}", *cells]))
+    note = "Nothing is finished."
+    if done:
+        note = f"{about(sweep.base)}; {named_seeds(sweep.seeds)}. Data: {done[0]['data']}."
     text = "\n".join([*lines, "", note]) + "\n"
     settings = {
         setting: {
@@ -229,25 +211,20 @@ def summarise(sweep: Sweep, out: Path) -> str:
     summary = {"config": sweep.base.to_dict(), "machine": machine(sweep.base), "settings": settings}
     write_atomic(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(out / "sweep.md", text)
+    if columns:
+        figures.settings(out / "sweep.png", columns)
     if done:
-        if columns:
-            figures.settings(out / "sweep.png", columns)
-        logs = {s: [out / entry.folder / "metrics.jsonl" for entry in es] for s, es in sweep.settings.items()}
-        first = {s: next(path for path in paths if path.exists()) for s, paths in logs.items() if found[s]}
-        figures.curves(out / "curves.png", {s: read_metrics(path) for s, path in [*first.items()][:CURVES]})
+        figures.curves(out / "curves.png", {s: read_metrics(log) for s, log in [*logs.items()][:CURVES]})
     return text
 
 
 def evaluation_of(config: Config) -> Evaluation:
-    """What evaluates a run of this config."""
-    # The z* of any videos has no classes to be told by; the rest is measured at it.
+    """How a run of this config is evaluated: by its latent, except for plain video folders.
+
+    Those have no labels that z* could be probed for, so their runs are measured like runs without a latent.
+    """
     kind = "none" if config.data.dataset == "folder" else config.latent.kind
     return {"none": TABLE1, "actions": ACTIONS}.get(kind, TABLE2)
-
-
-def slug(name: str) -> str:
-    """name as part of a file's: letters, digits, points and dashes."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.") or "setting"
 
 
 def _text(value: Any) -> str:

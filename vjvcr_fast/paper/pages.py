@@ -1,0 +1,150 @@
+"""What the pages of all tables and figures share: Markdown, JSON, and where the numbers were made."""
+
+import contextlib
+import functools
+import json
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import vjvcr_fast
+from vjvcr_fast import __version__
+from vjvcr_fast.config import PRESETS, Config, differences, resolve_device
+from vjvcr_fast.data.files import cores, write_atomic
+from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder
+from vjvcr_fast.paper import figures
+from vjvcr_fast.paper.side_by_side import Results, Table
+from vjvcr_fast.runs import load_run
+from vjvcr_fast.training.build import VideoSource, build_data, build_videos
+from vjvcr_fast.training.checkpoint import read_metrics
+from vjvcr_fast.training.latents import Latents
+
+
+def write_table(table: Table, name: str, title: str, lines: Sequence[str], notes: Sequence[str], **numbers: Any) -> str:
+    """Writes NAME.md and NAME.json to `table.out`; returns the Markdown.
+
+    lines: the Markdown table. notes: what a reader has to know; config, seeds and times are added. numbers: for the
+    JSON, after config, seeds and machine.
+    """
+    config, out, seeds, results = table
+    ran_on, found = machine(config), [evaluation for of_row in results.values() for evaluation in of_row]
+    train, evaluate = (sum(e[f"{what}_seconds"] for e in found) for what in ("train", "evaluate"))
+    cost = f"{train:.0f} s of training, {evaluate:.0f} s of evaluation"
+    notes = [f"{about(config)}; {named_seeds(seeds)}.", *notes, f"{len(found)} runs on {ran_on['name']}: {cost}."]
+    described = {"preset": config.preset, "config": config.to_dict(), "seeds": [*seeds], "machine": ran_on}
+    return write_page(out, name, title, lines, notes, described | numbers)
+
+
+def write_page(
+    out: Path, name: str, title: str, lines: Sequence[str], notes: Sequence[str], numbers: Any, indent: int | None = 1
+) -> str:
+    """Writes NAME.md (title, lines, notes) and NAME.json (numbers) to `out`; returns the Markdown."""
+    text = "\n".join([f"# {title}", "", *lines, "", *notes]) + "\n"
+    write_atomic(out / f"{name}.json", json.dumps(numbers, indent=indent) + "\n")
+    write_atomic(out / f"{name}.md", text)
+    return text
+
+
+def draw_curves(table: Table, file: str) -> None:
+    """Draws the learning curves of every row, first seed."""
+    metrics = {row: read_metrics(table.run(row) / "metrics.jsonl") for row in table.results}
+    figures.curves(table.out / file, metrics)
+
+
+def futures_of(run: Path, config: Config | None = None) -> tuple[Config, VideoSource, Callable[..., Tensor]]:
+    """A run's config, its validation videos, and a function that decodes its predictions: (x, y) -> future of x.
+
+    Trains a decoder on the frozen predictions if the model has none. config: as for `load_run`.
+    """
+    config, model = load_run(run, config)
+    training_data, validation_data = build_data(config)
+    videos = build_videos(config, validation_data, "validation", next(model.parameters()).device)
+    decoder = frozen_decoder(run, config, model, training_data)
+    return config, videos, functools.partial(decode, Latents(config, model), decoder)
+
+
+# -- Text -----------------------------------------------------------------------------------------------------------
+
+
+def table_row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def table_head(titles: Sequence[str]) -> list[str]:
+    return [table_row(titles), "|" + " --- |" * len(titles)]
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+    """ "mean", or "mean ± standard deviation" for several seeds."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def percent(evaluations: Results, key: str) -> str:
+    """`spread` of a fraction in 0..1 over several evaluations, in per cent, without the sign."""
+    return spread([100 * e[key] for e in evaluations], 1)
+
+
+def about(config: Config) -> str:
+    """A config in one line: its preset, the fields changed from it, and its sizes."""
+    data, training = config.data, config.train
+    changed = differences(config, PRESETS.get(config.preset, Config()))
+    other = "".join(f", {name} {ours}" for name, (ours, _) in changed.items() if not name.startswith("data.root"))
+    return (
+        f"Preset `{config.preset}`{other}: {data.canvas}x{data.canvas} frames, {data.frames_in} -> {data.frames_out}, "
+        f"d = {config.d:,}, {training.steps:,} steps of {training.batch} videos"
+    )
+
+
+def named_seeds(seeds: Sequence[int]) -> str:
+    """ "seed 0", or "seeds 0, 1" with what is shown of them."""
+    if len(seeds) == 1:
+        return f"seed {seeds[0]}"
+    return f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
+
+
+# -- Where numbers were made ----------------------------------------------------------------------------------------
+
+
+def machine(config: Config) -> dict[str, str]:
+    """The device and processor that config's runs use, and the versions of this package, torch and Python."""
+    device = resolve_device(config.train.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} CPU cores"
+    return {
+        "device": device.type,
+        "name": f"{name}, {processor()}",
+        "commit": checkout(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "vjvcr_fast": __version__,
+    }
+
+
+def processor() -> str:
+    """The CPU's name, as Linux gives it; elsewhere its architecture."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.machine()
+
+
+@functools.cache
+def checkout() -> str:
+    """The commit of the git checkout that this package runs from, with "-dirty" if tracked files were changed.
+
+    Outside a checkout: "of version X".
+    """
+    root = Path(vjvcr_fast.__file__).parents[1]
+    git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
+    describe = [*git, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    return f"of version {__version__}"
