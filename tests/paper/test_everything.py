@@ -30,7 +30,7 @@ def in_this_process(command: Sequence[str], log: Path) -> Made:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, contextlib.redirect_stdout(file):
         assert main(command) == 0
-    return Made(*everything._spent(log, time.perf_counter() - began, 51.0), "")
+    return everything._spent(log, time.perf_counter() - began, 51.0)
 
 
 @pytest.mark.usefixtures("digits", "one_thread")

@@ -12,9 +12,8 @@ import torch
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.models.energy import ROWS
-from vjvcr_fast.paper import figures
+from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.latent_probes import ACTIONS
-from vjvcr_fast.paper.pages import about, draw_curves, percent, spread, table_head, table_row, write_page, write_table
 from vjvcr_fast.paper.side_by_side import Results, Table, finish_rows
 
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
@@ -45,20 +44,20 @@ def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     maps = {row: [100 * e["map"] for e in found] for row, found in results.items()}
     maps["random"] = [100 * e["map_random"] for e in ours]
     titles = {row: ROWS[row].title for row in COMPARED} | {"random": "random z"}
-    lines = table_head(["z", "mAP, %", "paper's", "scikit-learn's AP, %", "energy of z*", "of the true actions"])
+    lines = pages.table_head(["z", "mAP, %", "paper's", "scikit-learn's AP, %", "energy of z*", "of the true actions"])
     for name, values in maps.items():
         rest = ["", "", ""]
         if name in results:
             energies = (statistics.mean(e[key] for e in results[name]) for key in ("energy", "energy_given"))
-            rest = [percent(results[name], "map_scikit_learn"), *(f"{energy:.2e}" for energy in energies)]
-        lines.append(table_row([titles[name], spread(values, 1), f"{PAPER_FIGURE2[name]:g}", *rest]))
+            rest = [pages.percent(results[name], "map_scikit_learn", ""), *(f"{energy:.2e}" for energy in energies)]
+        lines.append(pages.table_row([titles[name], pages.spread(values, 1), f"{PAPER_FIGURE2[name]:g}", *rest]))
     notes = [
         f"Training data: {first['data']}; validation: {first['validation_data']}. Labels: the actions in the target "
         f"frames, {first['share_of_positives']:.0%} positive.",
         "mAP: VOC's, interpolated at all points, as CATER's own; mean over the classes with a positive; scikit-learn's "
         f"is not interpolated. Probe: linear, Adam {settings.actions_lr:g}, batches of {settings.actions_batch}, "
         f"{settings.actions_epochs} epochs, on z* as it is; on the true actions in the place of z* it reaches "
-        f"{percent(ours, 'map_of_the_ground_truth')}. Random z: uniform in [0, 1], where z* is sought.",
+        f"{pages.percent(ours, 'map_of_the_ground_truth', '')}. Random z: uniform in [0, 1], where z* is sought.",
     ]
     runs = {
         row: [{key: value for key, value in e.items() if not key.startswith("singular_values")} for e in found]
@@ -67,7 +66,7 @@ def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     bars = {titles[name]: (values, PAPER_FIGURE2[name]) for name, values in maps.items()}
     figures.bars(out / "figure2.png", bars, "mAP of z* -> actions, %")
     numbers = {"paper": PAPER_FIGURE2, "ours": maps, "runs": runs}
-    return write_table(table, "figure2", "Figure 2: actions from inferred latents", lines, notes, **numbers)
+    return pages.write_table(table, "figure2", "Figure 2: actions from inferred latents", lines, notes, **numbers)
 
 
 def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
@@ -84,26 +83,26 @@ def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     figures.spectrum(out / "figure4.png", spectra)
     d, rows, quarter = config.d, table.results[COMPARED[0]][0]["spectrum_rows"], max(config.d // 4, 1)
     shown = INDICES if d >= INDICES[-1] else (1, quarter, max(d // 2, 1))
-    lines = table_head(["encoder outputs", *(f"sigma_{i}" for i in shown), f"sum of the first {quarter}"])
+    lines = pages.table_head(["encoder outputs", *(f"sigma_{i}" for i in shown), f"sum of the first {quarter}"])
     for title, values in spectra.items():
         part = reference.cumulative_spectrum(torch.tensor(values))[quarter - 1].item()
-        lines.append(table_row([title, *(f"{values[i - 1]:.3g}" for i in shown), f"{part:.0%}"]))
+        lines.append(pages.table_row([title, *(f"{values[i - 1]:.3g}" for i in shown), f"{part:.0%}"]))
     for row, said in PAPER_FIGURE4.items():
         numbers = ", ".join(f"{name} {value:g}" for name, value in said.items())
         lines += ["", f"The paper's {ROWS[row].title}, at the end, d = 2048: {numbers}."]
-    notes = [f"{about(config)}; seed {seeds[0]}. Rows: {ROWS_ARE}: {rows:,} of them. No collapse: {1 / 4:.0%}."]
+    notes = [f"{pages.about(config)}; seed {seeds[0]}. Rows: {ROWS_ARE}: {rows:,} of them. No collapse: {1 / 4:.0%}."]
     found = {"paper": PAPER_FIGURE4, "ours": spectra, "rows": rows}
-    return write_page(out, "figure4", "Figure 4: spectra", lines, notes, found, indent=None)
+    return pages.write_page(out, "figure4", "Figure 4: spectra", lines, notes, found, indent=None)
 
 
 def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
     if config.latent.kind != "actions":
         raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions, as the preset cater has")
     rows, head = {row: override(config, {"model.row": row}) for row in COMPARED}, ["model", "mAP of z* -> actions, %"]
-    table = finish_rows(config, out, seeds, processes, rows, ACTIONS, table_head(head), _line)
-    draw_curves(table, "action-curves.png")
+    table = finish_rows(config, out, seeds, processes, rows, ACTIONS, pages.table_head(head), _line)
+    pages.draw_curves(table, "action-curves.png")
     return table
 
 
 def _line(row: str, evaluations: Results) -> str:
-    return table_row([ROWS[row].title, percent(evaluations, "map")])
+    return pages.table_row([ROWS[row].title, pages.percent(evaluations, "map", "")])

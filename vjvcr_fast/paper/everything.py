@@ -90,9 +90,7 @@ def everything(
     Raises ReproduceError if parts failed, after the page is written.
     """
     out.mkdir(parents=True, exist_ok=True)
-    simulated: Done = {}
-    done: Done = {}
-    roots = dict(roots)
+    simulated, done, roots = Done(), Done(), dict(roots)
     for part in PARTS:
         root = ""
         if part.files:
@@ -148,23 +146,23 @@ def _run(command: Sequence[str], log: Path) -> Made:
             if stop():
                 process.terminate()  # it writes a checkpoint
                 process.wait()
-                _spent(log, time.perf_counter() - started, 0.0)
+                _spent(log, time.perf_counter() - started, memory=0.0)
                 raise StopRequestedError("stopped; the same command goes on from there")
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # unlike poll(), it tells the peak memory
     code = os.waitstatus_to_exitcode(status)
     failed = f"exit code {code}; the same command goes on" if code else ""
-    return Made(*_spent(log, time.perf_counter() - started, usage.ru_maxrss / 1024), failed)
+    return _spent(log, time.perf_counter() - started, usage.ru_maxrss / 1024, failed)
 
 
-def _spent(log: Path, seconds: float, memory: float) -> tuple[float, float]:
-    """Adds a call of the command with this log to cost.json; returns the seconds and memory of all its calls."""
+def _spent(log: Path, seconds: float, memory: float, failed: str = "") -> Made:
+    """Adds a call of the command with this log to cost.json; returns what all its calls took."""
     file, costs = log.parent / COST, {}
     with contextlib.suppress(OSError, ValueError):  # there is none yet, or it is not ours
         costs = json.loads(file.read_text())
     before = costs.get(log.stem, {"seconds": 0.0, "memory": 0.0})
     seconds, memory = before["seconds"] + seconds, max(before["memory"], memory)
     write_atomic(file, json.dumps({**costs, log.stem: {"seconds": seconds, "memory": memory}}) + "\n")
-    return seconds, memory
+    return Made(seconds, memory, failed)
 
 
 def page(out: Path, seeds: Sequence[int], done: Done) -> str:

@@ -64,9 +64,9 @@ def adam_classifier(
 
     train, validation: (z (n, dim), labels (n,)). Returns the validation accuracy after every epoch, in 0..1.
     """
-    settings = config.evaluate
-    recipe = (settings.probe_lr, settings.probe_batch, settings.probe_epochs, config.train.seed)
-    return [_accuracy(probe, *validation) for probe in _epochs(*train, classes, F.cross_entropy, *recipe)]
+    e = config.evaluate
+    epochs = _epochs(train, classes, F.cross_entropy, e.probe_lr, e.probe_batch, e.probe_epochs, config.train.seed)
+    return [_accuracy(probe, *validation) for probe in epochs]
 
 
 def actions_probe(z: Tensor, label: Tensor, z_validation: Tensor, config: Config) -> Tensor:
@@ -74,20 +74,22 @@ def actions_probe(z: Tensor, label: Tensor, z_validation: Tensor, config: Config
 
     z: (n, dim). label: (n, 14) bool. Returns the scores of z_validation (m, dim), (m, 14).
     """
-    settings, loss = config.evaluate, F.binary_cross_entropy_with_logits
-    recipe = (settings.actions_lr, settings.actions_batch, settings.actions_epochs, config.train.seed)
-    *_, probe = _epochs(z, label.float(), label.shape[1], loss, *recipe)
+    e, train, loss = config.evaluate, (z, label.float()), F.binary_cross_entropy_with_logits
+    epochs = _epochs(train, label.shape[1], loss, e.actions_lr, e.actions_batch, e.actions_epochs, config.train.seed)
+    *_, probe = epochs
     with torch.no_grad():
         return probe(z_validation)
 
 
 def _epochs(
-    z: Tensor, targets: Tensor, outputs: int, loss: Any, lr: float, batch: int, epochs: int, seed: int
+    train: tuple[Tensor, Tensor], outputs: int, loss: Any, lr: float, batch: int, epochs: int, seed: int
 ) -> Iterator[nn.Linear]:
-    """Trains a linear probe from z (n, dim) with Adam, and yields it after every epoch.
+    """Trains a linear probe with Adam and yields it after every epoch.
 
-    loss: (outputs of the probe, targets) -> scalar. The initial weights and the batches depend on the seed alone.
+    train: (z (n, dim), targets (n, ...)). loss: (outputs of the probe, targets) -> scalar. The initial weights and the
+    batches depend on the seed alone.
     """
+    z, targets = train
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         probe = nn.Linear(z.shape[1], outputs).to(z.device)
@@ -188,8 +190,8 @@ def extract_codes(model: EnergyModel, videos: Any, count: int, config: Config) -
         predicted, h_y = model.predict(x, z).flatten(1), model.encode_targets(y).flatten(1)
         hidden = (predicted - h_y).square().mean(dim=1)
         parts.append((x.new_empty(len(x), 0) if z is None else z, batch.direction, batch.digit, hidden, h_y))
-    *columns, h_y = _joined(parts)
-    return Codes(*columns, total=h_y.var(dim=0, correction=0).mean())
+    z, direction, digit, hidden, h_y = _joined(parts)
+    return Codes(z, direction, digit, hidden, total=h_y.var(dim=0, correction=0).mean())
 
 
 def _measure_latents(subject: Subject) -> dict[str, Any]:

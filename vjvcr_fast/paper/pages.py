@@ -33,13 +33,13 @@ def write_table(table: Table, name: str, title: str, lines: Sequence[str], notes
     lines: the Markdown table. notes: what a reader has to know; config, seeds and times are added. numbers: for the
     JSON, after config, seeds and machine.
     """
-    config, out, seeds, results = table
-    ran_on, found = machine(config), [evaluation for of_row in results.values() for evaluation in of_row]
+    config, ran_on = table.config, machine(table.config)
+    found = [evaluation for evaluations in table.results.values() for evaluation in evaluations]
     train, evaluate = (sum(e[f"{what}_seconds"] for e in found) for what in ("train", "evaluate"))
     cost = f"{train:.0f} s of training, {evaluate:.0f} s of evaluation"
-    notes = [f"{about(config)}; {named_seeds(seeds)}.", *notes, f"{len(found)} runs on {ran_on['name']}: {cost}."]
-    described = {"preset": config.preset, "config": config.to_dict(), "seeds": [*seeds], "machine": ran_on}
-    return write_page(out, name, title, lines, notes, described | numbers)
+    notes = [f"{about(config)}; {named_seeds(table.seeds)}.", *notes, f"{len(found)} runs on {ran_on['name']}: {cost}."]
+    described = {"preset": config.preset, "config": config.to_dict(), "seeds": [*table.seeds], "machine": ran_on}
+    return write_page(table.out, name, title, lines, notes, described | numbers)
 
 
 def write_page(
@@ -54,15 +54,16 @@ def write_page(
 
 def draw_curves(table: Table, file: str) -> None:
     """Draws the learning curves of every row, first seed."""
-    metrics = {row: read_metrics(table.run(row) / "metrics.jsonl") for row in table.results}
+    metrics = {row: read_metrics(table.first_run(row)[0] / "metrics.jsonl") for row in table.results}
     figures.curves(table.out / file, metrics)
 
 
-def futures_of(run: Path, config: Config | None = None) -> tuple[Config, VideoSource, Callable[..., Tensor]]:
-    """A run's config, its validation videos, and a function that decodes its predictions: (x, y) -> future of x.
+def futures_of(table: Table, row: str) -> tuple[Config, VideoSource, Callable[..., Tensor]]:
+    """Of a row's first run: its config, its validation videos, and what decodes its predictions, (x, y) -> future of x.
 
-    Trains a decoder on the frozen predictions if the model has none. config: as for `load_run`.
+    Trains a decoder on the frozen predictions if the model has none.
     """
+    run, config = table.first_run(row)
     config, model = load_run(run, config)
     training_data, validation_data = build_data(config)
     videos = build_videos(config, validation_data, "validation", next(model.parameters()).device)
@@ -87,9 +88,9 @@ def spread(values: Sequence[float], digits: int) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
-def percent(evaluations: Results, key: str) -> str:
-    """`spread` of a fraction in 0..1 over several evaluations, in per cent, without the sign."""
-    return spread([100 * e[key] for e in evaluations], 1)
+def percent(evaluations: Results, key: str, sign: str = "%") -> str:
+    """`spread` of a fraction in 0..1 over several evaluations, in per cent."""
+    return spread([100 * e[key] for e in evaluations], 1) + sign
 
 
 def about(config: Config) -> str:

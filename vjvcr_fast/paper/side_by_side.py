@@ -33,16 +33,17 @@ class Evaluation(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The finished runs of a table or figure. results: row -> evaluations."""
+    """The finished runs of a table or figure. runs: row -> run folder -> config, results: row -> evaluations."""
 
     config: Config
     out: Path
     seeds: Sequence[int]
+    runs: dict[str, dict[Path, Config]]
     results: dict[str, Results]
 
-    def run(self, row: str) -> Path:
-        """The folder of the row's run with the first seed."""
-        return self.out / f"{row}-seed{self.seeds[0]}"
+    def first_run(self, row: str) -> tuple[Path, Config]:
+        """The folder and config of the row's run with the first seed."""
+        return next(iter(self.runs[row].items()))
 
 
 class Job(NamedTuple):
@@ -127,7 +128,7 @@ def finish_rows(
         if failed:
             reasons = "; ".join(f"{job.log}: {reason}" for job, reason in failed.items())
             raise ReproduceError(f"{len(failed)} of {len(configs)} runs failed: {reasons}")
-    return Table(config, out, seeds, {row: [found[run] for run in of_row] for row, of_row in runs.items()})
+    return Table(config, out, seeds, runs, {row: [found[run] for run in of_row] for row, of_row in runs.items()})
 
 
 def finish_run(config: Config, run: Path, evaluation: Evaluation) -> dict[str, Any]:

@@ -41,8 +41,9 @@ KEYS = ("preset", "config", "set", "list", "grid", "seeds", "measure")
 # The columns of the table, with digits after the point, and what else `measure` may name.
 DEFAULT = {name: digits for name, (_, digits) in COLUMNS.items()}
 DEFAULT |= {"direction_accuracy": 3, "digit_accuracy": 3, "map": 1}
-OTHERS = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "explained", "zeros")
-OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged", "step", "train_seconds", "evaluate_seconds")
+OTHERS: tuple[str, ...] = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std")
+OTHERS += ("explained", "zeros", "step", "train_seconds", "evaluate_seconds")
+OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged")
 CURVES = 10  # at most so many settings have their learning curves drawn
 
 
@@ -59,10 +60,6 @@ class Entry(NamedTuple):
         """The setting's name without characters that a file name should not have, and the seed."""
         name = re.sub(r"[^A-Za-z0-9.]+", "-", self.setting).strip("-.") or "setting"
         return f"{name}-seed{self.seed}"
-
-    @property
-    def evaluation(self) -> Evaluation:
-        return evaluation_of(self.config)
 
 
 class Sweep(NamedTuple):
@@ -85,16 +82,14 @@ def read(file: Path) -> Sweep:
     """
     try:
         import yaml
+
+        return _sweep(_mapping("the file", yaml.safe_load(file.read_text())), file.parent)
     except ImportError:
         raise ImportError("PyYAML is not installed: pip install 'vjvcr_fast[train]'") from None
-    try:
-        content = yaml.safe_load(file.read_text())
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: not a readable YAML file: {one_line(' '.join(str(error).split()))}") from None
-    try:
-        return _sweep(_mapping("the file", content), file.parent)
     except ConfigError as error:
         raise ConfigError(f"{file}: {error}") from None
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: not a readable YAML file: {one_line(' '.join(str(error).split()))}") from None
 
 
 def _sweep(content: dict[str, Any], folder: Path) -> Sweep:
@@ -145,7 +140,7 @@ def run_entry(sweep: Sweep, number: int, out: Path) -> dict[str, Any] | None:
         raise ConfigError(f"--entry={number}: must be between 0 and {len(sweep.entries) - 1}")
     entry = sweep.entries[number]
     train_run(entry.config, out / entry.folder)
-    return entry.evaluation.measure(out / entry.folder, entry.config) if speaks() else None
+    return evaluation_of(entry.config).measure(out / entry.folder, entry.config) if speaks() else None
 
 
 def run_all(file: Path, out: Path, processes: str = "auto") -> str:
@@ -167,7 +162,7 @@ def run_all(file: Path, out: Path, processes: str = "auto") -> str:
     for number, entry in enumerate(sweep.entries):
         run, arguments = out / entry.folder, ("sweep", str(file), "--out", str(out), "--entry", str(number))
         with contextlib.suppress(ConfigError, CheckpointError):  # its own process will say what is wrong
-            if finished(entry.config, run, entry.evaluation):
+            if finished(entry.config, run, evaluation_of(entry.config)):
                 continue
         jobs.append(Job(run, entry.config.train.steps, arguments, run / "sweep.log"))
     failed = run_jobs(jobs, at_once)
@@ -180,41 +175,37 @@ def run_all(file: Path, out: Path, processes: str = "auto") -> str:
 
 def summarise(sweep: Sweep, out: Path) -> str:
     """Returns the table of the entries that are finished, as Markdown; writes SWEEP_FILES to `out`."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    logs: dict[str, Path] = {}
+    found: dict[str, dict[Path, dict[str, Any]]] = {setting: {} for setting in sweep.settings}
     for entry in sweep.entries:
-        file = out / entry.folder / entry.evaluation.file
-        evaluations = found.setdefault(entry.setting, [])
+        run = out / entry.folder
+        file = run / evaluation_of(entry.config).file
         if file.exists():
-            evaluations.append(json.loads(file.read_text()))
-            logs.setdefault(entry.setting, out / entry.folder / "metrics.jsonl")
-    done = [evaluation for evaluations in found.values() for evaluation in evaluations]
+            found[entry.setting][run] = json.loads(file.read_text())
+    done = [evaluation for runs in found.values() for evaluation in runs.values()]
     measured = [name for name in sweep.measure if any(isinstance(e.get(name), float | int) for e in done)]
-    columns = {name: {s: [e[name] for e in es if name in e] for s, es in found.items()} for name in measured}
+    columns = {n: {s: [e[n] for e in es.values() if n in e] for s, es in found.items()} for n in measured}
     lines = table_head(["setting", "seeds", *measured])
-    for setting, evaluations in found.items():
+    for setting, runs in found.items():
         values = {name: column[setting] for name, column in columns.items()}
         cells = [spread(ours, DEFAULT.get(name, 4)) if ours else "" for name, ours in values.items()]
-        lines.append(table_row([setting, f"{len(evaluations)} of {len(sweep.seeds)}", *cells]))
+        lines.append(table_row([setting, f"{len(runs)} of {len(sweep.seeds)}", *cells]))
     note = "Nothing is finished."
     if done:
         note = f"{about(sweep.base)}; {named_seeds(sweep.seeds)}. Data: {done[0]['data']}."
     text = "\n".join([*lines, "", note]) + "\n"
-    settings = {
-        setting: {
-            "changes": entries[0].changes,
-            "seeds": [entry.seed for entry in entries],
-            "evaluations": [{k: v for k, v in e.items() if not isinstance(v, dict | list)} for e in found[setting]],
-        }
-        for setting, entries in sweep.settings.items()
-    }
+    settings = {}
+    for setting, entries in sweep.settings.items():
+        numbers = [{k: v for k, v in e.items() if not isinstance(v, dict | list)} for e in found[setting].values()]
+        seeds = [entry.seed for entry in entries]
+        settings[setting] = {"changes": entries[0].changes, "seeds": seeds, "evaluations": numbers}
     summary = {"config": sweep.base.to_dict(), "machine": machine(sweep.base), "settings": settings}
     write_atomic(out / "sweep.json", json.dumps(summary, indent=1) + "\n")
     write_atomic(out / "sweep.md", text)
     if columns:
         figures.settings(out / "sweep.png", columns)
     if done:
-        figures.curves(out / "curves.png", {s: read_metrics(log) for s, log in [*logs.items()][:CURVES]})
+        first = [(setting, next(iter(runs))) for setting, runs in found.items() if runs][:CURVES]
+        figures.curves(out / "curves.png", {setting: read_metrics(run / "metrics.jsonl") for setting, run in first})
     return text
 
 

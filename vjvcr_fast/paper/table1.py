@@ -15,7 +15,7 @@ from vjvcr_fast.evaluation.evaluate import evaluate_run
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures
 from vjvcr_fast.paper.pages import draw_curves, futures_of, spread, table_head, table_row, write_table
-from vjvcr_fast.paper.side_by_side import Evaluation, Results, finish_rows
+from vjvcr_fast.paper.side_by_side import Evaluation, Results, Table, finish_rows
 from vjvcr_fast.training.step import split_frames
 
 TABLE1 = Evaluation(evaluate_run, "evaluation.json")
@@ -47,8 +47,8 @@ COLUMNS = {
     "rank_me": ("RankMe", 1),
 }
 # What table1.json has of every run, and what it has once per row.
-MEASURED = ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares", "speed_mse_of_the_mean")
-MEASURED += ("speed_mse_by_epoch", "speed_mse_standardised_by_epoch")
+MEASURED: tuple[str, ...] = ("speed_mse", "speed_mse_standardised", "speed_mse_least_squares")
+MEASURED += ("speed_mse_of_the_mean", "speed_mse_by_epoch", "speed_mse_standardised_by_epoch")
 MEASURED += ("psnr", "rank_me", "feature_std", "step", "train_seconds", "evaluate_seconds")
 DESCRIBED = ("data", "validation_data", "decoder", "rank_me_rows")
 
@@ -71,7 +71,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
     title = f"Table 1, {TITLES[config.data.dataset]}: ours beside the paper's"
     numbers = {row: _numbers(config, row, found) for row, found in results.items()}
     text = write_table(table, "table1", title, lines, _notes(config, results["vj-vcr"]), rows=numbers)
-    figure5({row: table.run(row) for row in ("vj-vcr", "generative")}, out / "figure5.png")
+    figure5(table, out / "figure5.png")
     draw_curves(table, "curves.png")
     figures.spectrum(out / "spectrum.png", {row: found[0]["singular_values"] for row, found in results.items()})
     mean = statistics.mean(e["speed_mse_of_the_mean"] for e in results["vj-vcr"])
@@ -79,11 +79,11 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
     return text
 
 
-def figure5(runs: dict[str, Path], path: Path) -> None:
-    """Figure 5: input, target and decoded futures of three validation clips. runs: row of Table 1 -> run folder."""
+def figure5(table: Table, path: Path) -> None:
+    """Draws figure 5: input, target and the futures of three validation clips as VJ-VCR and the generative model decode them."""
     predictions = {}
-    for row, run in runs.items():
-        config, videos, future = futures_of(run)
+    for row in ("vj-vcr", "generative"):
+        config, videos, future = futures_of(table, row)
         x, y = split_frames(videos.batch(0, 3), config)
         predictions[ROWS[row].title] = future(x, y)
     figures.clips(path, x, y, predictions)

@@ -11,21 +11,11 @@ from typing import Any, cast
 
 import torch
 
-from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
+from vjvcr_fast.config import LATENTS, Config, ConfigError, latent
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos
 from vjvcr_fast.evaluation.evaluate import mean_psnr
-from vjvcr_fast.paper import figures
+from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.latent_probes import TABLE2
-from vjvcr_fast.paper.pages import (
-    about,
-    draw_curves,
-    futures_of,
-    percent,
-    table_head,
-    table_row,
-    write_page,
-    write_table,
-)
 from vjvcr_fast.paper.side_by_side import Results, Table, finish_rows
 from vjvcr_fast.training.step import split_frames
 
@@ -37,7 +27,7 @@ CLIPS = 2  # per direction, in figure 3
 MEASURED = ("direction_accuracy", "digit_accuracy")
 PAPER_TABLE2 = {"discrete": (0.797, 0.114), "sparse-high": (0.947, 0.316), "sparse-low": (0.995, 0.576)}
 COLUMNS = ["latent", "z* -> direction ψ", "paper's", "converged", "z* -> digit", "paper's", "converged"]
-HEAD = table_head([*COLUMNS, "measured zeros", "explained"])
+HEAD = pages.table_head([*COLUMNS, "measured zeros", "explained"])
 
 
 def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
@@ -65,9 +55,9 @@ def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
     ]
     lines = [*HEAD, *(_line(config, name, results[name]) for name in (*PAPER_TABLE2, "none"))]
     numbers = {name: _numbers(name, evaluations) for name, evaluations in results.items()}
-    title = "Table 2, stochastic MovingMNIST: ours beside the paper's"
-    text = write_table(table, "table2", title, lines, notes, rows=numbers)
-    draw_curves(table, "latent-curves.png")
+    heading = "Table 2, stochastic MovingMNIST: ours beside the paper's"
+    text = pages.write_table(table, "table2", heading, lines, notes, rows=numbers)
+    pages.draw_curves(table, "latent-curves.png")
     return text
 
 
@@ -77,27 +67,27 @@ def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     Uses the runs of `table2`, trains a decoder on the frozen predictions of each, and writes FIGURE3_FILES to `out`.
     Returns the PSNR of every model as Markdown. Raises as `table2`.
     """
-    seed = seeds[0]
-    table = _finished(config, out, [seed], processes)
-    predictions, db, black = {}, {}, 0.0
+    table = _finished(config, out, seeds[:1], processes)
+    predictions, db, black, seed = {}, {}, 0.0, seeds[0]
     for name in LATENTS:
-        run_config, videos, future = futures_of(table.run(name), latent(override(config, {"train.seed": seed}), name))
+        run_config, videos, future = pages.futures_of(table, name)
         x, y = split_frames(one_of_each_direction(cast(MovingMNIST, videos), CLIPS), run_config)
         predictions[title(config, name)] = future(x, y)
         db[name] = mean_psnr(videos, run_config, future)
         black = mean_psnr(videos, run_config, lambda x, y: x.new_zeros(()))
     figures.futures(out / "figure3.png", y, predictions, [f"ψ = {k} · 72°" for k in range(DIRECTIONS)])
-    lines = table_head(["latent", "PSNR of the decoded future, dB"])
-    lines += [table_row([title(config, name), f"{value:.1f}"]) for name, value in db.items()]
+    lines = pages.table_head(["latent", "PSNR of the decoded future, dB"])
+    lines += [pages.table_row([title(config, name), f"{value:.1f}"]) for name, value in db.items()]
     notes = [
-        f"{about(config)}; seed {seed}.",
+        f"{pages.about(config)}; seed {seed}.",
         f"PSNR per frame, clipped to [0, 1], averaged over {config.evaluate.validation_videos:,} videos of validation "
         f"digits; a black frame has {black:.1f}. Decoders are trained on the frozen predictions, "
         f"{config.evaluate.decoder_steps:,} steps. z* is inferred from the target frames that the prediction is "
         "compared with. The paper shows its figure 3 without numbers: without a latent the five futures superpose.",
     ]
     numbers = {"seed": seed, "psnr": db, "psnr_of_black": black}
-    return write_page(out, "figure3", "Figure 3: decoded futures without and with a latent", lines, notes, numbers)
+    heading = "Figure 3: decoded futures without and with a latent"
+    return pages.write_page(out, "figure3", heading, lines, notes, numbers)
 
 
 def title(config: Config, name: str) -> str:
@@ -120,8 +110,7 @@ def one_of_each_direction(videos: MovingMNIST, count: int) -> Videos:
 def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
     if not config.data.stochastic:
         raise ConfigError("data.stochastic=False: table2 and fig3 are about stochastic videos, --data.stochastic true")
-    rows = {name: latent(config, name) for name in LATENTS}
-    line = functools.partial(_line, config)
+    rows, line = {name: latent(config, name) for name in LATENTS}, functools.partial(_line, config)
     return finish_rows(config, out, seeds, processes, rows, TABLE2, HEAD, line)
 
 
@@ -133,12 +122,11 @@ def _numbers(name: str, evaluations: Results) -> dict[str, Any]:
 
 
 def _line(config: Config, name: str, evaluations: Results) -> str:
-    explained = f"{percent(evaluations, 'explained')}%"
+    percent = functools.partial(pages.percent, evaluations)
     if name == "none":
-        direction, digit = (percent(evaluations, f"{label}_chance") for label in ("direction", "digit"))
-        return f"| no latent: chance | {direction}% | | | {digit}% | | | | {explained} |"
+        direction, digit = percent("direction_chance"), percent("digit_chance")
+        return f"| no latent: chance | {direction} | | | {digit} | | | | {percent('explained')} |"
     cells = [title(config, name)]
     for key, theirs in zip(MEASURED, PAPER_TABLE2[name], strict=True):
-        cells += [f"{percent(evaluations, key)}%", f"{theirs:.1%}", f"{percent(evaluations, f'{key}_converged')}%"]
-    zeros = f"{percent(evaluations, 'zeros')}%" if "zeros" in evaluations[0] else ""
-    return table_row([*cells, zeros, explained])
+        cells += [percent(key), f"{theirs:.1%}", percent(f"{key}_converged")]
+    return pages.table_row([*cells, percent("zeros") if "zeros" in evaluations[0] else "", percent("explained")])
