@@ -1,4 +1,4 @@
-"""Actions as latents: training with the true ones, z* by gradient descent, the probe, figures 2 and 4."""
+"""Actions as latents: training with the true actions, z* by gradient descent, the probe, figures 2 and 4."""
 
 import json
 import math
@@ -93,7 +93,7 @@ def test_average_precision_of_what_one_knows() -> None:
     assert average_precision(torch.tensor([4.0, 3, 2, 1]), labels).item() == 1
     assert average_precision(torch.tensor([1.0, 2, 3, 4]), labels).item() == 0.5
     assert average_precision(torch.zeros(4), labels).item() == 0.5
-    # Hits at ranks 1 and 4: precision 1 up to recall 1/2, then 2/4.
+    # The positives have ranks 1 and 4: precision is 1 up to recall 1/2, then 2/4.
     assert average_precision(torch.tensor([4.0, 1, 3, 2]), labels).item() == 0.75
 
 
@@ -135,7 +135,7 @@ def test_z_of_pre_training_is_the_target_frames_actions(config: Config) -> None:
 
 @pytest.mark.parametrize("row", ["vj-vcr", "generative", "vj-vcr-decoder"])
 def test_z_star_lowers_the_energy_and_stays_in_the_box(config: Config, row: str) -> None:
-    """The hidden term where there is one, the pixel term in a generative model."""
+    """The energy is the hidden term, or in a generative model the pixel term."""
     config = override(config, {"model.row": row, "latent.iterations": 30})
     model = build_model(config, CPU).eval()
     x, y = split_frames(videos(config).batch(0, 5), config)
@@ -164,7 +164,7 @@ def test_runs_resume_and_actions_need_cater(config: Config, tmp_path: Path) -> N
 
 
 def test_a_probe_reads_what_is_there() -> None:
-    """Labels that are linear in z are found; random z gives about the share of positives."""
+    """The probe finds labels that are linear in z; from random z it reaches about the share of positives."""
     config = override(preset("cater-mini"), {"evaluate.actions_epochs": 400, "evaluate.actions_lr": 5e-2})
     generator = torch.Generator().manual_seed(0)
     z = torch.rand(400, 28, generator=generator)

@@ -1,4 +1,4 @@
-"""`reproduce all`: its page, that parts which fail or lack data do not keep the others from being made, and stops."""
+"""`reproduce all`: its page, parts that fail or lack data (the others are still made), and stopping it."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ LACKING = tuple(part for part in PARTS if part.files == "cater")
 
 
 def in_this_process(command: Sequence[str], log: Path) -> Made:
-    """In the place of `everything._run`."""
+    """Replaces `everything._run`."""
     began = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, contextlib.redirect_stdout(file):
@@ -81,11 +81,11 @@ def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
 
 def test_a_gpu_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(everything, "default_preset", lambda name: name)
-    assert everything._data("cater", tmp_path, {}, {}) == "left out: --cater DIR says where its videos are"
+    assert everything._data("cater", tmp_path, {}, {}) == "left out: give the folder of its videos, --cater DIR"
 
 
 def test_videos_that_could_not_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Is a failure, and what simulating took is on the page."""
+    """A failed simulation counts as a failure, and the page shows what it took."""
     monkeypatch.setattr(everything, "PARTS", LACKING)
     monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setitem(everything.SIMULATED, "cater", ["--videos", "none"])

@@ -1,4 +1,4 @@
-"""Runs of a table in several processes at a time: the numbers of one, what is finished is kept, what fails is named."""
+"""Several runs of a table at once: same numbers as one by one, finished runs are kept, failed ones are named."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def table(out: Path, processes: int) -> list[str]:
 
 
 def evaluations(out: Path) -> dict[str, dict[str, Any]]:
-    """Of the runs that have one, without times and what depends on them."""
+    """The evaluations of the runs that have one, without times and what depends on them."""
     found = {name: out / name / "evaluation.json" for name in RUNS}
     read = {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
     times = ("train_seconds", "evaluate_seconds", "best")
@@ -43,7 +43,7 @@ def never(*_: Any, **__: Any) -> Any:
 
 @pytest.mark.usefixtures("digits")
 def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One of four runs fails: it is named, the others are finished and kept, and are those of a single process."""
+    """If one of four runs fails, it is named. The others are finished and kept, with the numbers of one process."""
     for owner, name in ((paper, "figure5"), (figures, "curves"), (figures, "spectrum"), (figures, "probes")):
         monkeypatch.setattr(owner, name, lambda *_: None)  # two seconds each time
     out = tmp_path / "two"
@@ -81,7 +81,7 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 
 def test_a_process_of_a_run(tmp_path: Path) -> None:
-    """In a session of its own, with its share of the cores; what it says is in its log."""
+    """A job runs in its own session, with its share of the cores; its output is in its log."""
     job = Job(tmp_path, 1, ("info",), tmp_path / "new" / "run.log")
     process = side_by_side._start(job, 1000)
     assert os.getsid(process.pid) == process.pid
@@ -93,7 +93,7 @@ def test_a_process_of_a_run(tmp_path: Path) -> None:
 def test_a_stop_reaches_every_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGTERM: the two that run write checkpoints and say where they are; the others do not start."""
+    """On SIGTERM the two running jobs write checkpoints and say at which step; the others do not start."""
     monkeypatch.setattr(side_by_side, "_start", forked.start)
     logs = [tmp_path / name / "metrics.jsonl" for name in RUNS[:2]]
 
@@ -116,7 +116,7 @@ def test_a_stop_reaches_every_run(
 
 @pytest.mark.slow
 def test_as_a_command(tmp_path: Path) -> None:
-    """With real processes: SIGTERM leaves checkpoints and code 75, the same command goes on, to the numbers of one."""
+    """With real processes: after SIGTERM (checkpoints, exit code 75) the same command reaches the same numbers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     long = ["--train.steps=100", "--train.validate_every=50"]
     command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]

@@ -1,4 +1,4 @@
-"""`vjvcr-fast sweep`: what its file means, that entries run, resume, fail and stop by themselves, and their summary."""
+"""`vjvcr-fast sweep`: what its file means; entries that run, resume, fail and stop; and the summary."""
 
 import json
 import os

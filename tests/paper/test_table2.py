@@ -1,4 +1,4 @@
-"""What z* knows: classifiers with a known answer, codes of tiny runs, Table 2 and figure 3 from end to end."""
+"""Table 2 and figure 3: the probes on problems with a known answer, z* of tiny runs, and both from end to end."""
 
 import json
 import math
@@ -165,7 +165,7 @@ def test_a_run_of_another_latent(tmp_path: Path, tiny_stochastic: Config) -> Non
 
 
 def test_table2_and_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a command that was stopped; the figure is of the table's runs."""
+    """Table 2 after its command was stopped once, then figure 3 from the same runs."""
     trained = stopped_at_the_third(monkeypatch, lambda: table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)))
     text = table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3))
     runs = [f"{name}-seed{s}" for name in LATENTS for s in (0, 3)]

@@ -97,7 +97,7 @@ def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
 
 def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
     if config.latent.kind != "actions":
-        raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions, as the preset cater has")
+        raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions: use the preset cater")
     rows, head = {row: override(config, {"model.row": row}) for row in COMPARED}, ["model", "mAP of z* -> actions, %"]
     table = finish_rows(config, out, seeds, processes, rows, ACTIONS, pages.table_head(head), _line)
     pages.draw_curves(table, "action-curves.png")

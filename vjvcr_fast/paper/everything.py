@@ -111,7 +111,7 @@ def _data(name: str, out: Path, roots: Mapping[str, str], simulated: Done) -> st
     if name in roots:
         return roots[name]
     if not default_preset(name).endswith("-mini"):
-        return f"left out: --{name} DIR says where its videos are"
+        return f"left out: give the folder of its videos, --{name} DIR"
     missing = [module for module in ("mujoco", "av") if importlib.util.find_spec(module) is None]
     if missing:
         return f"left out: no {', '.join(missing)} to simulate videos: pip install 'vjvcr_fast[simulate,video]'"
@@ -179,7 +179,7 @@ def page(out: Path, seeds: Sequence[int], done: Done) -> str:
             total += made.seconds
             lines.append(f"| {title} | {made.seconds / 60:.1f} min | {made.memory / 1024:.1f} GiB | {made.failed} |")
     lines += [f"| all | {total / 60:.1f} min | | |", ""]
-    lines += ["Wall time is of all calls that worked on a part; memory is the host's, of the process.", ""]
+    lines += ["Wall time is of all calls that worked on a part; memory is the peak of their processes.", ""]
     for part in PARTS:
         made = done.get(part.title, "")
         if isinstance(made, Made) and not made.failed:

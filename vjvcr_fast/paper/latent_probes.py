@@ -38,7 +38,7 @@ def evaluate_latents(run: Path, config: Config | None = None) -> dict[str, Any]:
     """
     asked = config or Config.load(run / "config.json")
     if asked.data.dataset != "moving-mnist":
-        raise ConfigError(f"{run}: data.dataset={asked.data.dataset}: z* is classified for moving-mnist alone")
+        raise ConfigError(f"{run}: data.dataset={asked.data.dataset}: z* can be probed on moving-mnist only")
     return measured_once(run, config, "latents.json", _measure_latents)
 
 
@@ -231,25 +231,13 @@ def _usage(codes: Codes, config: Config) -> dict[str, Any]:
 # -- CATER: actions -------------------------------------------------------------------------------------------------
 
 
-class ActionCodes(NamedTuple):
-    """z* of n videos, with what it is probed for.
-
-    z: (n, 14 T_y) float32, inferred. given: the true actions, of the same shape. label: (n, 14) bool, the actions that
-    occur in the target frames. energy, energy_given: (n,), the energies of z* and of the true actions.
-    """
-
-    z: Tensor
-    given: Tensor
-    label: Tensor
-    energy: Tensor
-    energy_given: Tensor
-
-
 @torch.no_grad()
-def extract_actions(model: EnergyModel, videos: Any, config: Config) -> ActionCodes:
-    """ActionCodes of all videos. z* minimises the hidden term of the energy, or the pixel term if there is none.
+def extract_actions(model: EnergyModel, videos: Any, config: Config) -> list[Tensor]:
+    """z* of all n videos, and what it is compared with: [z, given, label, energy, energy_given].
 
-    Raises DivergedError if anything is not finite.
+    z: (n, 14 T_y) float32; it minimises the hidden term of the energy, or the pixel term if there is none. given: the
+    true actions, of the same shape. label: (n, 14) bool, the actions that occur in the target frames. energy,
+    energy_given: (n,), of z* and of the true actions. Raises DivergedError if anything is not finite.
     """
     parts = []
     for batch, x, y, z in _inferred(model, videos, len(videos), config):
@@ -258,32 +246,33 @@ def extract_actions(model: EnergyModel, videos: Any, config: Config) -> ActionCo
         h_y = model.encode_targets(y) if model.terms.hidden else None
         energy, given = model.latent_energy(model.encoder(x), h_y, y), truth.flatten(1)
         parts.append((z, given, truth.any(dim=2), energy(z), energy(given)))
-    return ActionCodes(*_joined(parts))
+    return _joined(parts)
 
 
 def _measure_actions(subject: Subject) -> dict[str, Any]:
     config, model = subject.config, subject.model
-    train, held_out = (extract_actions(model, videos, config) for videos in (subject.fitted, subject.held_out))
+    z_fitted, given_fitted, label_fitted, *_ = extract_actions(model, subject.fitted, config)
+    z, given, label, energy, energy_given = extract_actions(model, subject.held_out, config)
     generator = torch.Generator().manual_seed(config.train.seed)
-    random = [torch.rand(codes.z.shape, generator=generator).to(codes.z) for codes in (train, held_out)]
-    pairs = {"z": (train.z, held_out.z), "random": random, "given": (train.given, held_out.given)}
-    scores = {name: actions_probe(fitted, train.label, z, config) for name, (fitted, z) in pairs.items()}
-    maps = {name: mean_average_precision(found, held_out.label) for name, found in scores.items()}
-    models = {"start": build_model(config, held_out.z.device).eval(), "end": model}
+    random = [torch.rand(of.shape, generator=generator).to(z) for of in (z_fitted, z)]
+    pairs = {"z": (z_fitted, z), "random": random, "given": (given_fitted, given)}
+    scores = {name: actions_probe(fitted, label_fitted, held_out, config) for name, (fitted, held_out) in pairs.items()}
+    maps = {name: mean_average_precision(found, label) for name, found in scores.items()}
+    models = {"start": build_model(config, z.device).eval(), "end": model}
     spectra = {name: spectrum(of, subject.held_out, config).tolist() for name, of in models.items()}
     return {
         "row": config.model.row,
         "map": maps["z"][0],
         "map_by_class": dict(zip(CLASSES, maps["z"][1], strict=True)),
-        "map_scikit_learn": mean_average_precision(scores["z"], held_out.label, interpolated=False)[0],
+        "map_scikit_learn": mean_average_precision(scores["z"], label, interpolated=False)[0],
         "map_random": maps["random"][0],
         "map_of_the_ground_truth": maps["given"][0],
-        "share_of_positives": held_out.label.float().mean().item(),
-        "energy": held_out.energy.mean().item(),
-        "energy_given": held_out.energy_given.mean().item(),
-        "videos": [len(train.z), len(held_out.z)],
+        "share_of_positives": label.float().mean().item(),
+        "energy": energy.mean().item(),
+        "energy_given": energy_given.mean().item(),
+        "videos": [len(z_fitted), len(z)],
         **{f"singular_values_{name}": [round(s, 4) for s in values] for name, values in spectra.items()},
-        "spectrum_rows": len(held_out.z) * (config.data.frames_in + config.data.frames_out),
+        "spectrum_rows": len(z) * (config.data.frames_in + config.data.frames_out),
     }
 
 

@@ -97,7 +97,7 @@ def _sweep(content: dict[str, Any], folder: Path) -> Sweep:
     if unknown:
         raise ConfigError(f"{one_line(unknown[0])}: no such key; keys are {', '.join(KEYS)}")
     if ("preset" in content) == ("config" in content):
-        raise ConfigError("preset or config, one of them, must say what is changed")
+        raise ConfigError("give either preset or config, to say what is changed")
     if "preset" in content:
         base = preset(parse("preset", str, content["preset"]))
     else:

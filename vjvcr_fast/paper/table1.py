@@ -80,7 +80,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
 
 
 def figure5(table: Table, path: Path) -> None:
-    """Draws figure 5: input, target and the futures of three validation clips as VJ-VCR and the generative model decode them."""
+    """Draws figure 5: three validation clips, with their futures as VJ-VCR and the generative model decode them."""
     predictions = {}
     for row in ("vj-vcr", "generative"):
         config, videos, future = futures_of(table, row)

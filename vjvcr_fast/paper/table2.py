@@ -109,7 +109,7 @@ def one_of_each_direction(videos: MovingMNIST, count: int) -> Videos:
 
 def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
     if not config.data.stochastic:
-        raise ConfigError("data.stochastic=False: table2 and fig3 are about stochastic videos, --data.stochastic true")
+        raise ConfigError("data.stochastic=False: table2 and fig3 need stochastic videos: --data.stochastic true")
     rows, line = {name: latent(config, name) for name in LATENTS}, functools.partial(_line, config)
     return finish_rows(config, out, seeds, processes, rows, TABLE2, HEAD, line)
 
