@@ -95,7 +95,8 @@ def sources_of(config: Config, device: torch.device, folder: Path) -> tuple[Any,
     with Pool(0) as pool:
         fill(sources, folder / "cache", size, "auto", pool)
     options: dict[str, Any] = {"frames": frames, "size": size, "seed": 0, "stream": "train"}
-    cached = VideoClips(sources, **options, device=device, cache=FrameCache(folder / "cache", size))
+    cache = FrameCache(folder / "cache", size, device=device)
+    cached = VideoClips(sources, **options, device=device, cache=cache)
     return cached, VideoClips(sources, **options)
 
 

@@ -1,22 +1,26 @@
-"""Files that are written whole or not at all, words for what is wrong with one, bars that say how far long work is."""
+"""Small helpers: atomic writes, printable messages, working ahead, optional imports, progress bars."""
 
+import importlib
 import os
 import uuid
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-MOST = 300  # characters of `one_line`
+Item = TypeVar("Item")
+
+MOST = 300  # characters that `one_line` keeps
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
+    """Writes a file so that readers, even after a crash, see either the old content or the new, never a part of it."""
     content = data.encode() if isinstance(data, str) else data
     replace(path, lambda file: file.write(content))
 
 
 def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """`write_atomic` for content that `write` puts into the open file itself."""
+    """Like `write_atomic`, but `write` gets the open file and puts the content into it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -31,20 +35,53 @@ def replace(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def one_line(text: object) -> str:
-    """str(text), of which a file may have a say, as one line of reasonable length that can be printed."""
+    """str(text) as one printable line of limited length. For text that may come from a file."""
     escaped = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text)[: MOST + 1])
     return escaped if len(escaped) <= MOST else f"{escaped[:MOST]} ..."
 
 
+def reason(error: BaseException) -> str:
+    """The first line of an error's message that is not blank."""
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)
+
+
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def progress(**settings: Any) -> Any:
-    """A tqdm bar. Raises ImportError, naming the extra, where tqdm is missing."""
+def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """Yields the items in order, each drawn up to `depth` items before it is needed: tasks, for example, that then run
+    while the caller works. If drawing an item fails, the items before it come first."""
+    waiting: deque[Item] = deque()
+    failure = None
     try:
-        from tqdm import tqdm
-    except ImportError:
-        raise ImportError("tqdm is not installed: pip install 'vjvcr_fast[train]'") from None
-    return tqdm(**{"unit": "step", **settings})
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > depth:
+                yield waiting.popleft()
+    except Exception as error:
+        failure = error
+    yield from waiting
+    if failure is not None:
+        raise failure
+
+
+def load(module: str, extra: str) -> Any:
+    """Imports an optional module.
+
+    Raises ImportError: it names the extra to install if the module is missing, else the reason why the import fails.
+    """
+    package = module.removeprefix("nvidia.").split(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError:
+        raise ImportError(f"{package} is not installed: pip install 'vjvcr_fast[{extra}]'") from None
+    except (ImportError, OSError, RuntimeError) as error:  # a library that the package itself needs is missing
+        raise ImportError(f"{package} cannot be imported ({reason(error)})") from error
+
+
+def progress(**settings: Any) -> Any:
+    """A tqdm progress bar. Raises ImportError, naming the extra, if tqdm is missing."""
+    return load("tqdm", "train").tqdm(**{"unit": "step", **settings})

@@ -1,11 +1,11 @@
-"""MovingMNIST, rendered in batches on any device while training: no files, no workers, no host synchronisation.
+"""MovingMNIST, rendered in batches on any device while training: no files, no workers, no synchronisation.
 
-Every video is a pure function of (seed, stream, index): its parameters are hashes of the index, its path is in
-closed form and its rendering is exact in float32. Batch size, order, worker and device therefore change nothing.
+A video only depends on (seed, stream, index). Its parameters are hashes of the index, its path has a closed form, and
+its rendering is exact in float32. So batch size, order, worker and device change nothing.
 
-Coordinates are (x, y) of the digit's top-left corner in pixels: x grows to the right, y downward, as rows do. Angles
-are as in mathematics: 0 points right, positive angles turn upward on the screen, so a digit that moves at angle a
-changes by speed * (cos a, -sin a) a frame.
+Coordinates are (x, y) of the digit's top-left corner in pixels: x grows to the right, y downward like rows. Angles are
+as in mathematics: 0 points right, and positive angles turn upward on the screen. A digit that moves at angle a changes
+its place by speed * (cos a, -sin a) each frame.
 """
 
 import math
@@ -18,22 +18,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vjvcr_fast.data.digits import Digits
-from vjvcr_fast.data.hashing import key, splitmix, uniform
+from vjvcr_fast.data.hashing import Orders, key, uniform
 
 DIRECTIONS = 5  # psi = 2 k pi / 5, k = 0..4
 STARTS = ("switch", "center")
 
-# Positions lie on a grid of 1/256 pixel: a pixel (8 bits) times two weights (8 bits each) then fits float32's 24
-# bits, so that rendering rounds nothing and no order of summation can change a bit.
+# Positions are multiples of 1/256 pixel. A pixel (8 bits) times two weights (8 bits each) then fits into float32's 24
+# bits. So rendering does not round, and the order of summation does not matter.
 SUBPIXEL_STEPS = 256
 
 
 class Videos(NamedTuple):
-    """N videos of T frames; S = canvas.
+    """N videos of T frames, S = canvas pixels wide and high.
 
-    frames: (N, T, 1, S, S) float32 in [0, 1]; speed: (N,) float32, pixels per frame; direction: (N,) int64, the k of
-    psi = 2 k pi / 5 in stochastic videos, -1 in deterministic ones; digit: (N,) int64, the label; positions:
-    (N, T, 2) float32, where the digit is drawn: its top-left corner (x, y) in pixels, multiples of 1/256.
+    frames: (N, T, 1, S, S) float32 in [0, 1]. speed: (N,) float32, pixels per frame. direction: (N,) int64, the k of
+    psi = 2 k pi / 5 in stochastic videos, -1 in deterministic ones. digit: (N,) int64, the label. positions: (N, T, 2)
+    float32, the top-left corner (x, y) of the drawn digit in pixels, multiples of 1/256.
     """
 
     frames: Tensor
@@ -44,20 +44,20 @@ class Videos(NamedTuple):
 
 
 class MovingMNIST:
-    """One digit moving on a black canvas at constant speed, reflected by the walls (section 4.2).
+    """Videos of one digit that moves on a black canvas at constant speed and is reflected by the walls (section 4.2).
 
-    Deterministic: start uniform over all places where the digit is whole, direction uniform. Stochastic: to the
-    right for `x_frames` frames, then from the last of them on in direction psi = 2 k pi / 5, k uniform; start="switch"
-    puts the digit at the centre where it switches (frame x_frames - 1), "center" at frame 0. In both the speed is
-    uniform in `speed`, in pixels per frame.
+    Deterministic videos start at a uniform place where the whole digit is visible, in a uniform direction. Stochastic
+    videos move to the right for `x_frames` frames, and from the last of them on in direction psi = 2 k pi / 5 with
+    uniform k. In both the speed is uniform in `speed`, in pixels per frame.
 
-    An epoch is `len(self)` videos, every digit once, in an order of its own: video i shows digit i % len(self) of
-    the order of epoch i // len(self).
+    An epoch is `len(self)` videos, one for each digit, in an order of its own: video i shows digit i % len(self) of the
+    order of epoch i // len(self).
 
-    digits: drawn at `digit_size` pixels, resized once (antialiased, rounded to uint8) if that is not 28.
-    x_frames: ignored by deterministic videos. subpixel: False rounds positions to whole pixels, every frame then
-    holds the digit's own pixels. seed, stream: any integer, any name ("train", "validation"): videos of different
-    streams have nothing in common.
+    digits: drawn `digit_size` pixels wide and high; resized once (antialiased, rounded to uint8) if that is not 28.
+    x_frames: only for stochastic videos. start: where the digit of a stochastic video is at the centre: "switch", when
+    it changes direction (frame x_frames - 1), or "center", at frame 0. subpixel: False rounds positions to whole
+    pixels, so that frames contain the digit's own pixels. seed: any integer. stream: any name, such as "train"; videos
+    of different streams have nothing in common.
 
     Raises ValueError for arguments out of range.
     """
@@ -94,33 +94,33 @@ class MovingMNIST:
 
         self._images = _resize(digits.images, digit_size).to(self.device)
         self._labels = digits.labels.to(self.device)
-        keys = [self._key(parameter) for parameter in ("speed", "direction", "x", "y")]
+        keys = [key(seed, parameter, stream) for parameter in ("speed", "direction", "x", "y")]
         self._keys = torch.tensor(keys, device=self.device)
-        self._orders: dict[int, Tensor] = {}
+        self._orders = Orders(len(self), seed, stream, self.device)
 
     def __len__(self) -> int:
-        """Videos in one epoch: the number of digits."""
+        """The number of videos in an epoch, which is the number of digits."""
         return self._images.shape[0]
 
     def batch(self, start_index: int, n: int) -> Videos:
-        """Videos start_index .. start_index + n - 1. Raises ValueError for start_index < 0 or n < 1.
+        """Videos start_index, ..., start_index + n - 1, without waiting for the device.
 
-        Never waits for the device.
+        Raises ValueError for start_index < 0 or n < 1.
         """
         _require(start_index >= 0, "start_index", start_index, "at least 0")
         _require(n >= 1, "n", n, "at least 1")
         digits, end = [], start_index + n
         for epoch in range(start_index // len(self), (end - 1) // len(self) + 1):
             first = epoch * len(self)
-            digits.append(self._order(epoch)[max(start_index - first, 0) : end - first])
+            digits.append(self._orders.of(epoch)[max(start_index - first, 0) : end - first])
         return self._videos(torch.arange(start_index, end, device=self.device), torch.cat(digits))
 
     def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> Iterator[Videos]:
-        """Batches of n videos, from the step-th on, without end; of `world` processes each has n, one after another."""
+        """Batches of n videos without end, from batch number `step` on. Each of `world` processes gets n other ones."""
         return (self.batch((k * world + rank) * n, n) for k in count(step))
 
     def batch_at(self, indices: Tensor) -> Videos:
-        """The videos of any global indices: (N,) int64 on the CPU, since their epochs are looked up there.
+        """The videos of the given indices, (N,) int64 on the CPU, in any order.
 
         Raises ValueError for another shape, dtype or device, for N = 0 and for negative indices.
         """
@@ -129,13 +129,13 @@ class MovingMNIST:
         _require(valid and len(indices) >= 1, "indices", kind, "(N,) int64 on the CPU with N >= 1")
         _require(bool(indices.min() >= 0), "indices", int(indices.min()), "at least 0")
         epochs, row = torch.unique(indices // len(self), return_inverse=True)
-        orders = torch.stack([self._order(epoch) for epoch in epochs.tolist()])
+        orders = torch.stack([self._orders.of(epoch) for epoch in epochs.tolist()])
         digits = orders[row.to(self.device), (indices % len(self)).to(self.device)]
         return self._videos(indices.to(self.device), digits)
 
     def _videos(self, indices: Tensor, digits: Tensor) -> Videos:
-        """indices: (N,) int64, global; digits: (N,) int64, which digit each shows; both on the device."""
-        # float64: a difference of one ulp between two devices' cosines must not reach the float32 result.
+        """indices: (N,) int64. digits: (N,) int64, which digit each video shows. Both on the device."""
+        # In float64: the last bit of a cosine differs between devices, and must not reach the float32 result.
         u_speed, u_direction, u_x, u_y = uniform(self._keys, indices).unbind(dim=1)
         low, high = self.speed
         speed = low + (high - low) * u_speed
@@ -156,19 +156,6 @@ class MovingMNIST:
         frames = _render(self._images[digits], positions, self.canvas)
         return Videos(frames, speed.float(), direction, self._labels[digits], positions)
 
-    def _order(self, epoch: int) -> Tensor:
-        """The order of the digits in an epoch, (M,) int64; the last two are kept."""
-        order = self._orders.get(epoch)
-        if order is None:
-            numbers = torch.arange(len(self), device=self.device)
-            # The hash is one-to-one, so nothing ties and every device sorts alike.
-            order = torch.argsort(splitmix(self._key("order", epoch), numbers))
-            self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
-        return order
-
-    def _key(self, *purpose: str | int) -> int:
-        return key(self.seed, *purpose, self.stream)
-
 
 def _require(condition: bool, name: str, value: object, allowed: str) -> None:
     if not condition:
@@ -179,7 +166,7 @@ def _require(condition: bool, name: str, value: object, allowed: str) -> None:
 
 
 def _reflect(position: Tensor, room: int) -> Tensor:
-    """Fold a free path into [0, room]: a triangle wave of period 2 * room, as mirrors at both walls would."""
+    """Folds a path without walls into [0, room], as mirrors at both ends would: a triangle wave of period 2 * room."""
     if room == 0:
         return torch.zeros_like(position)
     return room - (torch.remainder(position, 2 * room) - room).abs()
@@ -188,41 +175,41 @@ def _reflect(position: Tensor, room: int) -> Tensor:
 def _path(origin: Tensor, speed: Tensor, angle: Tensor, frames: int, switch: int, room: int) -> Tensor:
     """Positions (N, T, 2) in [0, room] of digits that move right until frame `switch`, then at `angle`.
 
-    origin: (N, 2), the place at frame 0, before reflection; speed, angle: (N,).
+    origin: (N, 2), the position at frame 0, before reflection. speed, angle: (N,).
     """
     time = torch.arange(frames, device=origin.device, dtype=origin.dtype)[:, None]  # (T, 1)
     right = torch.stack([speed, torch.zeros_like(speed)], dim=1)[:, None]  # (N, 1, 2)
     turned = torch.stack([speed * angle.cos(), -speed * angle.sin()], dim=1)[:, None]
-    # Reflected before it turns: a digit that has met a wall by then still leaves in its own direction.
+    # Reflected before it turns, so that a digit that has met a wall still leaves in the direction it was given.
     reached = _reflect(origin[:, None] + right * time.clamp(max=switch), room)
     return _reflect(reached + turned * (time - switch).clamp(min=0), room)
 
 
 def _render(images: Tensor, positions: Tensor, canvas: int) -> Tensor:
-    """Bilinear drawing, R @ digit @ C^T with weights R[i, a] = max(0, 1 - |i - (y + a)|), and C alike with x.
+    """Draws digits bilinearly: R @ digit @ C^T with weights R[i, a] = max(0, 1 - |i - (y + a)|), and C alike with x.
 
-    images: (N, D, D) uint8; positions: (N, T, 2) float32. Returns (N, T, 1, S, S) float32 in [0, 1]. The products
-    are exact in float32 (see SUBPIXEL_STEPS). Where the caller lets float32 products round (TF32), so do drawings
-    between pixels, by 2^-11 of their value; whole-pixel ones stay exact.
+    images: (N, D, D) uint8. positions: (N, T, 2) float32. Returns (N, T, 1, S, S) float32 in [0, 1]. The products are
+    exact in float32 (see SUBPIXEL_STEPS). If the caller allows TF32 for products, digits between pixels are rounded by
+    up to 2^-11 of their value; digits at whole pixels stay exact.
     """
     N, T, _ = positions.shape
     D = images.shape[-1]
     columns, rows = (_weights(axis, canvas, D) for axis in positions.unbind(dim=2))
     with torch.autocast(images.device.type, enabled=False):  # a caller's bfloat16 must not reach the data
         drawn = (rows.view(N, T * canvas, D) @ images.float()).view(N, T, canvas, D) @ columns.mT
-    # A tensor on the device, since CUDA multiplies by the reciprocal of a Python number: another last bit.
+    # By a tensor: for a Python number, CUDA would multiply by the reciprocal, which can change the last bit.
     return drawn.div_(drawn.new_full((), 255)).unsqueeze(2)
 
 
 def _weights(position: Tensor, canvas: int, size: int) -> Tensor:
-    """(N, T) -> (N, T, S, D): how much of the digit's row (column) a falls on the canvas' row (column) i."""
+    """How much of the digit's row (or column) a falls on row (or column) i of the canvas: (N, T) -> (N, T, S, D)."""
     i = torch.arange(canvas, device=position.device, dtype=position.dtype)[:, None]
     a = torch.arange(size, device=position.device, dtype=position.dtype)
     return (1 - (i - a - position[..., None, None]).abs_()).relu_()
 
 
 def _resize(images: Tensor, size: int) -> Tensor:
-    """(M, 28, 28) uint8 -> (M, size, size) uint8."""
+    """Resizes (M, 28, 28) uint8 images to (M, size, size) uint8."""
     if images.shape[-1] == size:
         return images
     resized = F.interpolate(images[:, None].float(), size=(size, size), mode="bilinear", antialias=True)

@@ -150,7 +150,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
             stream=stream,
             backend=data.decoder,
             device=device,
-            cache=open_cache(config, part),
+            cache=open_cache(config, part, device),
             pool=part.pool,
             on_bad=data.on_bad_video,
         )
@@ -185,7 +185,7 @@ def cache_folder(config: Config, split: str) -> Path | None:
     return top and top / f"{split}-{config.data.canvas}x{config.data.canvas}{stride}"
 
 
-def open_cache(config: Config, part: Split) -> FrameCache | None:
+def open_cache(config: Config, part: Split, device: torch.device) -> FrameCache | None:
     """The cache of a split's decoded frames, or None if there is none. Raises CacheError if its frames do not fit.
 
     It is opened once and shared, so that a GPU holds its frames once.
@@ -193,7 +193,7 @@ def open_cache(config: Config, part: Split) -> FrameCache | None:
     folder, size = cache_folder(config, part.name), (config.data.canvas, config.data.canvas)
     if folder is None or not (folder / "meta.json").exists():
         return None
-    key = folder, size, config.data.decoder
+    key = folder, size, config.data.decoder, device
     if key not in part.caches:
         part.caches[key] = FrameCache(*key)
     return part.caches[key]

@@ -284,7 +284,7 @@ def test_a_partial_cache_is_completed_by_decoding(sources: list[Source], tmp_pat
     partly = videos(sources, cache=FrameCache(tmp_path, SIZE))
     assert partly.batch(0, 12).frames.equal(videos(sources).batch(0, 12).frames)
     assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (3, 3, {})
-    assert FrameCache(tmp_path, SIZE).serving(sources, torch.device("cpu")).complete
+    assert all(map(FrameCache(tmp_path, SIZE).find, sources))
 
 
 def test_processes_fill_the_same_cache(
@@ -368,7 +368,7 @@ def test_a_damaged_cache_is_noticed_and_repaired(sources: list[Source], tmp_path
 def test_a_shortened_cache_serves_what_is_left(sources: list[Source], tmp_path: Path) -> None:
     fill(sources, tmp_path, SIZE, "auto", Pool(0))
     os.truncate(tmp_path / "frames.u8", os.path.getsize(tmp_path / "frames.u8") - 1)
-    assert not FrameCache(tmp_path, SIZE).serving(sources, torch.device("cpu")).complete
+    assert not all(map(FrameCache(tmp_path, SIZE).find, sources))
     assert fill(sources, tmp_path, SIZE, "auto", Pool(0)) == (1, 5, {})
 
 
@@ -480,11 +480,11 @@ def test_batches_arrive_on_the_gpu(sources: list[Source], tmp_path: Path, monkey
     """Decoded on the CPU, from a cache that has moved to the GPU, from one too large for that: the same frames."""
     right = videos(sources).batch(0, 12)
     fill(sources, tmp_path, SIZE, "decord", Pool(0))
-    resident = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
-    assert resident._cached._data.is_cuda
+    resident = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE, device="cuda"))
+    assert resident._cache._data.is_cuda
     monkeypatch.setattr(cache_module, "ON_DEVICE", 0.0)
-    mapped = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE))
-    assert not mapped._cached._data.is_cuda
+    mapped = videos(sources, device="cuda", backend="decord", cache=FrameCache(tmp_path, SIZE, device="cuda"))
+    assert not mapped._cache._data.is_cuda
     for loaded in (videos(sources, device="cuda", backend="decord"), resident, mapped):
         batch = loaded.batch(0, 12)
         assert batch.frames.is_cuda
@@ -498,6 +498,6 @@ def test_a_dali_cache_is_bit_identical_to_dali_batches(sources: list[Source], tm
     pytest.importorskip("nvidia.dali")
     streaming = videos(sources, device="cuda", backend="dali")
     fill(sources, tmp_path, SIZE, "dali", Pool(0), device="cuda")
-    cached = videos(sources, device="cuda", backend="dali", cache=FrameCache(tmp_path, SIZE, "dali"))
-    assert cached._cached.complete
+    cached = videos(sources, device="cuda", backend="dali", cache=FrameCache(tmp_path, SIZE, "dali", "cuda"))
+    assert all(cached._lines)
     assert cached.batch(0, 12).frames.equal(streaming.batch(0, 12).frames)

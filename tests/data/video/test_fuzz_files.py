@@ -350,12 +350,13 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], 
 
 def read_cache(sources: list[Any], folder: Path) -> list[bool]:
     """Which videos are there. Every frame that is must be the right one."""
-    serving = FrameCache(folder, SIZE).serving(sources, torch.device("cpu"))
-    for i, source in enumerate(sources):
-        if serving.has(i):
-            found = serving.read([(i, 0)], source.frames)[0]
+    cache = FrameCache(folder, SIZE)
+    lines = [cache.find(source) for source in sources]
+    for source, line in zip(sources, lines, strict=True):
+        if line:
+            found = cache.read([(line, 0)], source.frames)[0]
             assert found.equal(torch.from_numpy(frames_of(source.path))), f"other frames for {source.name}"
-    return [serving.has(i) for i in range(len(sources))]
+    return [line is not None for line in lines]
 
 
 ENTRY = {"video": "videos/1.mp4", "bytes": 101, "frames": 5, "stride": 1, "first": 3, "crc32": 7}

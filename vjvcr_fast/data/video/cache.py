@@ -1,13 +1,14 @@
 """The decode-once cache: the frames of video files at training resolution, in one memory-mapped file.
 
-A video with a single keyframe costs decoding from frame 0 for every window; from here a window costs a copy. A folder:
+To read a window of a video with a single keyframe, a decoder must start at frame 0. From the cache, a window only costs
+a copy. A cache is a folder:
 
-    meta.json    what all frames have in common: size, and the decoder that made them
-    frames.u8    the videos one after another, each (F, 3, H, W) uint8
-    index.jsonl  a line for each video whose frames are on the disk: name, bytes of its file, frames, place, CRC-32
+    meta.json    what all frames have in common: their size and the decoder that made them
+    frames.u8    one video after another, each (F, 3, H, W) uint8
+    index.jsonl  one line for each video whose frames are on the disk: `Line`
 
-A line is written after its frames have reached the disk, so a killed `fill` leaves at most frames that no line speaks
-of; the next call overwrites them. Every video is checked against its sum when it is first read.
+A line is only written after its frames have reached the disk. So if `fill` is killed, there are at most frames without
+a line, and the next call overwrites them. Each video's checksum is checked when it is first read.
 """
 
 import contextlib
@@ -20,41 +21,29 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.files import one_line, progress, write_atomic
+from vjvcr_fast.data.files import ahead, one_line, progress, write_atomic
 from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.decode import VideoError
+from vjvcr_fast.data.video.file import Source
 
 FAMILIES = ("ffmpeg", "dali")
 SYNC_SECONDS = 2.0  # how often frames are forced to the disk, and their lines written
-ON_DEVICE = 0.4  # of the free memory of a GPU: up to there the cache moves into it
+ON_DEVICE = 0.4  # the share of a GPU's free memory that a cache may take; a larger one stays on the disk
 
 
 class CacheError(RuntimeError):
-    """A cache that cannot be used or filled; the message names the folder, the reason and what to do."""
-
-
-class Video(Protocol):
-    """What the cache needs to know of a video: a `clips.Source` has it."""
-
-    @property
-    def path(self) -> Path: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def frames(self) -> int: ...
-    @property
-    def stride(self) -> int: ...
+    """A cache cannot be used or filled. The message names the folder, the reason and what to do."""
 
 
 class Line(NamedTuple):
-    """A line of index.jsonl; `first` counts frames from the start of frames.u8."""
+    """A line of index.jsonl: the video's name, the size of its file, its frames and stride as in `Source`, the place of
+    its first frame in frames.u8, and the CRC-32 of its frames."""
 
     video: str
     bytes: int
@@ -65,7 +54,7 @@ class Line(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """What `fill` did: videos written now, those that were there, and {name: reason} of those that cannot be read."""
+    """What `fill` did: the number of videos written now, the number already there, {name: reason} of the unreadable."""
 
     written: int
     kept: int
@@ -73,66 +62,48 @@ class Filled(NamedTuple):
 
 
 class FrameCache:
-    """A cache to read from. folder: as `fill` left it, finished or not.
+    """A cache to read from, complete or not. Frames come on `device`. A GPU holds all of them if they fit.
 
-    Raises CacheError where there is none, it is damaged, or its frames are not of (height, width) `size` or, unless
-    `backend` is "auto", not from a decoder that gives the same ones.
+    Raises CacheError if there is no cache in `folder`, if it is damaged, if its frames are not of (height, width)
+    `size`, or if they are from a decoder whose frames differ from those of `backend` ("auto" accepts any).
     """
 
-    def __init__(self, folder: Path, size: tuple[int, int], backend: str = "auto") -> None:
-        self.folder, self.size = folder, size
+    def __init__(
+        self, folder: Path, size: tuple[int, int], backend: str = "auto", device: str | torch.device = "cpu"
+    ) -> None:
         meta = _read_meta(folder)
         if meta is None:
             raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one")
         _check_meta(folder, meta, size, backend)
-        self.lines = _separate(_read_index(folder, size))
-        self._served: list[tuple[Sequence[Video], torch.device, Serving]] = []
-
-    def serving(self, sources: Sequence[Video], device: torch.device) -> "Serving":
-        """A view of the cache by the numbers of `sources`, on `device` where there is room for it: the same one for
-        the same list, so that a GPU holds the frames once."""
-        for others, place, served in self._served:
-            if others is sources and place == device:
-                return served
-        self._served.append((sources, device, Serving(self, sources, device)))
-        return self._served[-1][2]
-
-
-class Serving:
-    """Windows of `sources`, by their numbers. complete: whether all of them are cached."""
-
-    def __init__(self, cache: FrameCache, sources: Sequence[Video], device: torch.device) -> None:
-        height, width = cache.size
-        self._cache, self.device = cache, device
-        self._lines = [_valid_line(cache.lines, source) for source in sources]
-        self.complete = all(line is not None for line in self._lines)
-        frames = max((line.first + line.frames for line in cache.lines.values()), default=0)
-        shape = (frames, 3, height, width)
-        file, length = str(cache.folder / "frames.u8"), math.prod(shape)
-        # Mapped privately, so that a cache on a read-only disk serves too; torch maps no file of length 0.
+        self.folder, self.device = folder, torch.device(device)
+        self._lines = _separate(_read_index(folder, size))
+        frames = max((line.first + line.frames for line in self._lines.values()), default=0)
+        shape = (frames, 3, *size)
+        file, length = str(folder / "frames.u8"), math.prod(shape)
+        # Mapped privately, so that the cache may be on a read-only disk. torch cannot map a file of length 0.
         try:
             mapped = torch.from_file(file, False, length, dtype=torch.uint8) if length else torch.empty(0).byte()
         except RuntimeError as error:
             raise CacheError(f"{file}: cannot be read ({one_line(error)})") from None
-        self._data = mapped.view(shape)
-        self._unchecked = {number for number, line in enumerate(self._lines) if line is not None}
-        if device.type == "cuda" and mapped.numel() < ON_DEVICE * torch.cuda.mem_get_info(device)[0]:
-            for number in sorted(self._unchecked):
-                self._check(number)
-            self._data = self._data.to(device)
+        self._mapped = self._data = mapped.view(shape)
+        self._checked: set[Line] = set()
+        if self.device.type == "cuda" and length < ON_DEVICE * torch.cuda.mem_get_info(self.device)[0]:
+            self._data = self._mapped.to(self.device)
 
-    def has(self, source: int) -> bool:
-        return self._lines[source] is not None
+    def find(self, source: Source) -> Line | None:
+        """The line of a video, to read it by; None if the video is not in the cache or its file has changed."""
+        return _valid_line(self._lines, source)
 
-    def read(self, places: Sequence[tuple[int, int]], count: int) -> Tensor:
-        """(N, count, 3, H, W) uint8 on the device: frames first .. first + count - 1 of each (source, first)."""
+    def read(self, windows: Sequence[tuple[Line, int]], count: int) -> Tensor:
+        """Reads frames first, ..., first + count - 1 of each (line, first): (N, count, 3, H, W) uint8 on the device."""
         rows = []
-        for source, first in places:
-            line = self._lines[source]
-            if line is None or not 0 <= first <= line.frames - count:
-                raise IndexError(f"source {source}, frames {first} to {first + count - 1}: not in the cache")
-            if source in self._unchecked:
-                self._check(source)
+        for line, first in windows:
+            if not 0 <= first <= line.frames - count:
+                raise IndexError(f"{line.video}, frames {first} to {first + count - 1}: not in the cache")
+            if line not in self._checked:
+                if _sum(self._mapped[line.first : line.first + line.frames]) != line.crc32:
+                    raise CacheError(f"{self.folder}: damaged at {line.video}: `vjvcr-fast cache --verify` repairs it")
+                self._checked.add(line)
             rows.append(line.first + first)
         index = (torch.tensor(rows)[:, None] + torch.arange(count)).flatten().to(self._data.device, non_blocking=True)
         if self._data.device.type == self.device.type:  # "cuda" is not equal to the "cuda:0" that a tensor is on
@@ -142,16 +113,9 @@ class Serving:
             torch.index_select(self._data, 0, index, out=found)
         return found.unflatten(0, (len(rows), count)).to(self.device, non_blocking=True)
 
-    def _check(self, source: int) -> None:
-        line = self._lines[source]
-        assert line is not None
-        if _sum(self._data[line.first : line.first + line.frames]) != line.crc32:
-            raise CacheError(f"{self._cache.folder}: damaged at {line.video}: `vjvcr-fast cache --verify` repairs it")
-        self._unchecked.discard(source)
-
 
 def fill(
-    videos: Sequence[Video],
+    videos: Sequence[Source],
     folder: Path,
     size: tuple[int, int],
     backend: str,
@@ -162,13 +126,14 @@ def fill(
     verify: bool = False,
     desc: str = "cache",
 ) -> Filled:
-    """Decodes into `folder` whatever of `videos` is not there yet, every frame resized to (height, width) `size`.
+    """Decodes the videos that are not in the cache `folder` yet, and resizes their frames to (height, width) `size`.
 
-    backend: "auto", "decord" or "torchcodec", whose frames are equal, or "dali", which decodes on `device`. on_bad:
-    "stop" raises the VideoError of a video that cannot be read, after everything before it is safe; "skip" goes on and
-    returns it. verify: check all sums and decode anew what is damaged.
+    backend: "auto", "decord" or "torchcodec", which give equal frames, or "dali", which decodes on `device`. pool: the
+    processes that decode. on_bad: "stop" raises the VideoError of the first video that cannot be read, after the videos
+    before it are safe; "skip" goes on and returns the reasons. verify: check all sums, and decode damaged videos again.
 
-    Raises CacheError: no room on the disk, another process at work in the folder, frames of another size or decoder.
+    Raises CacheError if the disk is too small, another process fills the folder, or its frames have another size or
+    decoder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -188,9 +153,9 @@ def fill(
         writer, bad = _Writer(folder, size, lines, end), dict[str, str]()
         bar = progress(total=len(videos), initial=len(kept), desc=desc, unit="video", disable=not missing)
         with bar, contextlib.closing(writer):
-            for video, found in _decoded(missing, backend, size, pool, torch.device(device)):
+            for video, decoded in _decoded(missing, backend, size, pool, torch.device(device)):
                 try:
-                    writer.add(video, found())
+                    writer.add(video, torch.as_tensor(decoded()))
                 except VideoError as error:
                     if on_bad == "stop":
                         raise
@@ -200,58 +165,42 @@ def fill(
 
 
 def _decoded(
-    videos: Sequence[Video], backend: str, size: tuple[int, int], pool: workers.Pool, device: torch.device
-) -> Iterator[tuple[Video, Callable[[], Tensor]]]:
-    """Videos with what gives their frames, or raises VideoError; a few are in work beyond the one waited for."""
+    videos: Sequence[Source], backend: str, size: tuple[int, int], pool: workers.Pool, device: torch.device
+) -> Iterator[tuple[Source, Callable[[], Any]]]:
+    """Each video with a function that returns its frames or raises VideoError. The pool decodes some videos ahead."""
     if backend == "dali" and device.type == "cuda":
-        yield from _decoded_on_gpu(videos, size, device)
-        return
-    waiting: list[tuple[Video, Callable[[], Tensor]]] = []
-    for video in videos:
-        task = pool.submit(video.path, workers.decode, backend, 0, video.frames, video.stride, size)
-        waiting.append((video, partial(_received, task)))
-        if len(waiting) > 2 * pool.workers:
-            yield waiting.pop(0)
-    yield from waiting
+        from vjvcr_fast.data.video.dali import DaliDecoder
+
+        decoder = DaliDecoder(device, threads=2, size=size)  # also decodes for training, so the frames are the same
+        for video in videos:
+            every = range(0, video.frames * video.stride, video.stride)
+            yield video, partial(_on_host, decoder, [(video.path, every)])
+    else:
+        tasks = (
+            (video, pool.submit(video.path, workers.decode, backend, 0, video.frames, video.stride, size))
+            for video in videos
+        )
+        for video, task in ahead(tasks, 2 * pool.workers):
+            yield video, task.result
 
 
-def _received(task: workers.Task) -> Tensor:
-    return workers.received(task.result())
-
-
-def _decoded_on_gpu(
-    videos: Sequence[Video], size: tuple[int, int], device: torch.device
-) -> Iterator[tuple[Video, Callable[[], Tensor]]]:
-    """By the same pipeline that decodes for training, so that the cache holds the same frames."""
-    from vjvcr_fast.data.video.dali import DaliClips
-
-    for length, group in groupby(sorted(videos, key=lambda video: video.frames), key=lambda video: video.frames):
-        left = list(group)
-        while left:
-            requests = [[(video.path, 0)] for video in left]
-            clips = iter(DaliClips(requests, length, size, device, stride=left[0].stride))
-            failed = False
-            while left and not failed:
-                try:
-                    frames = next(clips)[0].cpu()
-                    yield left.pop(0), partial(workers.given, frames)
-                except VideoError as error:  # ends the pipeline, which starts anew behind the video
-                    failed = True
-                    yield left.pop(0), partial(workers.refused, error)
+def _on_host(decoder: Any, windows: Sequence[tuple[Path, range]]) -> Tensor:
+    return decoder.read(windows)[0].cpu()
 
 
 class _Writer:
-    """Puts videos into their old places or after frame `end`; their lines follow when their frames are on the disk."""
+    """Writes videos into their old places, or after all others. Lines follow when the frames have reached the disk."""
 
     def __init__(self, folder: Path, size: tuple[int, int], lines: dict[str, Line], end: int) -> None:
-        self._bytes, self._next = 3 * size[0] * size[1], end  # bytes of a frame
+        self._places, self._next = lines, end
+        self._bytes = 3 * size[0] * size[1]  # of a frame
+        # Written anew, without the half line that a crash may have left.
+        write_atomic(folder / "index.jsonl", "".join(map(_text, lines.values())))
         self._frames, self._index = (folder / "frames.u8").open("r+b"), (folder / "index.jsonl").open("a")
-        _end_line(self._index, folder)
-        self._places = lines
         self._waiting: list[Line] = []
         self._synced = time.monotonic()
 
-    def add(self, video: Video, frames: Tensor) -> None:
+    def add(self, video: Source, frames: Tensor) -> None:
         if len(frames) != video.frames:
             raise VideoError(f"{video.path}: {len(frames)} frames decoded, {video.frames} expected")
         old = self._places.get(video.name)
@@ -259,9 +208,8 @@ class _Writer:
         self._next = max(self._next, first + video.frames)
         self._frames.seek(first * self._bytes)
         self._frames.write(frames.contiguous().numpy().data)
-        self._waiting.append(
-            Line(video.name, video.path.stat().st_size, video.frames, video.stride, first, _sum(frames))
-        )
+        size = video.path.stat().st_size
+        self._waiting.append(Line(video.name, size, video.frames, video.stride, first, _sum(frames)))
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._sync()
 
@@ -274,7 +222,7 @@ class _Writer:
 
     def _sync(self) -> None:
         _to_disk(self._frames)
-        self._index.writelines(json.dumps(line._asdict()) + "\n" for line in self._waiting)
+        self._index.writelines(map(_text, self._waiting))
         _to_disk(self._index)
         self._waiting, self._synced = [], time.monotonic()
 
@@ -284,11 +232,8 @@ def _to_disk(file: Any) -> None:
     os.fsync(file.fileno())
 
 
-def _end_line(index: Any, folder: Path) -> None:
-    """A line that a crash cut off must not swallow the next."""
-    content = (folder / "index.jsonl").read_bytes()
-    if content and not content.endswith(b"\n"):
-        index.write("\n")
+def _text(line: Line) -> str:
+    return json.dumps(line._asdict()) + "\n"
 
 
 def _read_meta(folder: Path) -> dict[str, Any] | None:
@@ -318,12 +263,12 @@ def _check_meta(folder: Path, meta: dict[str, Any], size: tuple[int, int], backe
 
 
 def _family(backend: str) -> str:
-    """decord and torchcodec give the same frames to the bit."""
+    """The group of decoders that `backend` belongs to. decord and torchcodec give the same frames, bit for bit."""
     return FAMILIES[backend == "dali"]
 
 
 def _read_index(folder: Path, size: tuple[int, int]) -> dict[str, Line]:
-    """The last line of every video. Lines that are not whole, or of frames that are not there, are as good as none."""
+    """The last line of every video, except damaged lines and lines of frames that are not in the file."""
     lines: dict[str, Line] = {}
     index, frames = folder / "index.jsonl", folder / "frames.u8"
     try:
@@ -343,8 +288,8 @@ def _read_index(folder: Path, size: tuple[int, int]) -> dict[str, Line]:
 
 
 def _separate(lines: dict[str, Line]) -> dict[str, Line]:
-    """Without those that claim the same frames, of which one is wrong: to repair one would damage the other."""
-    wrong, last = set[str](), Line("", 0, 0, 0, 0, 0)  # last: of those before, the one that ends last
+    """Removes lines that claim the same frames. One of them must be wrong, and repairing one would damage the other."""
+    wrong, last = set[str](), Line("", 0, 0, 0, 0, 0)  # last: of the lines so far, the one that ends last
     for line in sorted(lines.values(), key=lambda line: line.first):
         if line.first < last.first + last.frames:
             wrong |= {line.video, last.video}
@@ -352,8 +297,8 @@ def _separate(lines: dict[str, Line]) -> dict[str, Line]:
     return {video: line for video, line in lines.items() if video not in wrong}
 
 
-def _valid_line(lines: dict[str, Line], video: Video) -> Line | None:
-    """The line of a video, unless its file is another one now."""
+def _valid_line(lines: dict[str, Line], video: Source) -> Line | None:
+    """The line of a video; None if it has none, or if the file has changed since."""
     line = lines.get(video.name)
     if line is None or (line.frames, line.stride) != (video.frames, video.stride):
         return None
@@ -367,7 +312,7 @@ def _damaged(folder: Path, size: tuple[int, int], line: Line) -> bool:
         return zlib.crc32(file.read(line.frames * length)) != line.crc32
 
 
-def _check_room(folder: Path, size: tuple[int, int], missing: Sequence[Video], lines: dict[str, Line]) -> None:
+def _check_room(folder: Path, size: tuple[int, int], missing: Sequence[Source], lines: dict[str, Line]) -> None:
     new = sum(v.frames for v in missing if v.name not in lines)
     needed, free = new * 3 * size[0] * size[1], shutil.disk_usage(folder).free
     if needed > free:

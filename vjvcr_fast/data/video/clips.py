@@ -1,41 +1,30 @@
 """Clips of video files: which windows, in which order, and batches of them on the training device.
 
-Every window is a pure function of (seed, stream, index), as every video of MovingMNIST is: video files are visited once
-an epoch, in an order of its own, each with a first frame drawn from those that are allowed. Decoder, cache, workers and
-batch size change nothing of it, and a stopped run goes on in the middle of an epoch by its step alone.
+A window only depends on (seed, stream, index), like a video of MovingMNIST. Each epoch visits every video once, in an
+order of its own, and draws a first frame from those allowed. Decoder, cache, workers and batch size change nothing. So
+a step number is enough to resume in the middle of an epoch.
 """
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import count
-from pathlib import Path
-from typing import Any, NamedTuple
+import weakref
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count, tee
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.hashing import key, splitmix, uniform
+from vjvcr_fast.data.files import ahead
+from vjvcr_fast.data.hashing import Orders, key, uniform
 from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.cache import FrameCache
 from vjvcr_fast.data.video.decode import VideoError, resolve
-
-
-class Source(NamedTuple):
-    """A video file. name: its place inside the data set; frames: how many it has, counting every stride-th alone;
-    starts: (S,) int64, first frames that windows may have, counted alike; targets: (S, ...), what is asked of each."""
-
-    path: Path
-    name: str
-    frames: int
-    starts: Tensor
-    targets: Tensor
-    stride: int = 1
+from vjvcr_fast.data.video.file import Source
 
 
 class Window(NamedTuple):
-    """The number-th window: `source` is a number of a Source, `choice` one of its starts."""
+    """The window of index `number`. source: the index of its Source. choice: which of the Source's starts it has."""
 
     number: int
     source: int
@@ -43,79 +32,73 @@ class Window(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """frames: (N, T, 3, H, W) uint8 on the device. target: (N, ...) of the windows, on the device."""
+    """A batch. frames: (N, T, 3, H, W) uint8 on the device. target: (N, ...) of the windows, on the device."""
 
     frames: Tensor
     target: Tensor
 
     @property
     def speed(self) -> Tensor:
+        """The target, under the name that it has in batches of MovingMNIST."""
         return self.target
 
 
 class WindowSampler:
-    """Window i is of video i % len(self) in the order of epoch i // len(self), its start uniform among those allowed.
+    """Chooses windows. Window i is from video i % len(self) in the order of epoch i // len(self). Its start is drawn
+    uniformly from those that the video allows.
 
-    seed, stream: any integer, any name; streams have nothing in common. Raises ValueError without sources, or for a
-    source without starts.
+    seed: any integer. stream: any name; different streams have nothing in common. Raises ValueError if there are no
+    sources, or for a source without starts.
     """
 
     def __init__(self, sources: Sequence[Source], seed: int, stream: str) -> None:
         empty = [source.name for source in sources if len(source.starts) == 0]
         if not sources or empty:
             raise ValueError(f"sources: {f'{empty[0]} has no window' if empty else 'none'}; at least one window each")
-        self.seed, self.stream = seed, stream
         self._choices = torch.tensor([len(source.starts) for source in sources])
         self._key = torch.tensor([key(seed, "window", stream)])
-        self._orders: dict[int, Tensor] = {}
+        self._orders = Orders(len(sources), seed, stream)
 
     def __len__(self) -> int:
-        """Windows in one epoch: the number of videos."""
+        """The number of windows in an epoch, which is the number of videos."""
         return len(self._choices)
 
     def windows(self, start: int, n: int) -> list[Window]:
-        """Windows start .. start + n - 1. Raises ValueError for start < 0 or n < 1."""
+        """Windows start, ..., start + n - 1. Raises ValueError for start < 0 or n < 1."""
         if start < 0 or n < 1:
             raise ValueError(f"start={start}, n={n}: must be at least 0 and 1")
         indices = torch.arange(start, start + n)
         epochs = range(start // len(self), (start + n - 1) // len(self) + 1)
-        order = torch.cat([self._order(epoch) for epoch in epochs])
+        order = torch.cat([self._orders.of(epoch) for epoch in epochs])
         sources = order[indices - epochs[0] * len(self)]
         choices = (uniform(self._key, indices)[:, 0] * self._choices[sources]).long()
         return [Window(*row) for row in zip(indices.tolist(), sources.tolist(), choices.tolist(), strict=True)]
 
     def instead(self, window: Window, unusable: set[int]) -> Window:
-        """The window that stands in for one whose video cannot be read: of the next good video of its epoch.
+        """The window that replaces one whose video cannot be read: it is from the next good video of the epoch.
 
-        Raises VideoError where no video is good.
+        Raises VideoError if no video is good.
         """
         epoch, place = divmod(window.number, len(self))
-        order = self._order(epoch).roll(-place).tolist()
+        order = self._orders.of(epoch).roll(-place).tolist()
         source = next((s for s in order if s not in unusable), None)
         if source is None:
             raise VideoError(f"none of {len(self)} videos can be read")
         u = uniform(self._key, torch.tensor([window.number]))[0, 0]
         return Window(window.number, source, int(u * self._choices[source]))
 
-    def _order(self, epoch: int) -> Tensor:
-        order = self._orders.get(epoch)
-        if order is None:
-            # The hash is one-to-one, so nothing ties.
-            order = torch.argsort(splitmix(key(self.seed, "order", epoch, self.stream), torch.arange(len(self))))
-            self._orders = dict([*self._orders.items()][-1:]) | {epoch: order}
-        return order
-
 
 class VideoClips:
-    """Windows of T frames from video files, as batches on a device: `batch` for any, `batches` for one after another.
+    """Windows of T frames from video files, as batches on a device: `batch` gives any of them, `batches` one after
+    another, `in_order` every window once.
 
-    sources: the videos. frames: T. size: (height, width) that frames are resized to. backend: of
-    `vjvcr_fast.data.video.decode`. cache: serves the videos it has, on the device if it is small; others are decoded.
-    pool: the processes that decode for a CPU backend. on_bad: "stop" raises the VideoError of a video that cannot be
-    read; "skip" takes the next good video's window in its place and notes it in `bad`, {name: reason}, but where a GPU
-    decodes, which stops.
+    sources: the videos. frames: T. size: (height, width) that frames are resized to. seed, stream: as in
+    `WindowSampler`. backend: a decoder of `open_video`. cache: serves the videos it has; others are decoded. pool: the
+    processes that decode for a CPU backend. on_bad: if a video cannot be read, "stop" raises its VideoError; "skip"
+    takes the next good video's window instead and notes the reason in `bad`, {name: reason}. Decoding on a GPU always
+    stops.
 
-    Raises ValueError for arguments out of range, for sources shorter than T.
+    Raises ValueError for arguments out of range, for sources shorter than T or with different strides.
     """
 
     def __init__(
@@ -146,100 +129,84 @@ class VideoClips:
         self.pool = pool or workers.Pool(0)
         self.bad: dict[str, str] = {}
         self._unusable: set[int] = set()
-        self._cached = cache.serving(sources, self.device) if cache is not None else None
+        self._cache = cache
+        self._lines = [cache and cache.find(source) for source in sources]  # None: not cached
+        self._on_gpu = self.backend == "dali" and self.device.type == "cuda" and not all(self._lines)
 
     def __len__(self) -> int:
-        """Videos in one epoch."""
+        """The number of videos in an epoch."""
         return len(self.sampler)
 
     def batch(self, start_index: int, n: int) -> Clips:
-        """Windows start_index .. start_index + n - 1."""
-        return next(iter(self._clips([self.sampler.windows(start_index, n)], prefetch=0)))
+        """Windows start_index, ..., start_index + n - 1."""
+        return next(self.load([self.sampler.windows(start_index, n)], prefetch=0))
 
     def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> "ClipLoader":
-        """Batches of n, from the step-th on, without end; of `world` processes each has n, one after another."""
+        """Batches of n windows without end, from batch number `step` on. See `ClipLoader`."""
         return ClipLoader(self, n, step=step, rank=rank, world=world)
 
     def in_order(self, n: int) -> Iterator[Clips]:
-        """Every window of every video once, in their order, n at a time; the last batch may be smaller."""
+        """Every window of every video once, in order, n at a time. The last batch may be smaller."""
         places = [(s, choice) for s, source in enumerate(self.sources) for choice in range(len(source.starts))]
         windows = [Window(number, *place) for number, place in enumerate(places)]
-        return self._clips((windows[at : at + n] for at in range(0, len(windows), n)), prefetch=2)
+        return self.load((windows[at : at + n] for at in range(0, len(windows), n)), prefetch=2)
 
-    def _clips(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
-        """The windows of every request, in their order; `prefetch` requests are worked on ahead."""
-        if self._on_device():
-            yield from self._decoded_by_dali(requests, prefetch)
+    def load(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
+        """A batch for each list of windows, in order. `prefetch`: how many of them are started ahead."""
+        if self._on_gpu:
+            yield from self._decoded_on_gpu(requests, prefetch)
             return
-        ahead: list[tuple[list[Window], list[workers.Task | None]]] = []
-        for request in requests:
-            ahead.append(self._started(request))
-            if len(ahead) > prefetch:
-                yield self._finished(*ahead.pop(0))
-        for windows, tasks in ahead:
+        for windows, tasks in ahead(map(self._started, requests), prefetch):
             yield self._finished(windows, tasks)
 
     def _started(self, windows: list[Window]) -> tuple[list[Window], list[workers.Task | None]]:
+        """The windows, and tasks that decode those that are not cached."""
         windows = [self.sampler.instead(w, self._unusable) if w.source in self._unusable else w for w in windows]
-        return windows, [None if self._is_cached(w) else self._decode(w) for w in windows]
+        return windows, [None if self._lines[w.source] else self._decode(w) for w in windows]
 
     def _finished(self, windows: list[Window], tasks: list[workers.Task | None]) -> Clips:
-        """Waits for the tasks; windows without one come from the cache."""
-        if self._cached is not None and not any(tasks):
-            return Clips(self._cached.read(self._places(windows), self.frames), self._targets(windows))
+        if not any(tasks):
+            return Clips(self._cached(windows).to(self.device), self._targets(windows))
         pinned = self.device.type == "cuda"
         out = torch.empty(len(windows), self.frames, 3, *self.size, dtype=torch.uint8, pin_memory=pinned)
         for i, task in enumerate(tasks):
-            windows[i], clip = self._result(windows[i], task)
-            out[i] = clip
+            windows[i], out[i] = self._result(windows[i], task)
         return Clips(out.to(self.device, non_blocking=True), self._targets(windows))
 
     def _result(self, window: Window, task: workers.Task | None) -> tuple[Window, Tensor]:
-        while True:
-            if self._cached is not None and self._is_cached(window):
-                return window, self._cached.read(self._places([window]), self.frames)[0]
-            source = self.sources[window.source]
+        """The frames of a window, or of the window that replaces it."""
+        while not self._lines[window.source]:
             try:
-                return window, workers.received((task or self._decode(window)).result())
+                return window, torch.from_numpy((task or self._decode(window)).result())
             except VideoError as error:
                 if self.on_bad == "stop":
                     raise
-                self.bad[source.name] = str(error)
+                self.bad[self.sources[window.source].name] = str(error)
                 self._unusable.add(window.source)
                 window, task = self.sampler.instead(window, self._unusable), None
+        return window, self._cached([window])[0]
 
     def _decode(self, window: Window) -> workers.Task:
-        source = self.sources[window.source]
-        first = int(source.starts[window.choice])
+        source, first = self.sources[window.source], self._first(window)
         return self.pool.submit(source.path, workers.decode, self.backend, first, self.frames, source.stride, self.size)
 
-    def _decoded_by_dali(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
+    def _cached(self, windows: Sequence[Window]) -> Tensor:
+        assert self._cache is not None
+        lines = [(line, self._first(w)) for w in windows if (line := self._lines[w.source])]
+        return self._cache.read(lines, self.frames)
+
+    def _decoded_on_gpu(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
         from vjvcr_fast.data.video.dali import DaliClips
 
-        asked: list[list[Window]] = []
-
-        def places() -> Iterator[list[tuple[Path, int]]]:
-            for request in requests:
-                asked.append(request)
-                sources = [(self.sources[w.source], w.choice) for w in request]
-                yield [(source.path, int(source.starts[choice]) * source.stride) for source, choice in sources]
-
         stride = self.sources[0].stride
-        for frames in DaliClips(
-            places(), self.frames, self.size, self.device, prefetch=max(prefetch, 1), stride=stride
-        ):
-            yield Clips(frames, self._targets(asked.pop(0)))
+        asked, kept = tee(requests)
+        places = ([(self.sources[w.source].path, self._first(w) * stride) for w in windows] for windows in asked)
+        clips = DaliClips(places, self.frames, self.size, self.device, prefetch=max(prefetch, 1), stride=stride)
+        for frames, windows in zip(clips, kept, strict=False):
+            yield Clips(frames, self._targets(windows))
 
-    def _on_device(self) -> bool:
-        """Whether the GPU decodes: where DALI is to, and not everything is in the cache."""
-        complete = self._cached is not None and self._cached.complete
-        return self.backend == "dali" and self.device.type == "cuda" and not complete
-
-    def _is_cached(self, window: Window) -> bool:
-        return self._cached is not None and self._cached.has(window.source)
-
-    def _places(self, windows: Sequence[Window]) -> list[tuple[int, int]]:
-        return [(w.source, int(self.sources[w.source].starts[w.choice])) for w in windows]
+    def _first(self, window: Window) -> int:
+        return int(self.sources[window.source].starts[window.choice])
 
     def _targets(self, windows: Sequence[Window]) -> Tensor:
         targets = torch.stack([self.sources[w.source].targets[w.choice] for w in windows])
@@ -247,14 +214,14 @@ class VideoClips:
 
 
 class ClipLoader:
-    """An iterator of `Clips`, batch after batch without end, worked on ahead while the caller trains.
+    """Iterates over batches (`Clips`) without end. A thread prepares batches while the caller trains.
 
-    Batch k of rank r holds the windows k N world + r N .. + N - 1. `step`, the number of the next batch, is all there
-    is to resume from: ClipLoader(clips, N, step=step).
+    Of `world` processes, the one of this rank gets the windows k N world + rank N, ..., + N - 1 as batch k. To resume,
+    only `step`, the number of the next batch, is needed: ClipLoader(clips, N, step=step).
 
-    clips: what to load. batch: N. step: the first batch. rank, world: of several processes. prefetch: batches ahead.
+    clips: what to load. batch: N. step: the first batch. prefetch: how many batches are prepared ahead.
 
-    Raises ValueError for arguments out of range; from `next`, VideoError (`on_bad`).
+    Raises ValueError for arguments out of range; `next` raises VideoError (see on_bad of `VideoClips`).
     """
 
     def __init__(
@@ -266,66 +233,16 @@ class ClipLoader:
             raise ValueError(f"rank={rank}, world={world}: rank must be from 0 to world - 1")
         self.step = step
         starts = ((k * world + rank) * batch for k in count(step))
-        loaded = clips._clips((clips.sampler.windows(start, batch) for start in starts), prefetch)
-        self._batches: Any = _Ahead(loaded, prefetch) if prefetch else loaded
+        self._batches = clips.load((clips.sampler.windows(start, batch) for start in starts), prefetch)
+        self._thread = ThreadPoolExecutor(1)
+        self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(prefetch))
+        self.close = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
 
     def __iter__(self) -> "ClipLoader":
         return self
 
     def __next__(self) -> Clips:
-        batch = next(self._batches)
+        self._ahead.append(self._thread.submit(next, self._batches))
+        batch = self._ahead.popleft().result()
         self.step += 1
         return batch
-
-    def close(self) -> None:
-        """Stops working ahead."""
-        self._batches.close()
-
-    def __del__(self) -> None:
-        if hasattr(self, "_batches"):
-            self.close()
-
-
-class _Ahead:
-    """Takes items from an iterator in a thread, at most `depth` before they are asked for."""
-
-    def __init__(self, items: Iterator[Any], depth: int) -> None:
-        self._queue: queue.Queue[Callable[[], Any]] = queue.Queue(depth)
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(items,), daemon=True)
-        self._thread.start()
-
-    def __iter__(self) -> "_Ahead":
-        return self
-
-    def __next__(self) -> Any:
-        if self._closed.is_set():
-            raise StopIteration
-        try:
-            return self._queue.get()()
-        except BaseException:
-            self._closed.set()  # nothing comes after it
-            raise
-
-    def close(self) -> None:
-        self._closed.set()
-        while not self._queue.empty():
-            self._queue.get_nowait()
-        self._thread.join()
-
-    def _work(self, items: Iterator[Any]) -> None:
-        try:
-            for item in items:
-                self._put(partial(workers.given, item))
-                if self._closed.is_set():
-                    return
-            self._put(partial(workers.refused, StopIteration()))
-        except BaseException as error:
-            self._put(partial(workers.refused, error))
-
-    def _put(self, item: Callable[[], Any]) -> None:
-        while not self._closed.is_set():
-            try:
-                return self._queue.put(item, timeout=0.1)
-            except queue.Full:
-                pass

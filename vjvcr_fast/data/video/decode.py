@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vjvcr_fast.data.files import load, reason
 from vjvcr_fast.data.video.dali import DaliVideo
-from vjvcr_fast.data.video.file import Facts, UnservedError, Video, VideoError, examine, load, reason, resize
+from vjvcr_fast.data.video.file import Facts, UnservedError, Video, VideoError, examine, resize
 
 __all__ = ["BACKENDS", "Video", "VideoError", "explain", "open_video", "resize"]
 

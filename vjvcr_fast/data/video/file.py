@@ -1,11 +1,15 @@
-"""A video file, whatever decodes it: what is in it, whether all of it is there, and its frames as tensors.
+"""What all decoders share: what a video file contains, whether it is complete, and its frames as tensors.
 
-Every file is demuxed once before a decoder sees it, which decodes nothing and takes about 4 ms. Faults are therefore
-reported alike for all backends, and decoders are given whole videos only. Frames are counted in display order.
+`examine` reads the packets of every file once before a decoder opens it. It decodes nothing and takes about 4 ms. So
+all backends report the same faults, and decoders only get complete videos. Frames are numbered in display order.
+
+Where to add another kind of video:
+- what a file says about itself, such as a rotation or an edit list, is read and judged in `_facts`;
+- decoded frames are changed, for example turned upright, in `Video.frames`, right after `_read`, for all decoders.
+  Today no rotation is read: torchcodec turns frames by itself and then states their size, decord does not turn them.
 """
 
 import functools
-import importlib
 import operator
 import stat
 from collections.abc import Iterable
@@ -16,21 +20,39 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # how the file and its one segment begin
-REMEMBERED = 1 << 14  # files whose contents are remembered, at less than 1 kB each
+from vjvcr_fast.data.files import load, reason
+
+MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the first bytes of the file and of its one segment
+REMEMBERED = 1 << 14  # files whose facts are remembered, at less than 1 kB each
 
 
 class VideoError(RuntimeError):
-    """A video that cannot be read; the message names the file and the reason."""
+    """A video cannot be read. The message names the file and the reason."""
 
 
 class UnservedError(VideoError):
-    """A whole video that this backend would not read right; another one may."""
+    """The video is complete, but this backend would not read it correctly. Another backend may."""
+
+
+class Source(NamedTuple):
+    """A video of a data set, and the windows that may be taken from it. Frames are counted with the stride: frame i is
+    frame i * stride of the file.
+
+    path: the file. name: its path inside the data set. frames: how many it has. starts: (S,) int64, the first frames
+    of the S windows. targets: (S, ...), what is asked of each window. stride: every so many frames of the file count.
+    """
+
+    path: Path
+    name: str
+    frames: int
+    starts: Tensor
+    targets: Tensor
+    stride: int = 1
 
 
 class Facts(NamedTuple):
-    """What is in a video file. height, width: as stored, before any rotation. open_gops: whether pictures are stored
-    after a keyframe that are shown before it."""
+    """What a video file contains. height, width: in pixels, as stored, before any rotation. open_gops: whether frames
+    are stored after a keyframe but shown before it."""
 
     frames: int
     fps: float
@@ -41,10 +63,10 @@ class Facts(NamedTuple):
 
 
 class Video:
-    """A video that is whole, opened by a backend. Not to be shared by threads.
+    """A complete video, opened by a backend. Do not share it between threads.
 
-    path; backend; device: where frames are delivered; frame_count; fps: frames per second on average, 0 where the file
-    does not say; height, width: in pixels, as displayed.
+    path: the file. backend: its decoder. device: where frames are delivered. frame_count: how many there are. fps:
+    frames per second on average, 0 if the file does not say. height, width: in pixels, as displayed.
     """
 
     backend = ""
@@ -54,12 +76,12 @@ class Video:
         self.frame_count, self.fps, self.height, self.width = facts.frames, facts.fps, facts.height, facts.width
 
     def frames(self, indices: Iterable[int] | Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
-        """Frames in any order, repeats allowed: (T, 3, H, W) uint8 RGB on `device`, channels_last in memory.
+        """Decodes frames: (T, 3, H, W) uint8 RGB on `device`, channels_last in memory.
 
-        indices: whole numbers in [0, frame_count), at least one: a list, a range, a 1-D tensor. size: height and width
-        to `resize` to, an int for both; None: as they are.
+        indices: T >= 1 whole numbers in [0, frame_count), in any order, repeats allowed: a list, a range, a 1-D tensor.
+        size: (height, width) to `resize` to, or one int for both; None: as they are.
 
-        Raises ValueError for other indices and sizes; VideoError where the frames cannot be decoded.
+        Raises ValueError for other indices or sizes; VideoError if the frames cannot be decoded.
         """
         wanted, shape = self._checked(indices), _pair(size)
         each = sorted(set(wanted))
@@ -67,7 +89,7 @@ class Video:
             found = self._read(each)
         except (VideoError, MemoryError):
             raise
-        except Exception as error:  # every library has its own
+        except Exception as error:  # every decoder has errors of its own
             where = f"frames {each[0]} to {each[-1]}"
             raise VideoError(f"{self.path}: {self.backend} cannot decode {where} ({reason(error)})") from error
         expected = (len(each), self.height, self.width, 3)
@@ -83,7 +105,7 @@ class Video:
         return frames.to(self.device)
 
     def _read(self, indices: list[int]) -> Tensor:
-        """(T, H, W, 3) uint8 for strictly ascending indices, on any device."""
+        """Decodes (T, H, W, 3) uint8, on any device, for strictly ascending indices."""
         raise NotImplementedError
 
     def _checked(self, indices: Iterable[int] | Tensor) -> list[int]:
@@ -99,10 +121,10 @@ class Video:
 
 
 def resize(frames: Tensor, size: int | tuple[int, int]) -> Tensor:
-    """(T, C, H, W) uint8 -> the same at size (height, width), an int for both: bilinear, antialiased, rounded.
+    """Resizes (T, C, H, W) uint8 frames to (height, width) `size`, or one int for both: bilinear, antialiased, rounded.
 
-    On a CPU in torch's own uint8 arithmetic, within one level of float32's; elsewhere in float32. The memory format of
-    `frames` changes no value; channels_last is the fastest. Raises ValueError for other sizes.
+    A CPU uses torch's uint8 arithmetic, which is within one level of float32's; other devices use float32. The memory
+    format of `frames` does not change the result; channels_last is fastest. Raises ValueError for other sizes.
     """
     shape = _pair(size)
     if frames.shape[-2:] == shape:
@@ -129,10 +151,10 @@ def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 
 
 def examine(path: Path) -> Facts:
-    """Raises VideoError for whatever is not a whole video; ImportError where av is missing."""
+    """Reads what a video file contains. Raises VideoError if it is not a whole video; ImportError if av is missing."""
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise VideoError(f"{path}: {'a folder' if stat.S_ISDIR(status.st_mode) else 'not a file'}, not a video")
         with path.open("rb") as file:
             head = file.read(4096)
@@ -148,16 +170,16 @@ def examine(path: Path) -> Facts:
 
 @functools.lru_cache(REMEMBERED)
 def _demux(path: Path, size: int, time: int) -> Facts:
-    """size and time tell a file from another one of the same name."""
+    """Reads all packets. size and time are part of the cache key, so that a changed file is read again."""
     av = load("av", "video")
     try:
-        # Names with a colon are files too, and files that name addresses are not followed.
+        # "file:" allows names with a colon. The whitelist keeps playlists from opening other addresses.
         options = {"protocol_whitelist": "file"}
         with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise VideoError(f"{path}: no video in it that can be decoded")
-            if stream.frames > size:  # decord would set memory aside for all of them, and abort
+            if stream.frames > size:  # decord would allocate memory for all of them, and abort
                 raise VideoError(f"{path}: damaged: it states {stream.frames:,} frames in {size:,} bytes")
             return _facts(path, container, stream)
     except (av.FFmpegError, ValueError) as error:
@@ -171,7 +193,7 @@ def _facts(path: Path, container: Any, stream: Any) -> Facts:
     codec = stream.codec_context
     name = codec.codec.canonical_name
     stated = stream.frames
-    if "mp4" in container.format.name:  # an edit list takes frames out of its index
+    if "mp4" in container.format.name:  # an edit list removes frames from the index
         stated = min(stated, len(stream.index_entries))
     for packet in container.demux(stream):
         if not packet.size:
@@ -195,8 +217,11 @@ def _facts(path: Path, container: Any, stream: Any) -> Facts:
 
 
 def _refreshed_later(packet: bytes, header: bytes) -> bool:
-    """Whether an H.264 keyframe is one only after some more frames: its recovery point (SEI 6) counts more than 0."""
-    if header[:1] == b"\x01" and len(header) > 4:  # units follow their lengths, as in mp4
+    """Whether an H.264 keyframe is incomplete until some frames later (gradual refresh).
+
+    Its recovery point, an SEI message of kind 6, then states a number of frames above 0.
+    """
+    if header[:1] == b"\x01" and len(header) > 4:  # as in mp4: the length of each unit comes before it
         width, at, units = (header[4] & 3) + 1, 0, []
         while at < len(packet):
             start = at + width
@@ -206,17 +231,17 @@ def _refreshed_later(packet: bytes, header: bytes) -> bool:
         units = packet.split(b"\0\0\1")
     for unit in units:
         at = 1
-        while unit[:1] and unit[0] & 31 == 6 and at + 2 < len(unit):  # messages: kind, length, content
+        while unit[:1] and unit[0] & 31 == 6 and at + 2 < len(unit):  # an SEI unit: messages of kind, length, content
             kind, at = _sei_number(unit, at)
             length, at = _sei_number(unit, at)
-            if kind == 6 and at < len(unit) and not unit[at] & 128:  # 0 is coded as a single 1 bit
+            if kind == 6 and at < len(unit) and not unit[at] & 128:  # the number 0 is coded as one bit, a 1
                 return True
             at += length
     return False
 
 
 def _sei_number(unit: bytes, at: int) -> tuple[int, int]:
-    """A number coded as a sum of bytes, all but the last of them 255, and where it ends."""
+    """Reads a number coded as a sum of bytes, of which all but the last are 255. Returns it and where it ends."""
     total = 0
     while at < len(unit):
         total, at = total + unit[at], at + 1
@@ -226,7 +251,10 @@ def _sei_number(unit: bytes, at: int) -> tuple[int, int]:
 
 
 def _stated_end(head: bytes) -> int:
-    """Where a file says that it ends: AVI, and Matroska and WebM, which do not count frames. 0: it does not say."""
+    """The size in bytes that a file states, which tells whether it was cut off; 0 if it states none.
+
+    AVI, Matroska and WebM files state one. The last two do not state a number of frames.
+    """
     if head.startswith(b"RIFF"):
         return 8 + int.from_bytes(head[4:8], "little")
     if not head.startswith(MATROSKA):
@@ -239,27 +267,10 @@ def _stated_end(head: bytes) -> int:
 
 
 def _matroska_size(head: bytes, at: int) -> tuple[int, int]:
-    """A number whose first byte tells its length by its leading zeros, and where it ends; all ones: not known, 0."""
+    """Reads a number whose length in bytes is 1 + the leading zeros of its first byte. Returns it and where it ends.
+
+    All bits after the length set mean "unknown", which is returned as 0.
+    """
     length = 9 - head[at].bit_length() if at < len(head) else 1
     bits = int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1)
     return 0 if bits == (1 << 7 * length) - 1 else bits, at + length
-
-
-# -- Optional packages ----------------------------------------------------------------------------------------------
-
-
-def load(module: str, extra: str) -> Any:
-    """An optional module. Raises ImportError, naming the extra to install, or why it cannot be imported."""
-    package = module.removeprefix("nvidia.").split(".")[0]
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ImportError(f"{package} is not installed: pip install 'vjvcr_fast[{extra}]'") from None
-    except (ImportError, OSError, RuntimeError) as error:  # its own libraries are missing
-        raise ImportError(f"{package} cannot be imported ({reason(error)})") from error
-
-
-def reason(error: BaseException) -> str:
-    """The first line that an error says something in."""
-    lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)

@@ -1,13 +1,14 @@
-"""Looking at every file of a data set once, before training: what is there, and what is wrong with it.
+"""Looks at every file of a data set once, before training: what is there, and what is wrong with it.
 
-What was found is kept beside the data (`vjvcr-cache/`, where that can be written), by size and time of the files, so
-that only new and changed ones are looked at again.
+What was found is kept in `vjvcr-cache/` beside the data, if that folder can be written, with the size and time of each
+file. The next scan only looks at files that are new or have changed.
 """
 
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,23 +16,24 @@ import torch
 
 from vjvcr_fast.data import files
 from vjvcr_fast.data.video import workers
-from vjvcr_fast.data.video.clips import Source
 from vjvcr_fast.data.video.decode import VideoError, open_video
+from vjvcr_fast.data.video.file import Source
 
 ON_BAD = ("stop", "skip")
 SIMULATED = "simulated.json"  # in a folder of scenes that `vjvcr-fast simulate` made
 
 
 class DataError(RuntimeError):
-    """A data set was asked for and is not there, or not usable; the message names the folder and what to do."""
+    """A data set is missing or cannot be used. The message names the folder and what to do."""
 
 
 class Split:
     """The videos of one split of a data set, with their windows.
 
-    title: of the data set. name: "train", "validation", ... sources: the videos that have a window. possible, dropped:
-    windows, and how many of them the data set's rules left out. bad: {name: reason} of videos left out
-    (on_bad="skip"). notes: what else a person should know. pool: the processes that read the files.
+    title: the data set. root: its folder. name: "train", "validation", ... pool: the processes that read its files.
+    sources: the videos that have a window. possible: the number of windows that fit into the videos. dropped: how many
+    of them the data set's rules exclude. bad: {name: reason} of videos left out (on_bad="skip"). notes: lines that
+    tell what else a person should know.
     """
 
     def __init__(self, title: str, root: Path, name: str, pool: workers.Pool) -> None:
@@ -40,14 +42,21 @@ class Split:
         self.bad: dict[str, str] = {}
         self.possible = self.dropped = 0
         self.notes: list[str] = []
-        self.caches: dict[Any, Any] = {}  # that have been opened, for whoever opens them to find again
+        self.caches: dict[Any, Any] = {}  # the caches that were opened, kept here by whoever opens them
 
     def __len__(self) -> int:
         return len(self.sources)
 
+    def add(self, source: Source, possible: int) -> None:
+        """Adds a video if it has a window. possible: how many windows fit into it."""
+        self.possible += possible
+        self.dropped += possible - len(source.starts)
+        if len(source.starts):
+            self.sources.append(source)
+
     @property
     def source(self) -> str:
-        """A line about all of it, for results to print."""
+        """A line that describes the split, for results to print."""
         left_out = f", {len(self.bad)} unreadable left out" if self.bad else ""
         simulated = (self.root / SIMULATED).exists()
         title = f"simulated scenes in {self.title}'s format" if simulated else self.title
@@ -69,16 +78,72 @@ class Split:
 
 
 class Scanned(NamedTuple):
-    """found: {name: what `examine` returned}; bad: {name: reason}, of files that cannot be used."""
+    """found: {name: what `examine` returned}; bad: {name: reason} of files that cannot be used."""
 
     found: dict[str, Any]
     bad: dict[str, str]
 
 
-def probe(path: Path, backend: str) -> dict[str, int]:
-    """frames, height and width of a video whose first frame can be decoded. Raises VideoError.
+def find_root(
+    root: Path,
+    error: type[DataError],
+    names: tuple[str, ...] = ("",),
+    holds: Callable[[Path], bool] = Path.is_dir,
+    missing: str = "",
+) -> Path:
+    """The first folder root / name that `holds` the data set. Raises `error` if there is none, saying what is
+    `missing`."""
+    if not root.is_dir():
+        raise error(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+    for folder in (root / name for name in names):
+        if holds(folder):
+            return folder
+    raise error(f"{root}: {missing}")
 
-    backend: of a CPU; "dali", which a CPU cannot use for most videos, leaves the choice to `open_video`.
+
+def open_split(
+    title: str,
+    root: Path,
+    name: str,
+    items: Mapping[str, tuple[Path, ...]],
+    examine: Callable[..., dict[str, Any]],
+    *,
+    backend: str = "auto",
+    pool: workers.Pool | None = None,
+    index: Path | None = None,
+    on_bad: str = "stop",
+    any_size: bool = False,
+) -> tuple[Split, dict[str, Any]]:
+    """Scans the files of a split. Returns a Split without sources yet, and {name: what `examine` returned}.
+
+    title, root, name: as in `Split`. backend: the decoder. pool: the processes that look at the files; None: none.
+    items, examine, index, on_bad, any_size: as in `scan`; examine also gets backend.
+    """
+    split = Split(title, root, name, pool or workers.Pool(0))
+    examine = partial(examine, backend=backend)
+    found, split.bad = scan(items, examine, split.pool, index, on_bad=on_bad, any_size=any_size, desc=name)
+    return split, found
+
+
+@contextlib.contextmanager
+def reading(path: Path, title: str, what: str) -> Iterator[None]:
+    """Turns any error that a file's content causes into a VideoError that names the file.
+
+    title, what: what the file should be, such as a "CATER" "scene".
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise VideoError(f"{path}: there is no such {what}") from None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        why = f"{type(error).__name__}: {files.one_line(error)}"
+        raise VideoError(f"{path}: not a {title} {what} ({why})") from None
+
+
+def probe(path: Path, backend: str) -> dict[str, int]:
+    """The number of frames, height and width of a video, after decoding its first frame. Raises VideoError.
+
+    backend: a decoder that works on a CPU. "dali" does not for most videos, so `open_video` then chooses one.
     """
     video = open_video(path, "auto" if backend == "dali" else backend)
     video.frames([0])
@@ -95,11 +160,11 @@ def scan(
     any_size: bool = False,
     desc: str = "scan",
 ) -> Scanned:
-    """examine(*paths) -> dict of plain values and tensors, for every item, in worker processes.
+    """Calls examine(*paths) in worker processes for every item that is not in the index yet.
 
-    items: {name: its files, the video first}. examine: a function of a module, or a functools.partial of one. index:
-    where findings are kept. on_bad: "stop" raises the first VideoError, "skip" collects them; a video of another size
-    than most is one too, unless they may have any_size.
+    items: {name: its files, the video first}. examine: a module's function, or a functools.partial of one, that returns
+    a dict of plain values and tensors. index: the file where results are kept. on_bad: "stop" raises the first
+    VideoError, "skip" collects them. any_size: if False, a video of another size than most counts as bad.
     """
     if on_bad not in ON_BAD:
         raise ValueError(f"on_bad={on_bad!r}: choose {' or '.join(ON_BAD)}")
@@ -108,21 +173,17 @@ def scan(
     fresh = {n: known[n]["found"] for n in items if n in known and known[n]["stamp"] == stamps[n] is not None}
     left = [name for name in items if name not in fresh]
     bad: dict[str, str] = {}
+    tasks = ((name, pool.submit(items[name][0], examine, *items[name][1:])) for name in left)
     try:
         with files.progress(total=len(items), initial=len(fresh), desc=desc, unit="video", disable=not left) as bar:
-            waiting: list[tuple[str, workers.Task]] = []
-            for name in [*left, *[None] * (2 * pool.workers)]:
-                if name is not None:
-                    waiting.append((name, pool.submit(items[name][0], examine, *items[name][1:])))
-                if waiting and (name is None or len(waiting) > 2 * pool.workers):
-                    done, task = waiting.pop(0)
-                    try:
-                        fresh[done] = task.result()
-                    except VideoError as error:
-                        if on_bad == "stop":
-                            raise
-                        bad[done] = str(error)
-                    bar.update()
+            for name, task in files.ahead(tasks, 2 * pool.workers):
+                try:
+                    fresh[name] = task.result()
+                except VideoError as error:
+                    if on_bad == "stop":
+                        raise
+                    bad[name] = str(error)
+                bar.update()
     finally:
         _store(index, {n: {"stamp": stamps[n], "found": found} for n, found in fresh.items()}, known, bool(left))
     found = {name: fresh[name] for name in items if name in fresh}
@@ -135,18 +196,18 @@ def scan(
 
 
 def _odd_sizes(items: Mapping[str, tuple[Path, ...]], found: Mapping[str, Any]) -> dict[str, str]:
-    """Videos of another size than most: a file that does not belong there."""
-    sizes = [(value["width"], value["height"]) for value in found.values()]
-    usual = max(set(sizes), key=sizes.count, default=(0, 0))
-    odd = {n: s for n, s in zip(found, sizes, strict=True) if s != usual}
+    """{name: reason} of the videos of another size than most, which probably do not belong there."""
+    sizes = {name: (value["width"], value["height"]) for name, value in found.items()}
+    usual = max(set(sizes.values()), key=[*sizes.values()].count, default=(0, 0))
     return {
-        n: f"{items[n][0]}: frames are {w}x{h}, those of the other videos {usual[0]}x{usual[1]}"
-        for n, (w, h) in odd.items()
+        name: f"{items[name][0]}: frames are {w}x{h}, those of the other videos {usual[0]}x{usual[1]}"
+        for name, (w, h) in sizes.items()
+        if (w, h) != usual
     }
 
 
 def _stamp(paths: tuple[Path, ...]) -> list[int] | None:
-    """Sizes and times of files; None where one is not there."""
+    """Sizes and times of the files; None if one is missing."""
     try:
         stats = [os.stat(path) for path in paths]
     except OSError:
@@ -155,17 +216,17 @@ def _stamp(paths: tuple[Path, ...]) -> list[int] | None:
 
 
 def _load(index: Path | None) -> dict[str, Any]:
-    """What an earlier scan kept; anything unreadable is as good as none."""
+    """The results of an earlier scan; none if the index cannot be read."""
     if index is None or not index.exists():
         return {}
     try:
         return dict(torch.load(index, weights_only=True))
-    except Exception:  # what a damaged file makes torch raise has no end
+    except Exception:  # a damaged file makes torch raise errors of many kinds
         return {}
 
 
 def _store(index: Path | None, entries: dict[str, Any], known: dict[str, Any], changed: bool) -> None:
     if index is None or not changed:
         return
-    with contextlib.suppress(OSError):  # data on a read-only disk is scanned each time
+    with contextlib.suppress(OSError):  # on a read-only disk, data is scanned each time
         files.replace(index, lambda file: torch.save(known | entries, file))

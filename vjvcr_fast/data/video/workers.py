@@ -1,81 +1,83 @@
-"""Decoding in processes of their own, each with a time limit: one that hangs or crashes does not end training."""
+"""Worker processes with a time limit for each task. A video that hangs or crashes its decoder does not end training."""
 
-import signal
+import os
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future, TimeoutError
-from contextlib import contextmanager
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from vjvcr_fast.data.files import cores, one_line
+from vjvcr_fast.data.files import cores, load, one_line
 from vjvcr_fast.data.video.decode import VideoError, open_video
 
 _STARTING = threading.Lock()  # processes start one after the other
 
 
 class Task:
-    """A result to come, about one file."""
+    """Work on one file, and its result once it is done."""
 
     def __init__(self, path: Path, future: "Future[Any]", pool: "Pool") -> None:
-        self.path, self._future, self._pool = path, future, pool  # a pool that nobody holds ends
+        self.path, self._future, self._pool = path, future, pool  # keeps the pool alive: it ends when nobody holds it
 
     def result(self) -> Any:
-        """Waits. Raises VideoError, naming the file, where it cannot be read, takes too long or crashes the decoder."""
+        """Waits for the result. Raises VideoError, naming the file, if the file cannot be read, takes too long or
+        crashes the decoder."""
         try:
             return self._future.result()
         except TimeoutError:
             raise VideoError(f"{self.path}: reading it took longer than {self._pool.timeout:g} s") from None
         except (VideoError, ImportError, ValueError):
             raise
-        except (BrokenExecutor, CancelledError) as error:  # no fault of the file's
+        except (BrokenExecutor, CancelledError) as error:  # not the file's fault
             raise RuntimeError(f"the processes that read videos have ended ({error})") from None
         except Exception as error:
-            if type(error).__name__ == "ProcessExpired":
+            if died(error):
                 raise VideoError(f"{self.path}: the process that read it ended ({error})") from None
             raise VideoError(f"{self.path}: {type(error).__name__}: {one_line(error)}") from None
 
 
 class Pool:
-    """Worker processes, started with the first task and again where one was lost; a context manager.
+    """Worker processes. They start with the first task, and a worker that is lost is replaced. A context manager.
 
-    workers: how many; -1: one a core; 0: none, tasks run at once in the caller, without a time limit. timeout: seconds
-    that one task may take before its process is ended.
+    workers: the number of processes; -1: one for each core; 0: none, tasks run in the caller, without a time limit.
+    timeout: seconds that a task may take before its process is killed. environment: variables to set in each worker.
 
-    Raises ValueError for other values; ImportError, naming the extra, where pebble is missing.
+    Raises ValueError for other values; ImportError, naming the extra, if pebble is missing.
     """
 
-    def __init__(self, workers: int = -1, timeout: float = 60.0) -> None:
+    def __init__(self, workers: int = -1, timeout: float = 60.0, environment: Mapping[str, str] | None = None) -> None:
         if workers < -1:
             raise ValueError(f"workers={workers}: must be -1 (one a core), 0 (none) or more")
         if not timeout > 0:
             raise ValueError(f"timeout={timeout}: must be above 0 seconds")
         self.workers = cores() if workers == -1 else workers
-        self.timeout = timeout
+        self.timeout, self._environment = timeout, environment or {}
         self._pool: Any = None
-        self._lock = threading.Lock()  # several loaders may share it, each with a thread of its own
+        self._lock = threading.Lock()  # several loaders may share the pool, each from its own thread
 
     def submit(self, path: Path, function: Callable[..., Any], *arguments: Any) -> Task:
-        """Runs function(path, *arguments), a function of a module, in a worker."""
-        if self.workers == 0:
-            future: Future[Any] = Future()
-            try:
-                future.set_result(function(path, *arguments))
-            except Exception as error:
-                future.set_exception(error)
-        else:
-            future = self._started().schedule(function, args=(path, *arguments), timeout=self.timeout)
-        return Task(path, future, self)
+        """Runs function(path, *arguments) in a worker. The function must be a module's, so that it can be pickled."""
+        return Task(path, self.schedule(function, path, *arguments), self)
+
+    def schedule(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
+        """Runs function(*arguments) in a worker, for work that is not about a file."""
+        if self.workers:
+            return self._started().schedule(function, args=arguments, timeout=self.timeout)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
 
     def close(self) -> None:
-        """Ends the workers at once; a later task starts new ones."""
+        """Ends the workers at once. A later task starts new ones."""
         if self._pool is not None:
             self._end()
             self._pool = None
@@ -89,67 +91,52 @@ class Pool:
     def _started(self) -> Any:
         with self._lock:
             if self._pool is None:
-                try:
-                    from pebble import ProcessPool
-                except ImportError:
-                    raise ImportError("pebble is not installed: pip install 'vjvcr_fast[video]'") from None
-                self._pool = ProcessPool(self.workers, initializer=_quiet, context=_Context())
+                pebble = load("pebble", "video")
+                settings = {"initializer": _prepare, "initargs": (self._environment,), "context": _Context()}
+                self._pool = pebble.ProcessPool(self.workers, **settings)
                 self._end = weakref.finalize(self, _stop, self._pool)
             return self._pool
 
 
+def died(error: Exception) -> bool:
+    """Whether a task's error says that its process died. pebble, whose class this is, may not be installed."""
+    return type(error).__name__ == "ProcessExpired"
+
+
+def decode(path: Path, backend: str, first: int, count: int, stride: int, size: tuple[int, int]) -> Any:
+    """Decodes frames first, ..., first + count - 1, counting only every stride-th, resized to (height, width) `size`.
+
+    Returns a numpy array (count, 3, H, W) uint8, which is cheaper to send between processes than a tensor.
+    """
+    indices = range(first * stride, (first + count) * stride, stride)
+    return open_video(path, backend).frames(indices, size).contiguous().numpy()
+
+
 class _Process(SpawnProcess):
-    """Spawned, since a copy of a process with threads, or with CUDA, may hang; without the caller's main module, which
-    a spawned process otherwise imports: scripts need no `if __name__ == "__main__"` on account of it."""
+    """A spawned process, because a forked one may hang if its parent has threads or uses CUDA. It does not import the
+    caller's main module again, so that scripts need no `if __name__ == "__main__"`."""
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802
-        with _no_main():
-            return SpawnProcess._Popen(process_obj)
+        with _STARTING:
+            main = sys.modules["__main__"]
+            sys.modules["__main__"] = ModuleType("__main__")
+            try:
+                return SpawnProcess._Popen(process_obj)
+            finally:
+                sys.modules["__main__"] = main
 
 
 class _Context(SpawnContext):
     Process = _Process
 
 
-@contextmanager
-def _no_main() -> Iterator[None]:
-    with _STARTING:
-        main = sys.modules["__main__"]
-        sys.modules["__main__"] = ModuleType("__main__")
-        try:
-            yield
-        finally:
-            sys.modules["__main__"] = main
-
-
-def decode(path: Path, backend: str, first: int, count: int, stride: int, size: tuple[int, int]) -> Any:
-    """Frames first .. first + count - 1 of every stride-th, as a numpy array (count, 3, H, W) uint8: what travels
-    between processes."""
-    indices = range(first * stride, (first + count) * stride, stride)
-    return open_video(path, backend).frames(indices, size).contiguous().numpy()
-
-
-def received(array: Any) -> Tensor:
-    """What `decode` returned, as a tensor."""
-    return torch.from_numpy(array)
-
-
-def given(item: Any) -> Any:
-    """A result that is there already, for those who call for one."""
-    return item
-
-
-def refused(error: BaseException) -> Any:
-    """An error in the place of a result."""
-    raise error
+def _prepare(environment: Mapping[str, str]) -> None:
+    """Runs first in each worker. pebble already makes workers ignore Ctrl-C, so that the parent ends them."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
 
 
 def _stop(pool: Any) -> None:
     pool.stop()
     pool.join()
-
-
-def _quiet() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the workers
-    torch.set_num_threads(1)
