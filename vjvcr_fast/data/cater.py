@@ -4,15 +4,16 @@
     ROOT/scenes/CLEVR_new_000000.json           objects, and movements: {instance: [[action, other, start, end], ...]}
     ROOT/lists/actions_present/train.txt        lines "CLEVR_new_000000.avi 0,3,7": the classes of a video; and val.txt
 
-A scene file may also lie beside its video. Every third frame is taken, 8 a second. A movement is active in the
-original frames start (inclusive) to end (exclusive); sampled frame t stands for the original frames 3 t, 3 t + 1 and
-3 t + 2, and an action is active in it where it is active in one of those [ours]. The union over sampled frames 50 to
-99 is then that over the original frames 150 to 299, which the paper asks about.
+A scene file may also lie beside its video.
+
+Every third frame is taken, so 8 a second. A movement is active in the original frames from start up to, but not
+including, end. Sampled frame t stands for the original frames 3 t, 3 t + 1 and 3 t + 2, and an action is active in it
+if it is active in one of them [ours]. So the union over the sampled frames 50 to 99 is the union over the original
+frames 150 to 299, which the paper asks for.
 """
 
 import json
 import os
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,9 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.data.files import one_line
-from vjvcr_fast.data.video.clips import Source
-from vjvcr_fast.data.video.decode import VideoError
-from vjvcr_fast.data.video.scan import DataError, Split, probe, scan
-from vjvcr_fast.data.video.workers import Pool
+from vjvcr_fast.data.video import scan
+from vjvcr_fast.data.video.file import Source
+from vjvcr_fast.data.video.scan import DataError, Split
 
 CLASSES = (
     *("sphere slide", "sphere pick_place", "spl slide", "spl pick_place", "spl rotate"),
@@ -36,56 +36,44 @@ LIST_FOLDER = "lists/actions_present"
 STRIDE = 3  # of 24 frames a second
 SIZE = (240, 320)  # height and width of the published videos
 FOLDERS = ("", "max2action", "cater", "CATER", "CATER/max2action", "cater/max2action")  # inside a root
-MOST_MISMATCHES = 10  # that are named one by one
+MOST_MISMATCHES = 10  # so many are named, the others counted
 
 
 class CaterError(DataError):
-    """CATER was asked for and is not there, or not usable; the message names the folder and what to do."""
+    """CATER is missing or cannot be used. The message names the folder and what to do."""
 
 
-def load_split(
-    root: Path,
-    split: str,
-    frames_in: int,
-    frames_out: int,
-    stride: int = STRIDE,
-    *,
-    backend: str = "auto",
-    pool: Pool | None = None,
-    index: Path | None = None,
-    on_bad: str = "stop",
-) -> Split:
-    """Scans the videos that the list of `split` ("train" or "validation") names and that are there.
+def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: int = STRIDE, **options: Any) -> Split:
+    """Scans the videos that are there and that the list of `split` names.
 
-    Each has one window, from sampled frame 0 on; its target is the (14, frames_in + frames_out) float32 tensor of
-    actions. Classes that a list and a scene do not agree on are counted and named in the split's notes. pool, index,
-    on_bad: as of `clevrer.load_split`.
+    Each video has one window, which starts at frame 0. Its target are the actions of each sampled frame, a float32
+    tensor (14, frames_in + frames_out). Videos whose list and scene state different classes are counted and named in
+    the split's notes.
 
-    Raises CaterError where there is no such folder, list or video; VideoError.
+    split: "train" or "validation". stride: every so many frames count. options: backend, pool, index and on_bad of
+    `scan.open_split`.
+
+    Raises CaterError if there is no such folder, list or video; VideoError for a file that cannot be used.
     """
-    folder = find_root(root)
+    folder, length = find_root(root), frames_in + frames_out
     labels = read_list(folder / LIST_FOLDER / LISTS[split])
     items = {}
     for name in sorted(labels):
         video = folder / "videos" / name
-        if os.path.exists(video):  # unlike Path.exists it has an answer for any name
+        if os.path.exists(video):  # unlike Path.exists it accepts any name
             items[f"videos/{name}"] = (video, _scene_of(folder, video))
     if not items:
         raise CaterError(f"{folder}/videos: none of the {len(labels)} videos of {LISTS[split]} is there")
-    whole = Split("CATER", folder, split, pool or Pool(0))
-    examined = scan(items, partial(examine, backend=backend), whole.pool, index, on_bad=on_bad, desc=split)
-    whole.bad = examined.bad
-    mismatches, length = [], frames_in + frames_out
-    for name, found in examined.found.items():
-        actions = sampled(found["active"], stride)
-        listed, seen = labels[items[name][0].name], set(found["active"].any(dim=1).nonzero()[:, 0].tolist())
+    whole, found = scan.open_split("CATER", folder, split, items, examine, **options)
+    mismatches = []
+    for name, facts in found.items():
+        video, actions = items[name][0], sampled(facts["active"], stride)
+        listed, seen = labels[video.name], set(facts["active"].any(dim=1).nonzero()[:, 0].tolist())
         if listed != seen:
-            mismatches.append(f"{items[name][0].name}: {_difference(listed, seen)}")
-        possible = int(actions.shape[1] >= length)
-        whole.possible += possible
-        if possible:
-            target, start = actions[None, :, :length].float(), torch.zeros(1, dtype=torch.int64)
-            whole.sources.append(Source(items[name][0], name, actions.shape[1], start, target, stride))
+            mismatches.append(f"{video.name}: {_difference(listed, seen)}")
+        starts = torch.zeros(int(actions.shape[1] >= length), dtype=torch.int64)
+        target = actions[None, :, :length].float()
+        whole.add(Source(video, name, actions.shape[1], starts, target, stride), possible=len(starts))
     if not whole.sources:
         raise CaterError(f"{folder}/videos: {len(items)} videos, but none with {length} times {stride} frames")
     whole.notes = _mismatch_notes(mismatches, len(items), LISTS[split])
@@ -93,20 +81,20 @@ def load_split(
 
 
 def find_root(root: Path) -> Path:
-    """The folder with videos/ and lists/ in it. Raises CaterError naming what is missing."""
-    if not root.is_dir():
-        raise CaterError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
-    for name in FOLDERS:
-        if (root / name / "videos").is_dir() and (root / name / LIST_FOLDER).is_dir():
-            return root / name
-    raise CaterError(
-        f"{root}: no CATER here: no videos/ beside {LIST_FOLDER}/, not in max2action/, cater/ or CATER/ either; "
+    """The folder that has videos/ and lists/ in it. Raises CaterError if there is none."""
+    missing = (
+        f"no CATER here: no videos/ beside {LIST_FOLDER}/, not in max2action/, cater/ or CATER/ either; "
         "`vjvcr-fast simulate cater` makes scenes in its format"
     )
 
+    def holds(folder: Path) -> bool:
+        return (folder / "videos").is_dir() and (folder / LIST_FOLDER).is_dir()
+
+    return scan.find_root(root, CaterError, FOLDERS, holds, missing)
+
 
 def read_list(path: Path) -> dict[str, set[int]]:
-    """{file name: numbers of CLASSES}. Raises CaterError naming the file and the line."""
+    """Reads a list: {file name: indices into CLASSES}. Raises CaterError naming the file and the line."""
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -127,23 +115,22 @@ def read_list(path: Path) -> dict[str, set[int]]:
 
 
 def examine(video: Path, scene: Path, backend: str) -> dict[str, Any]:
-    """frames, height, width of a video; active: (14, frames) bool, which action in which frame.
+    """What `scan` keeps of a video: frames, height and width; active, (14, frames) bool, which action is active when.
 
-    Raises VideoError naming the file: unreadable, or a scene that is not CATER's.
+    Raises VideoError, naming the file, if one cannot be read or the scene is not CATER's.
     """
-    found: dict[str, Any] = probe(video, backend)
-    active = read_scene(scene, found["frames"])
-    return found | {"active": active}
+    found: dict[str, Any] = scan.probe(video, backend)
+    return found | {"active": read_scene(scene, found["frames"])}
 
 
 def read_scene(path: Path, frames: int) -> Tensor:
-    """(14, frames) bool: which action is active in which original frame, start inclusive, end exclusive.
+    """Which action is active in which original frame: (14, frames) bool.
 
-    Raises VideoError naming the file: missing, another schema, an unknown action or instance, a time out of order.
+    Raises VideoError, naming the file, if it is missing, has another format, an unknown action or instance, or an end
+    before its start.
     """
     active = torch.zeros(len(CLASSES), frames, dtype=torch.bool)
-    number = {name: i for i, name in enumerate(CLASSES)}
-    try:
+    with scan.reading(path, "CATER", "scene"):
         scene = json.loads(path.read_bytes())
         shapes = {item["instance"]: str(item["shape"]).lower() for item in scene["objects"]}
         for instance, movements in scene["movements"].items():
@@ -151,20 +138,16 @@ def read_scene(path: Path, frames: int) -> Tensor:
                 if action == "_no_op":
                     continue
                 name = f"{shapes[instance]} {str(action).lstrip('_')}"
-                if name not in number:
+                if name not in CLASSES:
                     raise ValueError(f"{instance} does {action}: none of CATER's {len(CLASSES)} classes")
                 if not 0 <= start <= end:
                     raise ValueError(f"{instance}: {action} from {start} to {end}")
-                active[number[name], start:end] = True
-    except FileNotFoundError:
-        raise VideoError(f"{path}: there is no such scene") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise VideoError(f"{path}: not a CATER scene ({type(error).__name__}: {one_line(error)})") from None
+                active[CLASSES.index(name), start:end] = True
     return active
 
 
 def sampled(active: Tensor, stride: int) -> Tensor:
-    """(14, F) bool, of original frames -> (14, ceil(F / stride)) bool, of sampled ones."""
+    """From the original frames, (14, F) bool, to the sampled ones, (14, ceil(F / stride)) bool."""
     missing = -active.shape[1] % stride
     return torch.nn.functional.pad(active, (0, missing)).unflatten(1, (-1, stride)).any(dim=2)
 

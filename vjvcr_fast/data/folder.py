@@ -1,46 +1,47 @@
-"""Any folder of videos: files below it, of any names, sizes and kinds that the decoders know, without annotations.
+"""Any folder of videos without annotations: files of any name, size and kind that a decoder can read.
 
-    ROOT/train/**, ROOT/validation/** (or val/)      where both are there
-    ROOT/**                                          else: one video in ten for validation, by its name
+    ROOT/train/**, ROOT/validation/** (or val/)      if both are there
+    ROOT/**                                          else: one video in ten is for validation, chosen by its name
 
-Files are known by their suffix; hidden ones, and what `vjvcr-cache` holds, are left out. Which split a video belongs to
-depends on its name alone, so that it stays there when others come. A window may start at any frame; there is nothing
-to ask of it, so targets are zeros.
+Videos are found by their suffix. Hidden files and folders, and `vjvcr-cache`, are left out. A video's split only
+depends on its name, so it does not change when other videos are added. A window may start at any frame. There is
+nothing to ask of it, so its target is 0.
 """
 
 import os
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vjvcr_fast.data.hashing import key
-from vjvcr_fast.data.video.clips import Source, VideoClips
-from vjvcr_fast.data.video.scan import DataError, Split, probe, scan
+from vjvcr_fast.data.video import scan
+from vjvcr_fast.data.video.clips import VideoClips
+from vjvcr_fast.data.video.file import Source
+from vjvcr_fast.data.video.scan import DataError, Split
 from vjvcr_fast.data.video.workers import Pool
 
 SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}
 CACHE = "vjvcr-cache"
-HELD_OUT = 10  # one video in so many
+HELD_OUT = 10  # one video in so many is for validation
 
 
 class FolderError(DataError):
-    """A folder of videos was asked for and is not there, or has none to use; the message names it and what to do."""
+    """A folder of videos is missing or has no video to use. The message names it and what to do."""
 
 
 class ClipFolder(VideoClips):
-    """Windows of `frames` frames from the videos of a folder, as batches on a device (`VideoClips`).
+    """Windows of `frames` frames from the videos of a folder, as batches on a device (see `VideoClips`).
 
         clips = ClipFolder("my-videos", frames=16, size=(64, 64))
         for batch in clips.batches(step=0, n=32): ...          # batch.frames (32, 16, 3, 64, 64) uint8
 
-    root: the folder. split: "train", "validation", or None for all. stride: every so many frames is taken. workers:
-    processes that decode; 0 decodes in this one. on_bad, and other options: as of `VideoClips`.
+    root: the folder. split: "train", "validation", or None for all videos. stride: every so many frames are taken.
+    workers: processes that decode; 0 decodes in this process. on_bad and other options: as in `VideoClips`.
 
-    Raises FolderError where there is no such folder or no video long enough; VideoError.
+    Raises FolderError if there is no such folder or no video is long enough; VideoError for a file that cannot be used.
     """
 
     def __init__(
@@ -63,39 +64,28 @@ class ClipFolder(VideoClips):
 
 
 def load_split(
-    root: Path,
-    split: str | None,
-    frames_in: int,
-    frames_out: int,
-    stride: int = 1,
-    *,
-    backend: str = "auto",
-    pool: Pool | None = None,
-    index: Path | None = None,
-    on_bad: str = "stop",
+    root: Path, split: str | None, frames_in: int, frames_out: int, stride: int = 1, **options: Any
 ) -> Split:
-    """Scans the videos of one split, "train" or "validation", or all of them (None). Arguments as `clevrer.load_split`.
+    """Scans the videos of one split, "train" or "validation", or of all of them (None).
 
-    Raises FolderError where there is no such folder, video or window; VideoError.
+    stride: every so many frames count. options: backend, pool, index and on_bad of `scan.open_split`.
+
+    Raises FolderError if there is no such folder, video or window; VideoError for a file that cannot be used.
     """
-    folder = find_root(root)
+    folder, length = find_root(root), frames_in + frames_out
     items = {path.relative_to(folder).as_posix(): (path,) for path in _of_split(folder, split)}
     if not items:
         raise FolderError(
             f"{folder}: no videos{f' for {split}' if split else ''}; of files named *{', *'.join(SUFFIXES)}"
         )
-    whole = Split("folder of videos", folder, split or "all", pool or Pool(0))
-    examine = partial(probe, backend=backend)
-    examined = scan(items, examine, whole.pool, index, on_bad=on_bad, any_size=True, desc=whole.name)
-    whole.bad = examined.bad
-    length, short = frames_in + frames_out, []
-    for name, found in examined.found.items():
-        count = -(-found["frames"] // stride)
+    options |= {"any_size": True}
+    whole, found = scan.open_split("folder of videos", folder, split or "all", items, scan.probe, **options)
+    short = []
+    for name, facts in found.items():
+        count = -(-facts["frames"] // stride)
         starts = torch.arange(max(count - length + 1, 0))
-        whole.possible += len(starts)
-        if len(starts):
-            whole.sources.append(Source(items[name][0], name, count, starts, torch.zeros(len(starts)), stride))
-        else:
+        whole.add(Source(items[name][0], name, count, starts, torch.zeros(len(starts)), stride), possible=len(starts))
+        if not len(starts):
             short.append(name)
     if not whole.sources:
         raise FolderError(
@@ -108,15 +98,13 @@ def load_split(
 
 
 def find_root(root: Path) -> Path:
-    """The folder itself. Raises FolderError where it is none."""
-    if not root.is_dir():
-        raise FolderError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
-    return root
+    """The folder itself. Raises FolderError if it is none."""
+    return scan.find_root(root, FolderError)
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Every file with one of SUFFIXES, sorted by its path; links are followed, but into no folder twice. Raises
-    FolderError for a folder that cannot be read."""
+    """Every file in or below a folder with one of SUFFIXES, sorted by path. Links are followed, but no folder is
+    entered twice. Raises FolderError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise FolderError(f"{error.filename}: {error.strerror}")
@@ -149,7 +137,7 @@ def _of_split(folder: Path, split: str | None) -> list[Path]:
         )
     draws = {path: key(0, "split", path.relative_to(folder).as_posix()) for path in found}
     held_out = [path for path in found if draws[path] % HELD_OUT == 0]
-    # With few videos chance may leave a side empty: it gets the one that is next.
+    # With few videos, one split may get none by chance. It then gets the video that is next in line.
     held_out = held_out or sorted(found, key=draws.__getitem__)[:1]
     held_out = held_out if len(held_out) < len(found) else held_out[1:]
     return held_out if split == "validation" else [path for path in found if path not in set(held_out)]
