@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.simulated import clevrer as simulate
+from vjvcr_fast.data.simulated import make
+from vjvcr_fast.data.video import workers
 
 BITS = 8
 FPS = 25
@@ -126,7 +127,7 @@ def _block(bit: int, width: int) -> tuple[int, int]:
 def drawing() -> tuple[str, str]:
     """What MuJoCo draws with, or "" and why it cannot; asked once, in a process of its own."""
     try:
-        return simulate.gl_backend(), ""
+        return make.gl_backend(), ""
     except RuntimeError as error:
         return "", str(error)
 
@@ -137,6 +138,6 @@ def quick_workers(how: str = "forkserver") -> Iterator[None]:
     and what can draw is asked once. Spawned ones are in the tests without it."""
     context, backend = multiprocessing.get_context(how), drawing()[0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(simulate, "gl_backend", lambda: backend)
-        patch.setattr(simulate.multiprocessing, "get_context", lambda method: context)
+        patch.setattr(make, "gl_backend", lambda: backend)
+        patch.setattr(workers, "_Context", lambda: context)
         yield

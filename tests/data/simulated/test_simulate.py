@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from videos import drawing, quick_workers
 
-from vjvcr_fast.data.simulated import clevrer as simulate
-from vjvcr_fast.data.simulated.clevrer import in_parallel, simulate_clevrer, split
+from vjvcr_fast.data.simulated.clevrer import annotation_path, simulate_clevrer, split, video_path
+from vjvcr_fast.data.simulated.make import gl_backend, in_parallel
 from vjvcr_fast.data.simulated.scenes import (
     APART,
     COLORS,
@@ -427,12 +427,12 @@ def test_an_interrupted_run_is_completed(how: str, workers: str, made: Path, tmp
         path.unlink()
     half = out / "video_train" / "video_00000-01000"
     (half / ".video_00002.mp4.0123456789abcdef").write_bytes(b"half")
-    simulate.annotation_path(out, "train", 2).unlink(missing_ok=True)
+    annotation_path(out, "train", 2).unlink(missing_ok=True)
     (half / "video_00002.mp4").write_bytes(b"half a video")
     with quick_workers():
         simulate_clevrer(out, VIDEOS, processes=1, **TINY)
     assert files(out) == files(made)
-    first = simulate.annotation_path(out, "train", 0)
+    first = annotation_path(out, "train", 0)
     assert first not in kept or first.stat().st_mtime_ns == kept[first]
 
 
@@ -479,7 +479,7 @@ def test_splits() -> None:
     whole = split(15_000)
     assert [name for name, _ in whole].count("validation") == 5000
     assert max(i for name, i in whole if name == "train") == 9999
-    assert simulate.video_path(Path("x"), "train", 1234) == Path("x/video_train/video_01000-02000/video_01234.mp4")
+    assert video_path(Path("x"), "train", 1234) == Path("x/video_train/video_01000-02000/video_01234.mp4")
 
 
 # -- What can go wrong ----------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_missing_packages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_nothing_to_draw_with(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
     with pytest.raises(RuntimeError, match=r"libosmesa6.*MUJOCO_GL=nonsense"):
-        simulate.gl_backend()
+        gl_backend()
 
 
 @draws
@@ -532,7 +532,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_error_of_a_task() -> None:
     """Arrives with where it happened."""
     with pytest.raises(ValueError, match="'twelve'") as caught:
-        list(in_parallel(int, ["twelve"], 1))  # type: ignore[arg-type]
+        list(in_parallel(int, ["twelve"], 1, {}))  # type: ignore[arg-type]
     assert "while making twelve" in str(caught.value.__cause__)
 
 
@@ -544,4 +544,4 @@ def end(status: int) -> None:
 def test_a_worker_that_dies() -> None:
     """Is an error, and its task is named."""
     with pytest.raises(RuntimeError, match=r"made 3 died \(exit status 3\)"):
-        list(in_parallel(end, [3], 1))
+        list(in_parallel(end, [3], 1, {}))

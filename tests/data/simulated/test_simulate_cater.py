@@ -16,8 +16,8 @@ import torch
 from videos import drawing, quick_workers
 
 from vjvcr_fast.data.cater import CLASSES, load_split, read_list
-from vjvcr_fast.data.simulated import clevrer as simulate
-from vjvcr_fast.data.simulated.cater import draw_scene, scene_path, simulate_cater, video_path, write_avi
+from vjvcr_fast.data.simulated import make
+from vjvcr_fast.data.simulated.cater import ENCODING, draw_scene, scene_path, simulate_cater, video_path
 from vjvcr_fast.data.simulated.scenes import Film
 from vjvcr_fast.data.simulated.scenes_cater import ACTIONS, HEIGHT, NAMES, Body, Movement, Stage, State, _choose, poses
 from vjvcr_fast.data.video.decode import open_video
@@ -214,7 +214,7 @@ def test_every_frame_is_a_keyframe(made: Path) -> None:
 def test_rotations_are_seen(drawable: None) -> None:
     """In a process of its own: mujoco may be imported here already, and then takes no other MUJOCO_GL."""
     shapes = [shape for shape, actions in ACTIONS.items() if "_rotate" in actions]
-    assert list(simulate.in_parallel(watch_rotation, shapes, 1, {"MUJOCO_GL": drawing()[0]})) == shapes
+    assert list(make.in_parallel(watch_rotation, shapes, 1, {"MUJOCO_GL": drawing()[0]})) == shapes
 
 
 def watch_rotation(shape: str) -> None:
@@ -264,7 +264,7 @@ def simulation(out: Path, workers: str) -> None:
 def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Signals, workers: str) -> None:
     out = tmp_path / "out"
     with quick_workers():
-        process = multiprocessing.get_context("").Process(target=simulation, args=(out, workers))
+        process = multiprocessing.get_context("forkserver").Process(target=simulation, args=(out, workers))
         process.start()
         deadline = time.monotonic() + 60
         while not scene_path(out, 0).exists() and time.monotonic() < deadline:
@@ -314,5 +314,5 @@ def test_a_file_appears_when_it_is_whole(tmp_path: Path) -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_avi(tmp_path / "a.avi", pictures(), (64, 48))
+        make.write_video(tmp_path / "a.avi", pictures(), (64, 48), ENCODING)
     assert os.listdir(tmp_path) == []

@@ -1,35 +1,38 @@
-"""Simulated videos in CATER's own layout and format, so that what runs on CATER runs on data anyone can make.
+"""Simulated videos in CATER's own layout and format: what runs on CATER also runs on data that anyone can make.
 
-Matched: names, folders, Motion-JPEG at 24 frames a second, the scene files' `objects` (instance, shape, size, color,
-material, locations by frame) and `movements`, the lists. Not CATER's: pictures, sizes, speeds, how often what happens;
-directions, relationships and pixel coordinates are left out, and what is inside a cone slides with it without a
-movement of its own (CATER lists one).
-As in `simulate`, video i is a pure function of (seed, i), and its scene file, written last, says that it is finished.
+As in CATER: names, folders, Motion-JPEG at 24 frames a second, the lists, and the scene files' `objects` (instance,
+shape, size, color, material, locations by frame) and `movements`. Different: pictures, sizes, speeds, and how often
+something happens. Directions, relationships and pixel coordinates are left out. What is inside a cone slides with it
+without a movement of its own, while CATER lists one.
 """
 
-import contextlib
 import functools
-import importlib.util
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any, BinaryIO
+from typing import Any
 
 from vjvcr_fast.data.cater import CLASSES, LIST_FOLDER, LISTS
-from vjvcr_fast.data.files import cores, progress, replace, write_atomic
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.data.hashing import key
-from vjvcr_fast.data.simulated import clevrer as simulate
+from vjvcr_fast.data.simulated import make
 from vjvcr_fast.data.simulated.scenes import Film
 from vjvcr_fast.data.simulated.scenes_cater import Body, Movement, Pose, Stage, poses, sample_bodies, sample_movements
 
-GENERATOR = 2  # changes whenever the same seed would give other videos
-NOTE = "Simulated scenes made by vjvcr_fast in CATER's format. They are not CATER, and not part of it."
-FPS = 24
+FORMAT = make.Format(
+    title="CATER",
+    generator=2,
+    most=10**6,
+    fewest=8,
+    foreign=("videos/*.avi", "scenes/*.json"),
+    leftovers=("videos/.CLEVR*", "scenes/.CLEVR*", f"{LIST_FOLDER}/.*.txt.*"),
+    bytes_per_pixel=0.12,
+    bytes_per_frame=600,
+)
+ENCODING = make.Encoding("avi", "mjpeg", 24, "yuvj420p", {"qmin": "3", "qmax": "3", "threads": "1"})
 VALIDATION = (2, 5, 9)  # last digits of the numbers of validation videos: 30%
-BYTES_PER_PIXEL = 0.12  # of a video, twice what was measured
-BYTES_PER_FRAME = 600  # of a scene file
 
 
 def simulate_cater(
@@ -42,48 +45,20 @@ def simulate_cater(
     frames: int = 301,
     shadows: bool = True,
 ) -> None:
-    """Writes `videos` simulated videos, scenes and lists under `out`, in CATER's layout; those there are kept.
+    """Writes `videos` simulated videos, scenes and lists under `out`, in CATER's layout. Those already there are kept.
 
-    videos: at least 1; those whose number ends in 2, 5 or 9 are for validation. Asking for more later only adds. size:
-    (width, height) in pixels, both even. frames: at least 8. Others, and what is raised: as of `simulate_clevrer`.
+    videos: at least 1; those whose number ends in 2, 5 or 9 are for validation. Asking for more later only adds files.
+    size: (width, height) in pixels, both even. frames: at least 8. The other arguments, and the errors raised, are as
+    in `simulate_clevrer`.
     """
-    _check(videos, processes, size, frames)
-    simulate.import_av()
-    if importlib.util.find_spec("mujoco") is None:
-        raise ImportError("mujoco is not installed: pip install 'vjvcr_fast[simulate]'")
+    settings = make.Settings(seed, size, frames, shadows)
+    make.check(FORMAT, videos, processes, settings)
     out = Path(out)
-    settings = {"seed": seed, "size": list(size), "frames": frames, "shadows": shadows, "generator": GENERATOR}
-    simulate.claim(out, settings, note=NOTE, files=("videos/*.avi", "scenes/*.json"))
-    for pattern in ("videos/.CLEVR*", "scenes/.CLEVR*", f"{LIST_FOLDER}/.*.txt.*"):
-        for leftover in out.glob(pattern):
-            leftover.unlink(missing_ok=True)
-    missing = [number for number in range(videos) if not scene_path(out, number).is_file()]
-    simulate.require_space(out, len(missing) * frames * (size[0] * size[1] * BYTES_PER_PIXEL + BYTES_PER_FRAME))
-    task = functools.partial(_make_video, out, seed, size, frames, shadows)
+    missing = make.prepare(FORMAT, out, settings, range(videos), lambda number: scene_path(out, number).is_file())
     try:
-        if missing:
-            environment = {"MUJOCO_GL": simulate.gl_backend(), "LP_NUM_THREADS": "0"}
-            made = simulate.in_parallel(task, missing, processes or cores(), environment)
-            done = videos - len(missing)
-            with (
-                progress(total=videos, initial=done, desc="simulate", unit="video", disable=None) as bar,
-                contextlib.closing(made) as finished,
-            ):
-                for _ in finished:
-                    bar.update()
+        make.run(functools.partial(_make_video, out, settings), missing, videos, processes)
     finally:
-        write_lists(out)  # of what is complete, also where it was stopped
-
-
-def _check(videos: int, processes: int, size: tuple[int, int], frames: int) -> None:
-    if not 1 <= videos <= 10**6:
-        raise ValueError(f"videos must be between 1 and 1,000,000, got {videos}")
-    if processes < 0:
-        raise ValueError(f"processes must be at least 0 (0: one a core), got {processes}")
-    if len(size) != 2 or not all(side >= 16 and side % 2 == 0 for side in size):
-        raise ValueError(f"size must be (width, height), both even and at least 16, got {size}")
-    if frames < 8:
-        raise ValueError(f"frames must be at least 8, got {frames}")
+        write_lists(out)  # of the complete videos, also if the run was stopped
 
 
 def video_path(out: Path, number: int) -> Path:
@@ -95,7 +70,7 @@ def scene_path(out: Path, number: int) -> Path:
 
 
 def write_lists(out: Path) -> None:
-    """train.txt and val.txt, from the scenes that are there."""
+    """Writes train.txt and val.txt from the scenes that are there."""
     lines: dict[str, list[str]] = {name: [] for name in LISTS.values()}
     for scene in sorted(out.glob("scenes/CLEVR_new_*.json")):
         found = json.loads(scene.read_text())
@@ -109,25 +84,25 @@ def write_lists(out: Path) -> None:
 
 
 def draw_scene(seed: int, number: int, frames: int) -> tuple[list[Body], dict[str, list[Movement]]]:
-    """What is in video `number`, and what it does."""
+    """What is in video `number`, and what each object does, {instance: its movements}."""
     random = Random(key(seed, "cater", number) % 2**64)
     bodies = sample_bodies(random)
     return bodies, sample_movements(bodies, frames, random)
 
 
-def _make_video(out: Path, seed: int, size: tuple[int, int], frames: int, shadows: bool, number: int) -> None:
-    bodies, movements = draw_scene(seed, number, frames)
-    motion = poses(bodies, movements, frames)
-    stage = Stage(bodies, size)
+def _make_video(out: Path, settings: make.Settings, number: int) -> None:
+    bodies, movements = draw_scene(settings.seed, number, settings.frames)
+    motion = poses(bodies, movements, settings.frames)
+    stage = Stage(bodies, settings.size)
 
     def pictures() -> Iterator[Any]:
-        with Film(stage, size, shadows=shadows) as film:
+        with Film(stage, settings.size, shadows=settings.shadows) as film:
             for frame in motion:
                 stage.show(frame)
                 yield film.frame()
 
     video = video_path(out, number)
-    write_avi(video, pictures(), size)
+    make.write_video(video, pictures(), settings.size, ENCODING)
     scene = {
         "image_filename": video.name,
         "image_index": number,
@@ -151,20 +126,3 @@ def _object(body: Body, motion: list[dict[str, Pose]]) -> dict[str, Any]:
         "3d_coords": places[0],
         "locations": {str(i): place for i, place in enumerate(places)},
     }
-
-
-def write_avi(path: Path, pictures: Iterable[Any], size: tuple[int, int], *, fps: int = FPS) -> None:
-    """Pictures (H, W, 3) uint8 as Motion-JPEG; the file appears when it is whole."""
-    av = simulate.import_av()
-
-    def write(file: BinaryIO) -> None:
-        with av.open(file, "w", format="avi") as container:
-            stream = container.add_stream("mjpeg", rate=fps)
-            stream.width, stream.height = size
-            stream.pix_fmt = "yuvj420p"
-            stream.options = {"qmin": "3", "qmax": "3", "threads": "1"}
-            for picture in pictures:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-            container.mux(stream.encode(None))
-
-    replace(path, write)

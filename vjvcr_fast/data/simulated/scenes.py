@@ -13,6 +13,8 @@ from itertools import combinations, product
 from random import Random
 from typing import Any, NamedTuple
 
+from vjvcr_fast.data.files import load
+
 SHAPES = ("cube", "sphere", "cylinder")
 MATERIALS = ("rubber", "metal")
 # Red, green, blue in 0..255, before light.
@@ -174,7 +176,7 @@ class World:
     """
 
     def __init__(self, things: Sequence[Thing], *, size: tuple[int, int] = (480, 320)) -> None:
-        self._mujoco = import_mujoco()
+        self._mujoco = load("mujoco", "simulate")
         self.things, self.frame = list(things), 0
         self.collisions: list[dict[str, Any]] = []
         self._aspect = size[0] / size[1]
@@ -254,14 +256,6 @@ def _rounded(values: Sequence[float]) -> list[float]:
 # -- MuJoCo ---------------------------------------------------------------------------------------------------------
 
 
-def import_mujoco() -> Any:
-    try:
-        import mujoco
-    except ImportError:
-        raise ImportError("mujoco is not installed: pip install 'vjvcr_fast[simulate]'") from None
-    return mujoco
-
-
 def scene_xml(things: Sequence[Thing], size: tuple[int, int]) -> str:
     """MuJoCo's description of the ground, lights, camera and objects; only the pairs listed in it ever touch."""
     width, height = size
@@ -323,7 +317,7 @@ class Film:
     """
 
     def __init__(self, world: Any, size: tuple[int, int], *, shadows: bool = True) -> None:
-        mujoco = import_mujoco()
+        mujoco = load("mujoco", "simulate")
         self._world = world
         self._renderer = mujoco.Renderer(world.model, height=size[1], width=size[0], max_geom=100)
         self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows

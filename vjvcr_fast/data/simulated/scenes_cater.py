@@ -11,7 +11,8 @@ from itertools import product
 from random import Random
 from typing import NamedTuple
 
-from vjvcr_fast.data.simulated.scenes import COLORS, import_mujoco
+from vjvcr_fast.data.files import load
+from vjvcr_fast.data.simulated.scenes import COLORS
 
 # What each shape can do, as CATER's movements call it.
 ACTIONS = {
@@ -300,7 +301,7 @@ class Stage:
     """The objects in MuJoCo, put wherever a frame has them; `scenes.Film` draws it."""
 
     def __init__(self, bodies: Sequence[Body], size: tuple[int, int]) -> None:
-        self._mujoco = import_mujoco()
+        self._mujoco = load("mujoco", "simulate")
         self.model = self._mujoco.MjModel.from_xml_string(stage_xml(bodies, size))
         self.data = self._mujoco.MjData(self.model)
         self._names = [body.instance for body in bodies]
