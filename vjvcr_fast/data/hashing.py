@@ -30,7 +30,7 @@ def uniform(keys: Tensor, indices: Tensor) -> Tensor:
 
 
 class Orders:
-    """For each epoch the numbers 0, ..., n - 1 in a random order, (n,) int64 on the device. Keeps the last two orders."""
+    """For each epoch the numbers 0, ..., n - 1 in a random order: (n,) int64. Keeps the last two orders."""
 
     def __init__(self, n: int, seed: int, stream: str, device: str | torch.device = "cpu") -> None:
         self.n, self.seed, self.stream, self.device = n, seed, stream, device

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from videos import drawing, quick_workers
 
-from vjvcr_fast.data.simulated.clevrer import annotation_path, simulate_clevrer, split, video_path
+from vjvcr_fast.data.simulated.clevrer import path_of, simulate_clevrer, split
 from vjvcr_fast.data.simulated.make import gl_backend, in_parallel
 from vjvcr_fast.data.simulated.scenes import (
     APART,
@@ -72,7 +72,7 @@ def field(notes: dict[str, Any], name: str) -> Tensor:
 def film(things: list[Thing], frames: int = 128) -> tuple[World, dict[str, Any]]:
     """A world after so many frames, and its annotation."""
     world = World(things)
-    return world, {"motion_trajectory": [entry for entry, _ in annotate(world, frames)]}
+    return world, {"motion_trajectory": [*annotate(world, frames)]}
 
 
 # -- CLEVRER's own files --------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ def test_plausible() -> None:
     for seed in range(6):
         world = World(sample_clevrer(Random(seed)))
         frames, energy = [], []
-        for entry, _ in annotate(world, 128):
+        for entry in annotate(world, 128):
             frames.append(entry)
             energy.append(kinetic_energy(world))
         # A frame amid a touch, which is shorter than a frame, lacks what the touch stores.
@@ -246,7 +246,7 @@ def test_orientation(shape: str) -> None:
     """Euler angles turn with the angular velocity; a cylinder's own axis is y, so standing it has (pi / 2, 0, yaw)."""
     world = World([Thing(shape, "red", "metal", (0, 0), 0.3)])
     world.data.qvel[5] = 2.0
-    entries = [entry["objects"][0] for entry, _ in annotate(world, 5)]
+    entries = [entry["objects"][0] for entry in annotate(world, 5)]
     tilt = math.pi / 2 if shape == "cylinder" else 0
     assert entries[0]["orientation"] == pytest.approx([tilt, 0, 0.3], abs=1e-3)
     turned = entries[-1]["orientation"][2] - entries[0]["orientation"][2]
@@ -427,12 +427,12 @@ def test_an_interrupted_run_is_completed(how: str, workers: str, made: Path, tmp
         path.unlink()
     half = out / "video_train" / "video_00000-01000"
     (half / ".video_00002.mp4.0123456789abcdef").write_bytes(b"half")
-    annotation_path(out, "train", 2).unlink(missing_ok=True)
+    path_of(out, "annotation", "train", 2).unlink(missing_ok=True)
     (half / "video_00002.mp4").write_bytes(b"half a video")
     with quick_workers():
         simulate_clevrer(out, VIDEOS, processes=1, **TINY)
     assert files(out) == files(made)
-    first = annotation_path(out, "train", 0)
+    first = path_of(out, "annotation", "train", 0)
     assert first not in kept or first.stat().st_mtime_ns == kept[first]
 
 
@@ -479,7 +479,7 @@ def test_splits() -> None:
     whole = split(15_000)
     assert [name for name, _ in whole].count("validation") == 5000
     assert max(i for name, i in whole if name == "train") == 9999
-    assert video_path(Path("x"), "train", 1234) == Path("x/video_train/video_01000-02000/video_01234.mp4")
+    assert path_of(Path("x"), "video", "train", 1234) == Path("x/video_train/video_01000-02000/video_01234.mp4")
 
 
 # -- What can go wrong ----------------------------------------------------------------------------------------------

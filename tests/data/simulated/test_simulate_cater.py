@@ -18,7 +18,7 @@ from videos import drawing, quick_workers
 from vjvcr_fast.data.cater import CLASSES, load_split, read_list
 from vjvcr_fast.data.simulated import make
 from vjvcr_fast.data.simulated.cater import ENCODING, draw_scene, scene_path, simulate_cater, video_path
-from vjvcr_fast.data.simulated.scenes import Film
+from vjvcr_fast.data.simulated.scenes import film
 from vjvcr_fast.data.simulated.scenes_cater import ACTIONS, HEIGHT, NAMES, Body, Movement, Stage, State, _choose, poses
 from vjvcr_fast.data.video.decode import open_video
 
@@ -222,10 +222,10 @@ def watch_rotation(shape: str) -> None:
     body = Body("it", shape, "medium", "red", "rubber", (0.0, 0.0), 0.3)
     stage = Stage([body], (96, 72))
     pictures = []
-    with Film(stage, (96, 72)) as film:
+    with film(stage, (96, 72)) as draw:
         for frame in poses([body], {"it": [Movement("_rotate", None, 0, 8, (0.0, 0.0))]}, 9):
             stage.show(frame)
-            pictures.append(torch.from_numpy(film.frame().copy()).float())
+            pictures.append(torch.from_numpy(draw().copy()).float())
     steps = torch.stack(pictures).diff(dim=0).abs().amax(dim=(1, 2, 3))
     assert (steps > 20).all(), steps
     assert shape == "cylinder" or (pictures[-1] - pictures[0]).abs().max() > 20

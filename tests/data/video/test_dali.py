@@ -7,7 +7,7 @@ import gc
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import pytest
 import torch
 from test_decode import choices, real_videos
 from torch import Tensor
-from videos import HARD, KINDS, cut, make_video, read_numbers
+from videos import HARD, KINDS, cut, make_video, read_number, read_numbers
 
-from vjvcr_fast.data.video.dali import DaliClips
+from vjvcr_fast.data.video.clips import ClipLoader, Source, VideoClips
+from vjvcr_fast.data.video.dali import LARGEST_BATCH, DaliDecoder, encoded
 from vjvcr_fast.data.video.decode import VideoError, open_video, resize
 
 pytest.importorskip("av")
@@ -116,10 +117,21 @@ def test_without_dali(vp9: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImportError, match=r"dali is not installed: pip install 'vjvcr_fast\[dali\]'"):
         open_video(vp9[0], "dali")
     with pytest.raises(ImportError, match=r"pip install 'vjvcr_fast\[dali\]'"):
-        DaliClips([], 4, (48, 80), "cpu")
+        DaliDecoder(torch.device("cpu"), 1)
 
 
 # -- Batches --------------------------------------------------------------------------------------------------------
+
+
+Request = list[tuple[Path, int]]
+
+
+def decoded(asked: Iterable[Request], frames: int, size: tuple[int, int], device: str = "cpu") -> Iterator[Tensor]:
+    """A batch for each list of (file, first frame), all from one decoder."""
+    decoder = DaliDecoder(torch.device(device), 2, size)
+    for request in asked:
+        windows = [(path, range(first, first + frames)) for path, first in request]
+        yield decoder.read(windows, [encoded(path) for path, _ in request])
 
 
 def requests(videos: list[Path], batches: int, frames: int, seed: int = 0) -> list[list[tuple[Path, int]]]:
@@ -134,10 +146,9 @@ def expected_numbers(videos: list[Path], request: list[tuple[Path, int]], frames
     return [[40 * videos.index(path) + first + t for t in range(frames)] for path, first in request]
 
 
-@pytest.mark.parametrize("prefetch", [1, 2, 5])
-def test_windows_come_in_the_order_they_were_asked_for(vp9: list[Path], prefetch: int) -> None:
+def test_windows_come_in_the_order_they_were_asked_for(vp9: list[Path]) -> None:
     asked = requests(vp9, 9, 6)
-    batches = list(DaliClips(iter(asked), 6, (48, 80), "cpu", prefetch=prefetch))
+    batches = list(decoded(asked, 6, (48, 80)))
     assert len(batches) == len(asked)
     for request, batch in zip(asked, batches, strict=True):  # all of them are kept: none may write over another
         assert batch.shape == (len(request), 6, 3, 48, 80)
@@ -150,37 +161,47 @@ def test_windows_come_in_the_order_they_were_asked_for(vp9: list[Path], prefetch
 
 def test_codecs_may_be_mixed(folder: Path) -> None:
     paths = [make_video(folder, kind) for kind in ("mjpeg", "vp8", "vp9-mp4", "vp9-37x51")]
-    (batch,) = DaliClips([[(path, 3) for path in paths]], 5, (48, 80), "cpu")
+    (batch,) = decoded([[(path, 3) for path in paths]], 5, (48, 80))
     assert [read_numbers(clip) for clip in batch] == [[3, 4, 5, 6, 7]] * 4
 
 
 @pytest.mark.parametrize("size", [(24, 24), (17, 90), (60, 100)])
 def test_resizing(vp9: list[Path], size: tuple[int, int]) -> None:
-    (batch,) = DaliClips([[(vp9[1], 2)]], 8, size, "cpu")
+    (batch,) = decoded([[(vp9[1], 2)]], 8, size)
     judge = resize(open_video(vp9[1], "dali").frames(range(2, 10)), size)
     assert mean_difference(batch[0], judge) <= RESIZE_TOLERANCE
     assert read_numbers(batch[0]) == [*range(42, 50)]
 
 
-def test_work_ahead_is_bounded(vp9: list[Path]) -> None:
-    """Requests without end: no more than `prefetch` and a few are drawn before they are needed."""
-    drawn = 0
+@pytest.mark.parametrize("prefetch", [0, 1, 3])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_clips_as_on_a_gpu(vp9: list[Path], prefetch: int, stride: int) -> None:
+    """The loader's batches where DALI decodes; here on a CPU."""
+    count = 20 // stride
+    sources = [Source(p, p.name, count, torch.arange(count - 3), torch.arange(count - 3), stride) for p in vp9]
+    clips = VideoClips(sources, frames=4, size=(48, 80), seed=0, stream="train")
+    clips._on_gpu = True
+    loader = ClipLoader(clips, 5, step=1, prefetch=prefetch)
+    for step in (1, 2, 3):
+        batch = next(loader)
+        windows = clips.sampler.windows(5 * step, 5)
+        starts = [int(sources[w.source].starts[w.choice]) for w in windows]
+        numbers = [40 * w.source + start * stride for w, start in zip(windows, starts, strict=True)]
+        assert [read_numbers(clip) for clip in batch.frames] == [[n + t * stride for t in range(4)] for n in numbers]
+        assert batch.target.tolist() == starts
+    loader.close()
 
-    def endless() -> Iterator[list[tuple[Path, int]]]:
-        nonlocal drawn
-        while True:
-            drawn += 1
-            yield [(vp9[0], drawn % 10)]
 
-    batches = iter(DaliClips(endless(), 2, (48, 80), "cpu", prefetch=3))
-    for k in range(1, 6):
-        assert read_numbers(next(batches)[0]) == [k % 10, k % 10 + 1]
-        assert drawn <= k + 2 * 3
-    batches.close()  # type: ignore[attr-defined]
-
-
-def test_no_requests() -> None:
-    assert list(DaliClips([], 4, (48, 80), "cpu")) == []
+def test_a_file_that_fails_ends_the_clips_after_those_before_it(vp9: list[Path], folder: Path) -> None:
+    bad = folder / "bad.webm"
+    bad.write_bytes(random.Random(0).randbytes(5000))
+    sources = [Source(p, p.name, 20, torch.arange(17), torch.zeros(17)) for p in (vp9[0], bad)]
+    clips = VideoClips(sources, frames=4, size=(48, 80), seed=0, stream="train")
+    clips._on_gpu = True
+    batches = clips.in_order(17)
+    assert [read_number(clip[0]) for clip in next(batches).frames] == [*range(17)]
+    with pytest.raises(VideoError, match=str(bad)):
+        next(batches)
 
 
 def test_files_that_cannot_be_decoded_are_named(vp9: list[Path], folder: Path) -> None:
@@ -188,7 +209,7 @@ def test_files_that_cannot_be_decoded_are_named(vp9: list[Path], folder: Path) -
     noise, h264 = folder / "noise.webm", make_video(folder, "h264")
     noise.write_bytes(random.Random(0).randbytes(5000))
     for bad in (noise, h264):
-        batches = iter(DaliClips([[(vp9[0], 0)], [(vp9[1], 1), (bad, 0)], [(vp9[2], 0)]], 4, (48, 80), "cpu"))
+        batches = decoded([[(vp9[0], 0)], [(vp9[1], 1), (bad, 0)], [(vp9[2], 0)]], 4, (48, 80))
         assert read_numbers(next(batches)[0]) == [0, 1, 2, 3]
         with pytest.raises(
             VideoError, match=rf"^{bad}: DALI cannot decode it \(.+\); on a CPU, DALI decodes only"
@@ -199,43 +220,31 @@ def test_files_that_cannot_be_decoded_are_named(vp9: list[Path], folder: Path) -
 
 def test_windows_past_the_end(vp9: list[Path]) -> None:
     with pytest.raises(VideoError, match=rf"{vp9[0]}: .*out-of-bounds frame index 20"):
-        list(DaliClips([[(vp9[1], 0), (vp9[0], 18)]], 4, (48, 80), "cpu"))
+        list(decoded([[(vp9[1], 0), (vp9[0], 18)]], 4, (48, 80)))
 
 
 def test_files_that_cannot_be_read(vp9: list[Path], folder: Path) -> None:
     missing, empty = folder / "missing.webm", folder / "empty.webm"
     empty.touch()
     for bad in (missing, empty):
-        batches = iter(DaliClips([[(vp9[0], 0)], [(bad, 0)]], 4, (48, 80), "cpu"))
+        batches = decoded([[(vp9[0], 0)], [(bad, 0)]], 4, (48, 80))
         assert read_numbers(next(batches)[0]) == [0, 1, 2, 3]
         with pytest.raises(VideoError, match=str(bad)):
             next(batches)
 
 
-def test_errors_of_the_requests_come_through(vp9: list[Path]) -> None:
-    def asked() -> Iterator[list[tuple[Path, int]]]:
-        yield [(vp9[0], 0)]
-        raise KeyError("mine")
-
-    batches = iter(DaliClips(asked(), 4, (48, 80), "cpu"))
-    assert next(batches).shape[0] == 1
-    with pytest.raises(KeyError, match="mine"):
-        next(batches)
+def test_a_decoder_that_failed_decodes_again(vp9: list[Path], folder: Path) -> None:
+    bad = folder / "bad.webm"
+    bad.write_bytes(random.Random(1).randbytes(5000))
+    decoder = DaliDecoder(torch.device("cpu"), 2, (48, 80))
+    with pytest.raises(VideoError, match=str(bad)):
+        decoder.read([(bad, range(4))], [encoded(bad)])
+    assert read_numbers(decoder.read([(vp9[1], range(4))], [encoded(vp9[1])])[0]) == [40, 41, 42, 43]
 
 
-def test_refused_arguments(vp9: list[Path]) -> None:
-    for settings, name in (((0, (4, 4)), "frames"), ((1, (0, 4)), "height"), ((1, (4, -1)), "width")):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1"):
-            DaliClips([], *settings, "cpu")
-    for name in ("threads", "prefetch"):
-        with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
-            DaliClips([], 1, (4, 4), "cpu", **{name: 0})
-    with pytest.raises(ValueError, match="device must be"):
-        DaliClips([], 1, (4, 4), "meta")
-    with pytest.raises(ValueError, match="windows, got 0"):
-        list(DaliClips([[]], 1, (4, 4), "cpu"))
-    with pytest.raises(ValueError, match="first frames must be at least 0, got -1"):
-        list(DaliClips([[(vp9[0], -1)]], 1, (4, 4), "cpu"))
+def test_too_large_a_batch(vp9: list[Path]) -> None:
+    with pytest.raises(ValueError, match="a batch must have at most 4,096 windows, got 4097"):
+        DaliDecoder(torch.device("cpu"), 1, (4, 4)).read([(vp9[0], range(1))] * (LARGEST_BATCH + 1), [])
 
 
 def test_nothing_leaks(vp9: list[Path]) -> None:
@@ -285,7 +294,7 @@ def test_real_clips_on_a_gpu() -> None:
     paths = real_videos() or pytest.skip("no CLEVRER videos in VJVCR_DATA or ../shared/data")
     rng = random.Random(0)
     asked = [[(rng.choice(paths), rng.randrange(113)) for _ in range(rng.randint(1, 8))] for _ in range(6)]
-    batches = list(DaliClips(asked, 16, (64, 64), "cuda", prefetch=3))
+    batches = list(decoded(asked, 16, (64, 64), "cuda"))
     for request, batch in zip(asked, batches, strict=True):
         assert batch.shape == (len(request), 16, 3, 64, 64)
         assert batch.device.type == "cuda"
@@ -298,7 +307,7 @@ def test_real_clips_on_a_gpu() -> None:
 def test_a_gpu_iterator_does_not_wait() -> None:
     """torch sees no synchronisation of the host while batches are handed over."""
     paths = real_videos() or pytest.skip("no CLEVRER videos in VJVCR_DATA or ../shared/data")
-    batches = iter(DaliClips([[(paths[0], k)] * 4 for k in range(8)], 16, (64, 64), "cuda"))
+    batches = decoded([[(paths[0], k)] * 4 for k in range(8)], 16, (64, 64), "cuda")
     next(batches)
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -18,7 +18,7 @@ from vjvcr_fast.data.cater import CLASSES, LIST_FOLDER, LISTS
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.simulated import make
-from vjvcr_fast.data.simulated.scenes import Film
+from vjvcr_fast.data.simulated.scenes import film
 from vjvcr_fast.data.simulated.scenes_cater import Body, Movement, Pose, Stage, poses, sample_bodies, sample_movements
 
 FORMAT = make.Format(
@@ -96,10 +96,10 @@ def _make_video(out: Path, settings: make.Settings, number: int) -> None:
     stage = Stage(bodies, settings.size)
 
     def pictures() -> Iterator[Any]:
-        with Film(stage, settings.size, shadows=settings.shadows) as film:
+        with film(stage, settings.size, shadows=settings.shadows) as draw:
             for frame in motion:
                 stage.show(frame)
-                yield film.frame()
+                yield draw()
 
     video = video_path(out, number)
     make.write_video(video, pictures(), settings.size, ENCODING)

@@ -13,7 +13,7 @@ from typing import Any
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.simulated import make
-from vjvcr_fast.data.simulated.scenes import FRAME_SECONDS, Film, World, annotate, sample_clevrer
+from vjvcr_fast.data.simulated.scenes import FRAME_SECONDS, World, annotate, film, sample_clevrer
 
 FORMAT = make.Format(
     title="CLEVRER",
@@ -57,7 +57,8 @@ def simulate_clevrer(
     if not 1.2 <= size[0] / size[1] <= 2:  # else the camera sees the horizon, or hardly the scene
         raise ValueError(f"size must be (width, height) with width / height between 1.2 and 2, got {size}")
     out = Path(out)
-    missing = make.prepare(FORMAT, out, settings, split(videos), lambda item: annotation_path(out, *item).is_file())
+    annotation = functools.partial(path_of, out, "annotation")
+    missing = make.prepare(FORMAT, out, settings, split(videos), lambda item: annotation(*item).is_file())
     make.run(functools.partial(_make_video, out, settings), missing, videos, processes)
 
 
@@ -68,17 +69,10 @@ def split(videos: int) -> list[tuple[str, int]]:
     return train + [("validation", VALIDATION_START + i) for i in range(validation)]
 
 
-def video_path(out: Path, name: str, number: int) -> Path:
-    return _path(out, "video", name, number, "mp4")
-
-
-def annotation_path(out: Path, name: str, number: int) -> Path:
-    return _path(out, "annotation", name, number, "json")
-
-
-def _path(out: Path, kind: str, name: str, number: int, suffix: str) -> Path:
-    first = number // FOLDER * FOLDER
-    return out / f"{kind}_{name}" / f"{kind}_{first:05d}-{first + FOLDER:05d}" / f"{kind}_{number:05d}.{suffix}"
+def path_of(out: Path, kind: str, split: str, number: int) -> Path:
+    """Where a file of a video belongs. kind: "video" or "annotation"."""
+    first, suffix = number // FOLDER * FOLDER, {"video": "mp4", "annotation": "json"}[kind]
+    return out / f"{kind}_{split}" / f"{kind}_{first:05d}-{first + FOLDER:05d}" / f"{kind}_{number:05d}.{suffix}"
 
 
 def _make_video(out: Path, settings: make.Settings, item: tuple[str, int]) -> None:
@@ -88,12 +82,12 @@ def _make_video(out: Path, settings: make.Settings, item: tuple[str, int]) -> No
     trajectory: list[dict[str, Any]] = []
 
     def pictures() -> Iterator[Any]:
-        with Film(world, size, shadows=settings.shadows) as film:
-            for entry, picture in annotate(world, frames, film=film):
+        with film(world, size, shadows=settings.shadows) as draw:
+            for entry in annotate(world, frames):
                 trajectory.append(entry)
-                yield picture
+                yield draw()
 
-    video = video_path(out, name, number)
+    video = path_of(out, "video", *item)
     make.write_video(video, pictures(), size, ENCODING)
     annotation = {
         "scene_index": number,
@@ -102,4 +96,4 @@ def _make_video(out: Path, settings: make.Settings, item: tuple[str, int]) -> No
         "motion_trajectory": trajectory,
         "collision": world.collisions,
     }
-    write_atomic(annotation_path(out, name, number), json.dumps(annotation))
+    write_atomic(path_of(out, "annotation", *item), json.dumps(annotation))

@@ -116,10 +116,8 @@ def _claim(form: Format, out: Path, settings: Settings) -> None:
         write_atomic(about, json.dumps({"note": note, **wanted}, indent=1) + "\n")
         return
     try:
-        found = json.loads(about.read_text())
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-    except ValueError as error:
+        found = {**json.loads(about.read_text())}
+    except (ValueError, TypeError) as error:  # TypeError: it is no JSON object
         raise ValueError(f"{about} cannot be read ({error}): choose another folder") from error
     other = [name for name, value in wanted.items() if found.get(name) != value]
     if other:

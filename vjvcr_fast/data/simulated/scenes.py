@@ -1,14 +1,16 @@
-"""Scenes of simple objects that slide, collide and are filmed: MuJoCo's physics and rendering, CLEVRER's world.
+"""Scenes of simple objects that slide, collide and are filmed: CLEVRER's world in MuJoCo's physics and rendering.
 
-What can be measured in CLEVRER's annotations and videos is taken from there: spheres, cubes and cylinders 0.4 wide and
-of equal mass on a plane z = 0; a camera 5 units from the origin, 30 degrees above the plane, right of which is +y and
-whose focal length is 525 pixels in a picture 480 wide; and a frame every 0.028 s of the objects' own time. Shown at 25
-frames a second such a video plays at 0.7 of its speed, and a velocity is 1 / 0.028 = 35.7 times the step between two
-frames, not 25 times.
+What CLEVRER's annotations and videos reveal is taken from them:
+- spheres, cubes and cylinders, 0.4 wide and of equal mass, on a plane z = 0;
+- a camera 5 units from the origin, 30 degrees above the plane; +y is to its right; its focal length is 525 pixels for a
+  picture 480 pixels wide;
+- a frame every 0.028 s of the objects' own time. At 25 frames a second, a video therefore plays at 0.7 of its speed,
+  and a velocity is 1 / 0.028 = 35.7 times the step from one frame to the next, not 25 times.
 """
 
+import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations, product
 from random import Random
 from typing import Any, NamedTuple
@@ -17,7 +19,7 @@ from vjvcr_fast.data.files import load
 
 SHAPES = ("cube", "sphere", "cylinder")
 MATERIALS = ("rubber", "metal")
-# Red, green, blue in 0..255, before light.
+# Red, green, blue in 0..255, before lighting.
 COLORS = {
     "gray": (87, 87, 87),
     "red": (173, 35, 35),
@@ -29,24 +31,24 @@ COLORS = {
     "yellow": (255, 238, 51),
 }
 
-HALF = 0.2  # half an edge, a radius, half a height: scene units
+HALF = 0.2  # half an edge, a radius, half a height, in scene units
 FRAME_SECONDS = 0.028
-SUBSTEPS = 28  # a millisecond each; contacts last a few
-DISTANCE, ELEVATION, FOCAL = 5.0, math.radians(30), 525 / 480  # of the camera; FOCAL: in widths of the picture
+SUBSTEPS = 28  # physics steps in a frame, a millisecond each; contacts last a few
+DISTANCE, ELEVATION, FOCAL = 5.0, math.radians(30), 525 / 480  # of the camera; FOCAL in widths of the picture
 
-# CLEVRER's deceleration of a free object, in units per second squared, is DRAG[0] v + DRAG[1] v^2, and for all but
-# spheres, which neither roll nor rub there, 0.28 more (friction 0.0285); SPIN (a length) slows turning alike.
+# A free object in CLEVRER decelerates by DRAG[0] v + DRAG[1] v^2 units per second squared. Cubes and cylinders
+# decelerate by 0.28 more (friction 0.0285); spheres neither roll nor rub there. SPIN, a length, slows rotation.
 DRAG = (0.03, 0.044)
-FRICTION, SPIN = 0.0315, 0.02  # a little above 0.0285, since MuJoCo's contacts are soft
+FRICTION, SPIN = 0.0315, 0.02  # a little above 0.0285, because MuJoCo's contacts are soft
 BOUNCE = (-160_000.0, -220.0)  # stiffness and damping of contacts between objects: restitution 0.3 to 0.6
-APART = 5  # frames without a touch after which the next one is a new collision
+APART = 5  # after so many frames without contact, the next contact is a new collision
 
-SPEED = (2.7, 3.0)  # of an object that will enter, at frame 0
+SPEED = (2.7, 3.0)  # at frame 0, of an object that enters later
 OBJECTS = (3, 6)
 
 
 class Thing(NamedTuple):
-    """An object at frame 0: what it is, where its centre lies (x, y), its yaw in radians, its velocity in units/s."""
+    """An object at frame 0: what it is, the (x, y) of its centre, its yaw in radians, its velocity in units/s."""
 
     shape: str
     color: str
@@ -60,17 +62,17 @@ class Thing(NamedTuple):
 
 
 def to_camera(point: Sequence[float]) -> tuple[float, float, float]:
-    """(right, up, depth) as the camera sees a point (x, y, z) of the scene, in units; depth < 0 is behind it."""
+    """A point (x, y, z) of the scene as the camera sees it: (right, up, depth), in units. Behind it depth is < 0."""
     x, y, z = point
     cos, sin = math.cos(ELEVATION), math.sin(ELEVATION)
     return y, z * cos - x * sin, DISTANCE - x * cos - z * sin
 
 
 def in_view(shape: str, location: Sequence[float], rotation: Sequence[float], aspect: float = 1.5) -> bool:
-    """Whether any part of an object falls into the picture, as CLEVRER's `inside_camera_view`; hidden counts too.
+    """Whether any part of an object is inside the picture, even if hidden: CLEVRER's `inside_camera_view`.
 
-    Taken from the box around its outline. location: centre (x, y, z); rotation: 3x3, nine numbers by rows; aspect:
-    width / height of the picture.
+    It is judged by the box around the object's outline. location: its centre (x, y, z). rotation: a 3x3 matrix as nine
+    numbers, row by row. aspect: width / height of the picture.
     """
     if shape == "sphere":
         right, up, depth = to_camera(location)
@@ -91,26 +93,27 @@ def in_view(shape: str, location: Sequence[float], rotation: Sequence[float], as
 
 
 def _sphere_span(offset: float, depth: float) -> tuple[float, float]:
-    """Where the outline of a sphere begins and ends along one axis of the picture, as offset / depth."""
+    """Where a sphere's outline begins and ends along one axis of the picture, as offset / depth."""
     angle, half = math.atan2(offset, depth), math.asin(HALF / math.hypot(offset, depth))
     return math.tan(angle - half), math.tan(angle + half)
 
 
 CIRCLE = [(math.cos(k * math.tau / 24), math.sin(k * math.tau / 24)) for k in range(24)]
-# Points of the surface, in units of HALF, whose box in the picture is that of the whole shape.
+# Points of the surface, in units of HALF. The box around them in the picture is that of the whole shape.
 OUTLINES = {
     "cube": [(x, y, z) for x in (-1.0, 1.0) for y in (-1.0, 1.0) for z in (-1.0, 1.0)],
     "cylinder": [(x, y, z) for x, y in CIRCLE for z in (-1.0, 1.0)],
 }
 
 
-# -- A scene drawn by lot -------------------------------------------------------------------------------------------
+# -- A random scene -------------------------------------------------------------------------------------------------
 
 
 def sample_clevrer(random: Random, *, aspect: float = 1.5, seconds: float = 128 * FRAME_SECONDS) -> list[Thing]:
-    """3 to 6 objects, no two alike: at least one at rest in view, at least one that will enter, no two overlapping.
+    """Draws 3 to 6 different objects that do not overlap: at least one rests in view, at least one enters later.
 
-    The first comes into view within a fifth of `seconds`, the others within three fifths.
+    The first to enter comes into view within a fifth of `seconds`, the others within three fifths. aspect: width /
+    height of the picture.
     """
     count = random.randint(*OBJECTS)
     entering = random.randint(max(1, count - 3), min(3, count - 1))
@@ -137,7 +140,7 @@ def sample_clevrer(random: Random, *, aspect: float = 1.5, seconds: float = 128 
 def _entrant(
     kind: tuple[str, str, str], aim: tuple[float, float], delay: float, random: Random, aspect: float
 ) -> Thing | None:
-    """An object on its way to `aim` that comes into view after about `delay` seconds, or None if that is too far."""
+    """An object that moves to `aim` and comes into view after about `delay` seconds; None if it would start too far."""
     angle, speed, yaw = random.uniform(0, math.tau), random.uniform(*SPEED), random.uniform(0, math.pi / 2)
     back = math.cos(angle), math.sin(angle)
 
@@ -145,7 +148,7 @@ def _entrant(
         position = aim[0] + distance * back[0], aim[1] + distance * back[1]
         return Thing(*kind, position, yaw, (-speed * back[0], -speed * back[1]))
 
-    # From far behind it would arrive slow and late: not beyond 4.5.
+    # An object from farther than 4.5 behind the scene would arrive slowly and late.
     outside = next((d / 20 for d in range(20, 90) if not _is_seen(at(d / 20), aspect)), None)
     return at(outside + 0.9 * speed * delay) if outside else None
 
@@ -156,7 +159,7 @@ def _is_seen(thing: Thing, aspect: float) -> bool:
 
 
 def _stands_whole(thing: Thing, aspect: float) -> bool:
-    """Whether the object lies in the picture with a margin of about its own radius."""
+    """Whether the object is inside the picture, with a margin of about its own radius."""
     right, up, depth = to_camera((*thing.position, HALF))
     room = 0.5 * depth / FOCAL
     return abs(right) < room - 2 * HALF and abs(up) < room / aspect - 2 * HALF
@@ -170,9 +173,9 @@ def _is_free(thing: Thing, others: Sequence[Thing], distance: float) -> bool:
 
 
 class World:
-    """Objects in MuJoCo, moved frame by frame, with their annotation in CLEVRER's form.
+    """Objects that MuJoCo moves frame by frame, with their annotation in CLEVRER's format.
 
-    Raises ImportError where mujoco is missing.
+    collisions: so far, as in an annotation. model, data: MuJoCo's. Raises ImportError if mujoco is missing.
     """
 
     def __init__(self, things: Sequence[Thing], *, size: tuple[int, int] = (480, 320)) -> None:
@@ -191,7 +194,7 @@ class World:
         self._last_touch: dict[tuple[int, int], int] = {}
 
     def advance(self) -> None:
-        """To the next frame. A collision belongs to the frame before it, as in CLEVRER: there objects are yet apart."""
+        """Moves to the next frame. As in CLEVRER, a collision belongs to the last frame before the contact."""
         speeds, forces = self.data.qvel.reshape(-1, 6)[:, :3], self.data.qfrc_applied.reshape(-1, 6)[:, :3]
         for _ in range(SUBSTEPS):
             size = (speeds * speeds).sum(axis=1, keepdims=True) ** 0.5
@@ -213,7 +216,7 @@ class World:
             self._last_touch[pair] = self.frame
 
     def objects(self) -> list[dict[str, Any]]:
-        """This frame's entry of `motion_trajectory`: units, units per second, radians (Euler angles about x, y, z)."""
+        """This frame's `objects` of `motion_trajectory`: units, units per second, radians (Euler angles x, y, z)."""
         entries = []
         for i, thing in enumerate(self.things):
             location, rotation = self.data.xpos[i + 1], self.data.xmat[i + 1]
@@ -224,7 +227,7 @@ class World:
                     "location": _rounded(location),
                     "orientation": _rounded(euler(rotation, upright=thing.shape != "cylinder")),
                     "velocity": _rounded(velocity[:3]),
-                    # MuJoCo turns a free body about its own axes, CLEVRER about the scene's.
+                    # In MuJoCo about the body's own axes, in CLEVRER about the scene's.
                     "angular_velocity": _rounded(rotation.reshape(3, 3) @ velocity[3:]),
                     "inside_camera_view": in_view(thing.shape, location, rotation, self._aspect),
                 }
@@ -232,7 +235,7 @@ class World:
         return entries
 
     def properties(self) -> list[dict[str, Any]]:
-        """`object_property`: what each object is."""
+        """The annotation's `object_property`: what each object is."""
         return [
             {"object_id": i, "color": thing.color, "material": thing.material, "shape": thing.shape}
             for i, thing in enumerate(self.things)
@@ -240,9 +243,9 @@ class World:
 
 
 def euler(rotation: Sequence[float], upright: bool = True) -> tuple[float, float, float]:
-    """Angles about the fixed axes x, then y, then z, of a rotation (nine numbers by rows).
+    """The angles of a rotation (nine numbers, row by row) about the fixed axes x, then y, then z.
 
-    upright=False is for a shape whose own axis is y, as CLEVRER's cylinders': one that stands has (pi / 2, 0, yaw).
+    upright=False is for a shape whose own axis is y, like CLEVRER's cylinders: a standing one has (pi / 2, 0, yaw).
     """
     r21, r22 = (rotation[7], rotation[8]) if upright else (rotation[8], -rotation[7])
     y = -math.asin(max(-1.0, min(1.0, rotation[6])))
@@ -257,7 +260,7 @@ def _rounded(values: Sequence[float]) -> list[float]:
 
 
 def scene_xml(things: Sequence[Thing], size: tuple[int, int]) -> str:
-    """MuJoCo's description of the ground, lights, camera and objects; only the pairs listed in it ever touch."""
+    """MuJoCo's description of ground, lights, camera and objects. Only the pairs it lists can touch."""
     width, height = size
     cos, sin = math.cos(ELEVATION), math.sin(ELEVATION)
     field = math.degrees(2 * math.atan(height / (2 * FOCAL * width)))
@@ -275,7 +278,7 @@ def scene_xml(things: Sequence[Thing], size: tuple[int, int]) -> str:
     for i, j in combinations(range(len(things)), 2):
         bounce = f'solref="{BOUNCE[0]} {BOUNCE[1]}" condim="3" friction="{FRICTION} {FRICTION} 0 0 0"'
         pairs.append(f'<pair geom1="{i}" geom2="{j}" {bounce}/>')
-    # With its own collision code MuJoCo 4.0 may shoot away a cube that meets a cylinder, which is just as high.
+    # With "nativeccd", MuJoCo 4.0 may shoot away a cube that meets a cylinder, because both are equally high.
     return f"""<mujoco>
   <option timestep="{FRAME_SECONDS / SUBSTEPS}" cone="elliptic"><flag nativeccd="disable"/></option>
   <default><geom contype="0" conaffinity="0"/></default>
@@ -309,35 +312,28 @@ def scene_xml(things: Sequence[Thing], size: tuple[int, int]) -> str:
 </mujoco>"""
 
 
-class Film:
-    """Draws a world, or whatever has a `model` and `data`, as its camera sees it, without a screen; a context manager,
-    since it holds a GL context.
+@contextlib.contextmanager
+def film(scene: Any, size: tuple[int, int], *, shadows: bool = True) -> Iterator[Callable[[], Any]]:
+    """Draws a World or Stage as its camera sees it, without a screen. In the context, the function draws a picture of
+    the scene as it is then: a numpy array (H, W, 3) uint8 RGB.
 
-    MUJOCO_GL must be set before mujoco is first imported: "egl" (a GPU) or "osmesa" (any machine).
+    MUJOCO_GL must be set before mujoco is first imported: "egl" (needs a GPU) or "osmesa" (any machine).
     """
+    mujoco = load("mujoco", "simulate")
+    with mujoco.Renderer(scene.model, height=size[1], width=size[0], max_geom=100) as renderer:
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
 
-    def __init__(self, world: Any, size: tuple[int, int], *, shadows: bool = True) -> None:
-        mujoco = load("mujoco", "simulate")
-        self._world = world
-        self._renderer = mujoco.Renderer(world.model, height=size[1], width=size[0], max_geom=100)
-        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = shadows
-        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        def draw() -> Any:
+            renderer.update_scene(scene.data, camera=0)
+            return renderer.render()
 
-    def __enter__(self) -> "Film":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._renderer.close()
-
-    def frame(self) -> Any:
-        """The picture now: a NumPy array (H, W, 3) uint8, red, green, blue."""
-        self._renderer.update_scene(self._world.data, camera=0)
-        return self._renderer.render()
+        yield draw
 
 
-def annotate(world: World, frames: int, *, film: Film | None = None) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Moves the world through `frames` frames: (entry of motion_trajectory, picture or None) of each."""
+def annotate(world: World, frames: int) -> Iterator[dict[str, Any]]:
+    """Moves the world through `frames` frames. Yields the entry of `motion_trajectory` of each while it shows it."""
     for frame in range(frames):
         if frame:
             world.advance()
-        yield {"frame_id": frame, "objects": world.objects()}, film.frame() if film else None
+        yield {"frame_id": frame, "objects": world.objects()}

@@ -1,8 +1,8 @@
-"""CATER's scenes: objects on a plane, of which in each stretch of a video at most two slide, rotate, are picked up and
-placed, or, cones, put over a smaller object. Motion follows curves, not physics; MuJoCo draws it.
+"""CATER's scenes: objects on a plane. In each stretch of a video at most two of them act: they slide, rotate, are
+picked up and placed, or (cones) are put over a smaller object. Motion follows curves, not physics; MuJoCo only draws.
 
-The camera, sizes and speeds are ours, after pictures of CATER; what is exact is the bookkeeping: which object does what
-from which frame to which.
+Camera, sizes and speeds are ours, chosen after pictures of CATER. What is exact is the bookkeeping: which object does
+what, from which frame to which.
 """
 
 import math
@@ -22,26 +22,26 @@ ACTIONS = {
     "cube": ("_slide", "_pick_place", "_rotate"),
     "cone": ("_contain", "_pick_place", "_slide"),
 }
-# How CATER's instances are called; _0, _1, ... follows.
+# CATER's names of instances. _0, _1, ... is added.
 NAMES = {"sphere": "Sphere", "cylinder": "SmoothCylinder-Short", "cube": "SmoothCube_v2", "cone": "Cone"}
-# Half the width of a shape that is not a cone; a cone's base is CONE times as wide and as high as it is wide.
+# Half the width of a shape. A cone's base is CONE times as wide, and a cone is as high as it is wide.
 SIZES = {"small": 0.28, "medium": 0.42, "large": 0.6}
 SNITCH, CONE = 0.2, 1.3
 GOLD = (255, 200, 40)
 MATERIALS = ("rubber", "metal")
 OBJECTS = (5, 9)  # beside the snitch
-WEIGHTS = (4, 5, 5, 1)  # of spheres, cubes, cylinders, further cones
-REACH, GAP = 2.9, 0.15  # of places on the plane; between objects at rest
+WEIGHTS = (4, 5, 5, 1)  # how likely spheres, cubes, cylinders and further cones are
+REACH, GAP = 2.9, 0.15  # places have |x|, |y| <= REACH; objects at rest are at least GAP apart
 SLOT = 30  # frames of a stretch
-BUSY = (0.25, 0.5)  # chances that nothing moves in a stretch, that one object does; else two
-HEIGHT = 2.2  # that things are lifted to, above all that stands
-TRIES = 40  # to find a place
+BUSY = (0.25, 0.5)  # the chances that no object or one object moves in a stretch; else two do
+HEIGHT = 2.2  # that objects are lifted by, above all that stand
+TRIES = 40  # to find a free place
 CAMERA = (7.2, -6.8, 5.1)  # looks at the origin
 FOCAL = 35 / 32  # in widths of the picture
 
 
 class Body(NamedTuple):
-    """An object: what it is, and its place on the plane at frame 0."""
+    """An object: what it is, its position on the plane at frame 0, and its yaw in radians."""
 
     instance: str
     shape: str
@@ -58,17 +58,18 @@ class Body(NamedTuple):
 
     @property
     def rest(self) -> float:
-        """How high its centre of mass is where it stands."""
+        """The height of its centre of mass while it stands."""
         return self.half * (0.5 if self.shape == "cone" else 1)
 
     @property
     def radius(self) -> float:
-        """Of the circle around its outline on the plane, also while it rotates end over end, as a cylinder does."""
+        """The radius of the circle around its outline on the plane, also while a cylinder rotates end over end."""
         return self.half * (math.sqrt(2) if self.shape in ("cube", "cylinder") else 1)
 
 
 class Movement(NamedTuple):
-    """What an object does from frame `start` to before `end`, and where it goes; other: what a cone is put over."""
+    """What an object does from frame `start` up to, but not including, `end`. goal: where it goes. other: what a cone
+    is put over. carried: what is inside a cone that slides."""
 
     action: str
     other: str | None
@@ -79,18 +80,18 @@ class Movement(NamedTuple):
 
 
 class Pose(NamedTuple):
-    """Centre, and turn: about the vertical (yaw) and about a horizontal axis (pitch), radians."""
+    """The centre of an object, and its rotation in radians about the vertical (yaw) and a horizontal axis (pitch)."""
 
     place: tuple[float, float, float]
     yaw: float
     pitch: float
 
 
-# -- A scene drawn by lot -------------------------------------------------------------------------------------------
+# -- A random scene -------------------------------------------------------------------------------------------------
 
 
 def sample_bodies(random: Random) -> list[Body]:
-    """The snitch, at least one cone large enough for it, and 4 to 8 more; no two overlap."""
+    """Draws the snitch, at least one cone large enough for it, and 4 to 8 more objects. None overlap."""
     count = random.randint(*OBJECTS)
     shapes = ["cone", *random.choices(("sphere", "cube", "cylinder", "cone"), WEIGHTS, k=count - 1)]
     kinds = random.sample(list(product(COLORS, MATERIALS)), count)
@@ -108,7 +109,7 @@ def sample_bodies(random: Random) -> list[Body]:
 
 
 def sample_movements(bodies: Sequence[Body], frames: int, random: Random) -> dict[str, list[Movement]]:
-    """What every object does in a video of `frames` frames, by stretches of SLOT of them (fewer in a short video)."""
+    """Draws what every object does, in stretches of SLOT frames (fewer in a short video): {instance: movements}."""
     movements: dict[str, list[Movement]] = {body.instance: [] for body in bodies}
     state = State(bodies)
     slot = min(SLOT, max(4, frames // 4))
@@ -132,15 +133,15 @@ def sample_movements(bodies: Sequence[Body], frames: int, random: Random) -> dic
 
 
 class State:
-    """Where everything is between two stretches, and what moves in this one."""
+    """Where the objects are before a stretch, and what moves in it."""
 
     def __init__(self, bodies: Sequence[Body]) -> None:
         self.bodies = {body.instance: body for body in bodies}
         self.places = {body.instance: body.position for body in bodies}
-        self.inside: dict[str, str] = {}  # what is hidden, and the cone it is in
+        self.inside: dict[str, str] = {}  # each hidden object, and the cone it is in
         self.moving: set[str] = set()
-        self.taken: dict[str, list[tuple[float, float]]] = {}
-        self.flights: list[tuple[Body, list[tuple[float, float]]]] = []  # what is lifted in this stretch, and its way
+        self.taken: dict[str, list[tuple[float, float]]] = {}  # where each object stands at any time in this stretch
+        self.flights: list[tuple[Body, list[tuple[float, float]]]] = []  # each object lifted in it, and its path
 
     def begin(self) -> None:
         self.moving, self.flights = set(), []
@@ -150,13 +151,13 @@ class State:
         return next((name for name, around in self.inside.items() if around == cone), None)
 
     def is_free(self, name: str, place: tuple[float, float], without: Sequence[str | None] = ()) -> bool:
-        """Whether an object may stand there, beside all that stand anywhere in this stretch."""
+        """Whether an object may stand at a place, away from all that any other object takes in this stretch."""
         others = [n for n in self.bodies if n != name and n not in self.inside and n not in without]
         body = self.bodies[name]
         return all(_apart(body, place, self.bodies[n], where) for n in others for where in self.taken[n])
 
     def is_free_above(self, name: str, goal: tuple[float, float]) -> bool:
-        """Whether an object may be lifted to there, beside all that is lifted in this stretch."""
+        """Whether an object may be lifted to its goal, away from all that are lifted in this stretch."""
         body, way = self.bodies[name], _way(self.places[name], goal)
         return all(_apart(body, a, other, b) for other, others in self.flights for a in way for b in others)
 
@@ -173,43 +174,45 @@ class State:
 
 
 def _choose(state: State, name: str, start: int, end: int, random: Random) -> Movement | None:
-    """A movement of this object that is possible now, or None."""
+    """Draws a movement that this object can make now, and makes it; None if there is none."""
     actions = ACTIONS[state.bodies[name].shape]
     for action in random.sample(actions, len(actions)):
-        if action == "_rotate":
-            return state.move(name, Movement(action, None, start, end, state.places[name]))
-        if action == "_contain":
-            other = _containable(state, name, random)
-            if other is not None:
-                return state.move(name, Movement(action, other, start, end, state.places[other]))
-            continue
-        goal = _goal(state, name, action, random)
+        other = _containable(state, name, random) if action == "_contain" else None
+        if action in ("_slide", "_pick_place"):
+            goal = _goal(state, name, action, random)
+        elif action == "_rotate":
+            goal = state.places[name]
+        else:
+            goal = state.places[other] if other else None
         if goal is None:
             continue
         content = state.content(name)
         if action == "_slide":
-            state.taken[name] += _way(state.places[name], goal)  # who moves beside it keeps off its way
+            state.taken[name] += _way(state.places[name], goal)  # other objects keep off its path
             return state.move(name, Movement(action, None, start, end, goal, carried=content))
         if content is not None:  # it may act from the next stretch on, when the cone is gone
             del state.inside[content]
             state.moving.add(content)
-        return state.move(name, Movement(action, None, start, end, goal))
+        return state.move(name, Movement(action, other, start, end, goal))
     return None
 
 
 def _containable(state: State, cone: str, random: Random) -> str | None:
-    """What the cone can be put over now, or None."""
+    """Draws an object that the cone can be put over now; None if there is none."""
     if state.content(cone) is not None:
         return None
     for other in random.sample(list(state.bodies), len(state.bodies)):
-        place = state.places[other]
-        if _fits(state, cone, other) and state.is_free(cone, place, (other,)) and state.is_free_above(cone, place):
+        body, place = state.bodies[other], state.places[other]
+        free = other not in state.inside and other not in state.moving and other != cone
+        # Objects are as high as they are wide.
+        fits = body.shape != "cone" and state.bodies[cone].half - body.half >= body.radius
+        if free and fits and state.is_free(cone, place, (other,)) and state.is_free_above(cone, place):
             return other
     return None
 
 
 def _goal(state: State, name: str, action: str, random: Random) -> tuple[float, float] | None:
-    """A place to slide to or to be put at, well away from where the object is, or None."""
+    """Draws a place to slide to or to be put at, well away from where the object is; None if none is found."""
     body, place, content = state.bodies[name], state.places[name], state.content(name)
     if action == "_pick_place" and content in state.moving:
         return None
@@ -227,13 +230,6 @@ def _goal(state: State, name: str, action: str, random: Random) -> tuple[float, 
     return None
 
 
-def _fits(state: State, cone: str, other: str) -> bool:
-    """Whether the cone can be put over the other object now: what is as high as it is wide, inside a cone."""
-    body = state.bodies[other]
-    free = other not in state.inside and other not in state.moving and other != cone
-    return free and body.shape != "cone" and state.bodies[cone].half - body.half >= body.radius
-
-
 def _apart(one: Body, place: tuple[float, float], other: Body, there: tuple[float, float]) -> bool:
     return math.dist(place, there) >= one.radius + other.radius + GAP
 
@@ -243,7 +239,7 @@ def _anywhere(random: Random) -> tuple[float, float]:
 
 
 def _way(a: tuple[float, float], b: tuple[float, float]) -> list[tuple[float, float]]:
-    """Places along a straight way, both ends included."""
+    """21 places along a straight path, both ends included."""
     return [_between(a, b, k / 20) for k in range(21)]
 
 
@@ -255,39 +251,32 @@ def _between(a: tuple[float, float], b: tuple[float, float], part: float) -> tup
 
 
 def poses(bodies: Sequence[Body], movements: dict[str, list[Movement]], frames: int) -> list[dict[str, Pose]]:
-    """Where every object is in every frame: at rest up to `start`, at its goal from `end` on."""
-    now = {b.instance: Pose((*b.position, b.rest), b.yaw, 0.0) for b in bodies}
-    starts: dict[int, list[tuple[str, Movement]]] = {}
-    for name, of_one in movements.items():
-        for movement in of_one:
-            starts.setdefault(movement.start, []).append((name, movement))
-    active: list[tuple[str, Movement, Pose]] = []
-    found = []
-    shapes = {b.instance: b for b in bodies}
-    for frame in range(frames):
-        for name, movement, before in active:
-            part = min(1.0, (frame - movement.start) / (movement.end - movement.start))
-            now[name] = _moved(shapes[name], movement, before, part)
-        active = [item for item in active if frame < item[1].end]
-        for name, movement in starts.get(frame, []):  # where it is now, another movement may just have brought it
-            active += [(moved, movement, now[moved]) for moved in filter(None, (name, movement.carried))]
-        found.append(dict(now))
-    return found
+    """Where every object is in every frame, {instance: Pose}: at rest up to `start`, at its goal from `end` on."""
+    of = {body.instance: body for body in bodies}
+    tracks = {name: [Pose((*body.position, body.rest), body.yaw, 0.0)] * frames for name, body in of.items()}
+    acting = [(name, movement) for name, of_one in movements.items() for movement in of_one]
+    for name, movement in sorted(acting, key=lambda pair: pair[1].start):
+        for moved in filter(None, (name, movement.carried)):
+            before = tracks[moved][movement.start]
+            for frame in range(movement.start + 1, frames):
+                part = min(1.0, (frame - movement.start) / (movement.end - movement.start))
+                tracks[moved][frame] = _moved(of[moved], movement, before, part)
+    return [dict(zip(tracks, frame, strict=True)) for frame in zip(*tracks.values(), strict=True)]
 
 
 def _moved(body: Body, movement: Movement, before: Pose, part: float) -> Pose:
     eased = part * part * (3 - 2 * part)
     x, y, z = before.place
     if movement.action == "_rotate":
-        if body.shape != "cylinder":  # which alone would look the same all the while
+        if body.shape != "cylinder":  # a cylinder that turns about its axis would look the same
             return before._replace(yaw=before.yaw + eased * math.pi * 0.75)
-        # End over end, its lowest point on the ground.
+        # End over end, with its lowest point on the ground.
         angle = eased * math.pi
         lowest = body.half * (abs(math.cos(angle)) + abs(math.sin(angle)))
         return before._replace(place=(x, y, lowest), pitch=before.pitch + angle)
     if movement.action == "_slide":
         return before._replace(place=(*_between((x, y), movement.goal, eased), z))
-    # Up, over and down, a third of the time each, rounded.
+    # A third of the time each: up, over, down. The path is rounded.
     over = min(max(3 * part - 1, 0.0), 1.0)
     up = min(3 * part, 1.0, 3 - 3 * part)
     smooth = up * up * (3 - 2 * up)
@@ -298,7 +287,7 @@ def _moved(body: Body, movement: Movement, before: Pose, part: float) -> Pose:
 
 
 class Stage:
-    """The objects in MuJoCo, put wherever a frame has them; `scenes.Film` draws it."""
+    """The objects in MuJoCo, placed where a frame has them, for `scenes.film` to draw."""
 
     def __init__(self, bodies: Sequence[Body], size: tuple[int, int]) -> None:
         self._mujoco = load("mujoco", "simulate")
@@ -316,7 +305,7 @@ class Stage:
 
 
 def stage_xml(bodies: Sequence[Body], size: tuple[int, int]) -> str:
-    """MuJoCo's description of the ground, lights, camera and objects."""
+    """MuJoCo's description of ground, lights, camera and objects."""
     width, height = size
     field = math.degrees(2 * math.atan(height / (2 * FOCAL * width)))
     x, y, z = CAMERA
@@ -354,7 +343,7 @@ def _geoms(body: Body) -> str:
     red, green, blue = (0.15 + 0.6 * c / 255 for c in (GOLD if body.shape == "spl" else COLORS[body.color]))
     look = f'material="{body.material}" rgba="{red} {green} {blue} 1"'
     half = body.half
-    if body.shape == "spl":  # a ball with two crossed rims
+    if body.shape == "spl":  # the snitch: a ball with two crossed rims
         rims = "".join(
             f'<geom type="cylinder" size="{half} {0.2 * half}" euler="{turn}" {look}/>' for turn in ("90 0 0", "0 60 0")
         )
@@ -366,7 +355,8 @@ def _geoms(body: Body) -> str:
 
 
 def _cone_vertices(half: float) -> str:
-    """Base and tip, centred: MuJoCo moves a mesh's centre of mass, a quarter up a cone, to its body's."""
+    """The base and the tip. MuJoCo moves a mesh's centre of mass, which is a quarter of a cone's height above its base,
+    to the centre of its body."""
     low, high = -0.5 * half, 1.5 * half
     circle = (f"{half * math.cos(k * math.tau / 32)} {half * math.sin(k * math.tau / 32)} {low}" for k in range(32))
     return f"0 0 {high} {' '.join(circle)}"

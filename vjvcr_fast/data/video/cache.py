@@ -21,6 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,14 +72,12 @@ class FrameCache:
     def __init__(
         self, folder: Path, size: tuple[int, int], backend: str = "auto", device: str | torch.device = "cpu"
     ) -> None:
-        meta = _read_meta(folder)
-        if meta is None:
-            raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one")
-        _check_meta(folder, meta, size, backend)
+        _check_meta(folder, size, backend)
         self.folder, self.device = folder, torch.device(device)
-        self._lines = _separate(_read_index(folder, size))
-        frames = max((line.first + line.frames for line in self._lines.values()), default=0)
-        shape = (frames, 3, *size)
+        lines = _read_index(folder, size)
+        self.end = max((line.first + line.frames for line in lines.values()), default=0)
+        self.lines = _separate(lines)
+        shape = (self.end, 3, *size)
         file, length = str(folder / "frames.u8"), math.prod(shape)
         # Mapped privately, so that the cache may be on a read-only disk. torch cannot map a file of length 0.
         try:
@@ -92,16 +91,21 @@ class FrameCache:
 
     def find(self, source: Source) -> Line | None:
         """The line of a video, to read it by; None if the video is not in the cache or its file has changed."""
-        return _valid_line(self._lines, source)
+        line = self.lines.get(source.name)
+        if line is None or (line.frames, line.stride) != (source.frames, source.stride):
+            return None
+        return line if line.bytes == source.path.stat().st_size else None
+
+    def is_whole(self, line: Line) -> bool:
+        """Whether the frames of a line have its checksum."""
+        return _sum(self._mapped[line.first : line.first + line.frames]) == line.crc32
 
     def read(self, windows: Sequence[tuple[Line, int]], count: int) -> Tensor:
         """Reads frames first, ..., first + count - 1 of each (line, first): (N, count, 3, H, W) uint8 on the device."""
         rows = []
         for line, first in windows:
-            if not 0 <= first <= line.frames - count:
-                raise IndexError(f"{line.video}, frames {first} to {first + count - 1}: not in the cache")
             if line not in self._checked:
-                if _sum(self._mapped[line.first : line.first + line.frames]) != line.crc32:
+                if not self.is_whole(line):
                     raise CacheError(f"{self.folder}: damaged at {line.video}: `vjvcr-fast cache --verify` repairs it")
                 self._checked.add(line)
             rows.append(line.first + first)
@@ -137,21 +141,18 @@ def fill(
     """
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
-        meta = _read_meta(folder)
-        if meta is None:
+        if not (folder / "meta.json").exists():
             write_atomic(folder / "meta.json", json.dumps({"size": list(size), "decoder": _family(backend)}) + "\n")
-        else:
-            _check_meta(folder, meta, size, backend)
         (folder / "frames.u8").touch()
-        everything = _read_index(folder, size)
-        lines = _separate(everything)
-        valid = {video.name: line for video in videos if (line := _valid_line(lines, video)) is not None}
-        kept = {name for name, line in valid.items() if not (verify and _damaged(folder, size, line))}
-        missing = [video for video in videos if video.name not in kept]
-        _check_room(folder, size, missing, lines)
-        end = max((line.first + line.frames for line in everything.values()), default=0)
-        writer, bad = _Writer(folder, size, lines, end), dict[str, str]()
-        bar = progress(total=len(videos), initial=len(kept), desc=desc, unit="video", disable=not missing)
+        cache = FrameCache(folder, size, backend)
+        missing = [v for v in videos if (line := cache.find(v)) is None or (verify and not cache.is_whole(line))]
+        kept = len(videos) - len(missing)
+        new = sum(video.frames for video in missing if video.name not in cache.lines)
+        needed, free = new * 3 * math.prod(size), shutil.disk_usage(folder).free
+        if needed > free:
+            raise CacheError(f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk")
+        writer, bad = _Writer(folder, size, cache.lines, cache.end), dict[str, str]()
+        bar = progress(total=len(videos), initial=kept, desc=desc, unit="video", disable=not missing)
         with bar, contextlib.closing(writer):
             for video, decoded in _decoded(missing, backend, size, pool, torch.device(device)):
                 try:
@@ -161,31 +162,27 @@ def fill(
                         raise
                     bad[video.name] = str(error)
                 bar.update()
-        return Filled(len(missing) - len(bad), len(kept), bad)
+        return Filled(len(missing) - len(bad), kept, bad)
 
 
 def _decoded(
     videos: Sequence[Source], backend: str, size: tuple[int, int], pool: workers.Pool, device: torch.device
 ) -> Iterator[tuple[Source, Callable[[], Any]]]:
     """Each video with a function that returns its frames or raises VideoError. The pool decodes some videos ahead."""
+    places = [(video, range(0, video.frames * video.stride, video.stride)) for video in videos]
     if backend == "dali" and device.type == "cuda":
-        from vjvcr_fast.data.video.dali import DaliDecoder
+        from vjvcr_fast.data.video.dali import DaliDecoder, encoded
 
-        decoder = DaliDecoder(device, threads=2, size=size)  # also decodes for training, so the frames are the same
-        for video in videos:
-            every = range(0, video.frames * video.stride, video.stride)
-            yield video, partial(_on_host, decoder, [(video.path, every)])
+        decoder = DaliDecoder(device, 2, size)  # it also decodes for training, so the frames are the same
+
+        def decode(path: Path, frames: range) -> Tensor:
+            return decoder.read([(path, frames)], [encoded(path)])[0].cpu()
+
+        yield from ((video, partial(decode, video.path, frames)) for video, frames in places)
     else:
-        tasks = (
-            (video, pool.submit(video.path, workers.decode, backend, 0, video.frames, video.stride, size))
-            for video in videos
-        )
+        tasks = ((v, pool.submit(v.path, workers.decode, backend, frames, size)) for v, frames in places)
         for video, task in ahead(tasks, 2 * pool.workers):
             yield video, task.result
-
-
-def _on_host(decoder: Any, windows: Sequence[tuple[Path, range]]) -> Tensor:
-    return decoder.read(windows)[0].cpu()
 
 
 class _Writer:
@@ -236,29 +233,26 @@ def _text(line: Line) -> str:
     return json.dumps(line._asdict()) + "\n"
 
 
-def _read_meta(folder: Path) -> dict[str, Any] | None:
+def _check_meta(folder: Path, size: tuple[int, int], backend: str) -> None:
+    """Raises CacheError if there is no cache, or one of another size or decoder."""
     file = folder / "meta.json"
     try:
         meta = json.loads(file.read_bytes())
-        size, decoder = tuple(meta["size"]), meta["decoder"]
-        if [*map(type, size)] != [int, int] or min(size) < 1 or decoder not in FAMILIES:
-            raise ValueError(f"size {size}, decoder {decoder!r}")
-        return {"size": size, "decoder": decoder}
+        found, decoder = tuple(meta["size"]), meta["decoder"]
+        if [*map(type, found)] != [int, int] or min(found) < 1 or decoder not in FAMILIES:
+            raise ValueError(f"size {found}, decoder {decoder!r}")
     except FileNotFoundError:
-        return None
+        raise CacheError(f"{folder}: there is no cache; `vjvcr-fast cache` makes one") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         why = f"{type(error).__name__}: {one_line(error)}"
         raise CacheError(f"{file}: cannot be read ({why}); remove {folder}") from None
-
-
-def _check_meta(folder: Path, meta: dict[str, Any], size: tuple[int, int], backend: str) -> None:
-    if meta["size"] != tuple(size):
-        shown = ["x".join(map(str, s)) for s in (meta["size"], size)]
+    if found != size:
+        shown = ["x".join(map(str, s)) for s in (found, size)]
         raise CacheError(f"{folder}: holds frames of {shown[0]}, asked for are {shown[1]}; choose another folder")
-    if backend != "auto" and meta["decoder"] != _family(backend):
+    if backend != "auto" and decoder != _family(backend):
         raise CacheError(
-            f"{folder}: was filled by {meta['decoder']}, whose frames differ from those of {backend}; choose another "
-            "folder, or --data.decoder auto"
+            f"{folder}: was filled by {decoder}, whose frames differ from those of {backend}; "
+            "choose another folder, or --data.decoder auto"
         )
 
 
@@ -289,34 +283,10 @@ def _read_index(folder: Path, size: tuple[int, int]) -> dict[str, Line]:
 
 def _separate(lines: dict[str, Line]) -> dict[str, Line]:
     """Removes lines that claim the same frames. One of them must be wrong, and repairing one would damage the other."""
-    wrong, last = set[str](), Line("", 0, 0, 0, 0, 0)  # last: of the lines so far, the one that ends last
-    for line in sorted(lines.values(), key=lambda line: line.first):
-        if line.first < last.first + last.frames:
-            wrong |= {line.video, last.video}
-        last = max(last, line, key=lambda line: line.first + line.frames)
+    ordered = sorted(lines.values(), key=lambda line: line.first)
+    clashes = [pair for pair in pairwise(ordered) if pair[1].first < pair[0].first + pair[0].frames]
+    wrong = {line.video for pair in clashes for line in pair}
     return {video: line for video, line in lines.items() if video not in wrong}
-
-
-def _valid_line(lines: dict[str, Line], video: Source) -> Line | None:
-    """The line of a video; None if it has none, or if the file has changed since."""
-    line = lines.get(video.name)
-    if line is None or (line.frames, line.stride) != (video.frames, video.stride):
-        return None
-    return line if line.bytes == video.path.stat().st_size else None
-
-
-def _damaged(folder: Path, size: tuple[int, int], line: Line) -> bool:
-    length = 3 * size[0] * size[1]
-    with (folder / "frames.u8").open("rb") as file:
-        file.seek(line.first * length)
-        return zlib.crc32(file.read(line.frames * length)) != line.crc32
-
-
-def _check_room(folder: Path, size: tuple[int, int], missing: Sequence[Source], lines: dict[str, Line]) -> None:
-    new = sum(v.frames for v in missing if v.name not in lines)
-    needed, free = new * 3 * size[0] * size[1], shutil.disk_usage(folder).free
-    if needed > free:
-        raise CacheError(f"{folder}: {needed / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on its disk")
 
 
 def _sum(frames: Tensor) -> int:

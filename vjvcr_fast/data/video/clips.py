@@ -9,7 +9,8 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count, tee
+from itertools import count
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,8 @@ from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.cache import FrameCache
 from vjvcr_fast.data.video.decode import VideoError, resolve
 from vjvcr_fast.data.video.file import Source
+
+THREADS = 2  # that read files for DALI, and that DALI uses itself
 
 
 class Window(NamedTuple):
@@ -187,8 +190,8 @@ class VideoClips:
         return window, self._cached([window])[0]
 
     def _decode(self, window: Window) -> workers.Task:
-        source, first = self.sources[window.source], self._first(window)
-        return self.pool.submit(source.path, workers.decode, self.backend, first, self.frames, source.stride, self.size)
+        path, frames = self._place(window)
+        return self.pool.submit(path, workers.decode, self.backend, frames, self.size)
 
     def _cached(self, windows: Sequence[Window]) -> Tensor:
         assert self._cache is not None
@@ -196,14 +199,21 @@ class VideoClips:
         return self._cache.read(lines, self.frames)
 
     def _decoded_on_gpu(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
-        from vjvcr_fast.data.video.dali import DaliClips
+        """By DALI. Files are read ahead, decoded batch by batch."""
+        from vjvcr_fast.data.video.dali import DaliDecoder, encoded
 
-        stride = self.sources[0].stride
-        asked, kept = tee(requests)
-        places = ([(self.sources[w.source].path, self._first(w) * stride) for w in windows] for windows in asked)
-        clips = DaliClips(places, self.frames, self.size, self.device, prefetch=max(prefetch, 1), stride=stride)
-        for frames, windows in zip(clips, kept, strict=False):
-            yield Clips(frames, self._targets(windows))
+        decoder = DaliDecoder(self.device, THREADS, self.size)
+        with ThreadPoolExecutor(THREADS) as readers:
+            places = ((windows, [self._place(w) for w in windows]) for windows in requests)
+            reading = ((windows, at, readers.map(encoded, [path for path, _ in at])) for windows, at in places)
+            for windows, at, contents in ahead(reading, max(prefetch, 1)):
+                yield Clips(decoder.read(at, [*contents]), self._targets(windows))
+
+    def _place(self, window: Window) -> tuple[Path, range]:
+        """The file of a window and its frames in it."""
+        source = self.sources[window.source]
+        first = self._first(window) * source.stride
+        return source.path, range(first, first + self.frames * source.stride, source.stride)
 
     def _first(self, window: Window) -> int:
         return int(self.sources[window.source].starts[window.choice])
@@ -213,7 +223,7 @@ class VideoClips:
         return targets.to(self.device, non_blocking=True)
 
 
-class ClipLoader:
+class ClipLoader(Iterator[Clips]):
     """Iterates over batches (`Clips`) without end. A thread prepares batches while the caller trains.
 
     Of `world` processes, the one of this rank gets the windows k N world + rank N, ..., + N - 1 as batch k. To resume,
@@ -237,9 +247,6 @@ class ClipLoader:
         self._thread = ThreadPoolExecutor(1)
         self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(prefetch))
         self.close = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
-
-    def __iter__(self) -> "ClipLoader":
-        return self
 
     def __next__(self) -> Clips:
         self._ahead.append(self._thread.submit(next, self._batches))

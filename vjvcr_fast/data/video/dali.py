@@ -8,22 +8,19 @@ which decord and torchcodec repeat. Pixels differ at coloured edges and hardly e
 `resize` by a tenth of a level on average.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.files import ahead, load
+from vjvcr_fast.data.files import load
 from vjvcr_fast.data.video.file import Facts, UnservedError, Video, VideoError
 
 CODECS = {"cpu": ("mjpeg", "vp8", "vp9"), "cuda": ("av1", "h264", "hevc", "mjpeg", "mpeg4", "vp8", "vp9")}
 CPU_ONLY = "on a CPU, DALI decodes only VP8, VP9 and Motion-JPEG"
 LARGEST_BATCH = 4096  # a high limit costs nothing, because DALI allocates memory for what it gets
-
-Request = Sequence[tuple[Path, int]]
 
 
 class DaliDecoder:
@@ -34,15 +31,18 @@ class DaliDecoder:
         self.device, self.threads, self.size = device, threads, size
         self._pipeline: Any = None
 
-    def read(self, windows: Sequence[tuple[Path, range]]) -> Tensor:
-        """Decodes the windows, (file, frames) pairs with equally many frames each: (N, T, 3, H, W) uint8 on the device.
+    def read(self, windows: Sequence[tuple[Path, range]], contents: Sequence[Any]) -> Tensor:
+        """Decodes windows, (file, frames) pairs with equally many frames each: (N, T, 3, H, W) uint8 on the device.
 
-        Needs a size. Raises VideoError naming the files that cannot be decoded or end before the window.
+        On a GPU the tensor comes in stream order, without waiting. Needs a size. contents: the bytes of the files, as
+        `encoded` returns them. The files are not checked: open them once with `open_video`, which notices those that
+        are cut off.
+
+        Raises VideoError naming the files that cannot be decoded or end before the window; ValueError for too many
+        windows.
         """
-        return self.decode(windows, [encoded(path) for path, _ in windows])
-
-    def decode(self, windows: Sequence[tuple[Path, range]], contents: Sequence[Any]) -> Tensor:
-        """Like `read`, but the bytes of the files are given."""
+        if len(windows) > LARGEST_BATCH:
+            raise ValueError(f"a batch must have at most {LARGEST_BATCH:,} windows, got {len(windows)}")
         try:
             return self.run(contents, [frames for _, frames in windows])
         except RuntimeError as error:
@@ -114,56 +114,6 @@ class DaliVideo(Video):
 
     def _read(self, indices: list[int]) -> Tensor:
         return self._decoder.run([self._encoded], [indices])[0]
-
-
-class DaliClips:
-    """Iterates over (N, T, 3, H, W) uint8 batches, decoded and resized on the device. Files are read ahead.
-
-    requests: for each batch its N windows, as (file, first frame) pairs. N may vary, up to 4,096. frames: T, counting
-    every `stride`-th frame from the first. size: (height, width). device: "cuda", where tensors come in stream order
-    without waiting for the GPU, or "cpu" for VP8, VP9 and Motion-JPEG. threads: of DALI, and as many to read files.
-    prefetch: how many batches ahead files are read.
-
-    The files are not checked first. Open each file of a data set once with `open_video`, which notices files that are
-    cut off.
-
-    Raises ImportError, naming the extra, without DALI; ValueError for arguments out of range; while iterating,
-    VideoError naming the files that cannot be decoded or end before the window.
-    """
-
-    def __init__(
-        self,
-        requests: Iterable[Request],
-        frames: int,
-        size: tuple[int, int],
-        device: str | torch.device,
-        threads: int = 2,
-        prefetch: int = 2,
-        stride: int = 1,
-    ) -> None:
-        limits = {"frames": frames, "threads": threads, "stride": stride, "height": size[0], "width": size[1]}
-        for name, value in {**limits, "prefetch": prefetch}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if torch.device(device).type not in CODECS:
-            raise ValueError(f"device must be 'cpu' or a CUDA device, got {device!r}")
-        self._decoder = DaliDecoder(torch.device(device), threads, size)
-        self.requests, self.span, self.stride, self.prefetch = requests, frames * stride, stride, prefetch
-
-    def __iter__(self) -> Iterator[Tensor]:
-        with ThreadPoolExecutor(self._decoder.threads) as readers:
-            windows = map(self._windows, self.requests)
-            reading = ((each, readers.map(encoded, [path for path, _ in each])) for each in windows)
-            for each, contents in ahead(reading, self.prefetch):
-                yield self._decoder.decode(each, list(contents))
-
-    def _windows(self, request: Request) -> list[tuple[Path, range]]:
-        if not 1 <= len(request) <= LARGEST_BATCH:
-            raise ValueError(f"a request must have 1 to {LARGEST_BATCH:,} windows, got {len(request)}")
-        for path, first in request:
-            if first < 0:
-                raise ValueError(f"first frames must be at least 0, got {first} of {path}")
-        return [(path, range(first, first + self.span, self.stride)) for path, first in request]
 
 
 def encoded(path: Path) -> Any:

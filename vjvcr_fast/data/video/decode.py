@@ -1,13 +1,15 @@
 """One `open_video` for every decoder: decord and torchcodec on the CPU, DALI on the GPU.
 
-Frame i is the i-th displayed frame, and the CPU decoders' frames are equal bit for bit. For that, decord is given only
-what it reads right: not HEVC and AV1 (it stops on many), not open groups of pictures (after a seek its frames are
-others). torchcodec reads these. Edit lists that start between keyframes, and H.264 with gradual refresh, are refused:
-both decoders silently give other frames.
+Frame i is the i-th displayed frame, and both CPU decoders return the same frames, bit for bit. That is why a video
+is only given to a decoder that reads it correctly:
+- decord does not get HEVC and AV1 (it stops on many files) or open groups of pictures (after a seek it returns other
+  frames); torchcodec reads these;
+- H.264 with gradual refresh, and edit lists that start between keyframes, are refused (see `file`), because both
+  decoders would return other frames without saying so.
 
-"auto" on a CPU means decord, and torchcodec for what decord is not given: single-threaded on CLEVRER's files (480x320
-H.264 with one keyframe) opening one and reading 16 frames from a random place took 73 and 77 ms, all 128 frames 137
-and 161 ms. On a CUDA device it means DALI where that is installed, and a CPU decoder where it is not.
+"auto" on a CPU means decord, and torchcodec for what decord does not get. With one thread, on CLEVRER's files (480x320
+H.264 with one keyframe), opening one and reading 16 frames from a random place took 73 and 77 ms, and all 128 frames
+137 and 161 ms. "auto" on a CUDA device means DALI if it is installed, else a CPU decoder.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ __all__ = ["BACKENDS", "Video", "VideoError", "explain", "open_video", "resize"]
 BACKENDS = ("decord", "torchcodec", "dali")
 AUTO = {"cpu": ("decord", "torchcodec"), "cuda": ("dali", "decord", "torchcodec")}
 DECORD_CODECS = ("h264", "mjpeg", "mpeg4", "vp8", "vp9")
-NARROW = 256  # decord2 3.4 fails at some widths: of 16 to 796, multiples of 4, at 16, 24, 32, 48, 96 and 144
+NARROW = 256  # decord2 3.4 fails at some widths: of the multiples of 4 from 16 to 796, at 16, 24, 32, 48, 96 and 144
 DISTRIBUTIONS = {
     "decord": ("decord2", "decord"),
     "torchcodec": ("torchcodec",),
@@ -37,7 +39,7 @@ EXTRAS = {"decord": "video", "torchcodec": "torchcodec", "dali": "dali"}
 
 
 class DecordVideo(Video):
-    """decord2, or the decord it comes from: whichever is installed."""
+    """decord2, or the older decord: whichever is installed."""
 
     backend = "decord"
 
@@ -49,7 +51,7 @@ class DecordVideo(Video):
             raise UnservedError(f"{path}: decord does not read this kind of video right ({kind}); torchcodec does")
         self._decord.logging.set_level(self._decord.logging.QUIET)
         try:
-            # Less than one frame in the place of another that cannot be decoded.
+            # fault_tol: decord must not replace any frame that it cannot decode by another one.
             self._reader = self._decord.VideoReader(str(path), num_threads=threads, fault_tol=1e-9)
         except Exception as error:  # decord's own among them
             raise UnservedError(f"{path}: decord cannot open it ({reason(error)})") from error
@@ -57,17 +59,17 @@ class DecordVideo(Video):
         if facts.width < NARROW:
             try:
                 self._read([0])
-            except Exception as error:  # decord's own; of any other kind is the reader's to tell
+            except Exception as error:  # other errors are reported when frames are read
                 if "from_size == to_size" in str(error):
                     raise UnservedError(f"{path}: decord cannot read frames {facts.width} wide") from error
 
     def _read(self, indices: list[int]) -> Tensor:
-        with self._decord.bridge.use_torch():  # shares the memory
+        with self._decord.bridge.use_torch():  # tensors that share decord's memory
             return self._reader.get_batch(indices)
 
 
 class TorchcodecVideo(Video):
-    """torchcodec, with the system's FFmpeg."""
+    """torchcodec, which uses the system's FFmpeg."""
 
     backend = "torchcodec"
 
@@ -75,7 +77,7 @@ class TorchcodecVideo(Video):
         self._decoders = load("torchcodec.decoders", "torchcodec")
         super().__init__(path, facts, device, threads)
         self._facts, self._decoder = facts, self._opened()
-        self.height, self.width = self._decoder.metadata.height, self._decoder.metadata.width  # it rotates
+        self.height, self.width = self._decoder.metadata.height, self._decoder.metadata.width  # after its rotation
         _check_count(self, len(self._decoder))
 
     def _opened(self) -> Any:
@@ -87,7 +89,7 @@ class TorchcodecVideo(Video):
 
     def _read(self, indices: list[int]) -> Tensor:
         if self._facts.codec == "hevc":
-            # Some versions give an old frame after the last one was read (meta-pytorch/torchcodec, issue 1339).
+            # Opened again: after the last frame, some versions return an old one (meta-pytorch/torchcodec issue 1339).
             self._decoder = self._opened()
         first, end = indices[0], indices[-1] + 1
         try:
@@ -97,7 +99,7 @@ class TorchcodecVideo(Video):
         except RuntimeError:
             if not self._facts.open_gops:
                 raise
-            # It may miss the end of the video where it starts at the last keyframe, not where it starts at the first.
+            # Starting at the last keyframe, torchcodec may miss the end of the video; from frame 0 it does not.
             return self._opened().get_frames_in_range(0, end).data[indices]
 
 
@@ -111,14 +113,14 @@ OPENERS: dict[str, Any] = {"decord": DecordVideo, "torchcodec": TorchcodecVideo,
 
 
 def open_video(path: str | Path, backend: str = "auto", device: str | torch.device = "cpu", threads: int = 1) -> Video:
-    """Opens a video file whose frames are then read with `Video.frames`.
+    """Opens a video file. `Video.frames` then reads its frames.
 
     backend: "decord", "torchcodec", "dali" or "auto". device: "cpu" or a CUDA device, where frames are delivered; the
-    CPU decoders decode on the CPU and move them. threads: of the decoder.
+    CPU decoders decode on the CPU and copy them there. threads: of the decoder.
 
-    Raises VideoError, naming the file and the reason, for whatever is not a whole video and for what the backend cannot
-    decode; ImportError, naming the extra, where the backend (for "auto": any) or av is missing; ValueError for other
-    names, devices and threads.
+    Raises VideoError, naming the file and the reason, if the file is not a complete video or the backend cannot decode
+    it; ImportError, naming the extra, if the backend (for "auto": every backend) or av is missing; ValueError for other
+    backends, devices or threads.
     """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
@@ -153,12 +155,12 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 def resolve(backend: str, device: torch.device) -> str:
-    """What decodes batches on `device`: "auto" is "dali" on a CUDA device where that is installed."""
+    """The backend for batches on `device`: "auto" becomes "dali" on a CUDA device if DALI is installed."""
     return "dali" if backend == "auto" and device.type == "cuda" and _version(*DISTRIBUTIONS["dali"]) else backend
 
 
 def explain() -> dict[str, str]:
-    """One line a backend: its version and what "auto" chooses it for, or what to install. Imports none of them."""
+    """One line for each backend: its version and when "auto" chooses it, or what to install. Imports none of them."""
     versions = {name: _version(*distributions) for name, distributions in DISTRIBUTIONS.items()}
     first = {device: next((name for name in names if versions[name]), None) for device, names in AUTO.items()}
     lines = {}
@@ -176,7 +178,7 @@ def explain() -> dict[str, str]:
 
 
 def _version(*distributions: str) -> str | None:
-    """Name and version of the first that is installed."""
+    """The name and version of the first distribution that is installed."""
     for name in distributions:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return f"{name} {metadata.version(name)}"

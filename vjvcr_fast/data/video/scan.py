@@ -31,8 +31,7 @@ class Split:
     """The videos of one split of a data set, with their windows.
 
     title: the data set. root: its folder. name: "train", "validation", ... pool: the processes that read its files.
-    sources: the videos that have a window. possible: the number of windows that fit into the videos. dropped: how many
-    of them the data set's rules exclude. bad: {name: reason} of videos left out (on_bad="skip"). notes: lines that
+    sources: the videos that have a window. bad: {name: reason} of videos left out (on_bad="skip"). notes: lines that
     tell what else a person should know.
     """
 
@@ -40,19 +39,11 @@ class Split:
         self.title, self.root, self.name, self.pool = title, root, name, pool
         self.sources: list[Source] = []
         self.bad: dict[str, str] = {}
-        self.possible = self.dropped = 0
         self.notes: list[str] = []
         self.caches: dict[Any, Any] = {}  # the caches that were opened, kept here by whoever opens them
 
     def __len__(self) -> int:
         return len(self.sources)
-
-    def add(self, source: Source, possible: int) -> None:
-        """Adds a video if it has a window. possible: how many windows fit into it."""
-        self.possible += possible
-        self.dropped += possible - len(source.starts)
-        if len(source.starts):
-            self.sources.append(source)
 
     @property
     def source(self) -> str:

@@ -103,13 +103,12 @@ def died(error: Exception) -> bool:
     return type(error).__name__ == "ProcessExpired"
 
 
-def decode(path: Path, backend: str, first: int, count: int, stride: int, size: tuple[int, int]) -> Any:
-    """Decodes frames first, ..., first + count - 1, counting only every stride-th, resized to (height, width) `size`.
+def decode(path: Path, backend: str, frames: range, size: tuple[int, int]) -> Any:
+    """Decodes frames of a file, resized to (height, width) `size`.
 
-    Returns a numpy array (count, 3, H, W) uint8, which is cheaper to send between processes than a tensor.
+    Returns a numpy array (T, 3, H, W) uint8, which is cheaper to send between processes than a tensor.
     """
-    indices = range(first * stride, (first + count) * stride, stride)
-    return open_video(path, backend).frames(indices, size).contiguous().numpy()
+    return open_video(path, backend).frames(frames, size).contiguous().numpy()
 
 
 class _Process(SpawnProcess):
