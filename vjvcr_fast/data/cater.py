@@ -34,7 +34,6 @@ NUMBERS = [str(number) for number in range(len(CLASSES))]
 LISTS = {"train": "train.txt", "validation": "val.txt"}
 LIST_FOLDER = "lists/actions_present"
 STRIDE = 3  # of 24 frames a second
-SIZE = (240, 320)  # height and width of the published videos
 FOLDERS = ("", "max2action", "cater", "CATER", "CATER/max2action", "cater/max2action")  # inside a root
 MOST_MISMATCHES = 10  # so many are named, the others counted
 
@@ -71,9 +70,9 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
         listed, seen = labels[video.name], set(facts["active"].any(dim=1).nonzero()[:, 0].tolist())
         if listed != seen:
             mismatches.append(f"{video.name}: {_difference(listed, seen)}")
-        starts = torch.zeros(int(actions.shape[1] >= length), dtype=torch.int64)
-        target = actions[None, :, :length].float()
-        whole.add(Source(video, name, actions.shape[1], starts, target, stride), possible=len(starts))
+        if actions.shape[1] >= length:
+            target, start = actions[None, :, :length].float(), torch.zeros(1, dtype=torch.int64)
+            whole.sources.append(Source(video, name, actions.shape[1], start, target, stride))
     if not whole.sources:
         raise CaterError(f"{folder}/videos: {len(items)} videos, but none with {length} times {stride} frames")
     whole.notes = _mismatch_notes(mismatches, len(items), LISTS[split])
@@ -86,11 +85,8 @@ def find_root(root: Path) -> Path:
         f"no CATER here: no videos/ beside {LIST_FOLDER}/, not in max2action/, cater/ or CATER/ either; "
         "`vjvcr-fast simulate cater` makes scenes in its format"
     )
-
-    def holds(folder: Path) -> bool:
-        return (folder / "videos").is_dir() and (folder / LIST_FOLDER).is_dir()
-
-    return scan.find_root(root, CaterError, FOLDERS, holds, missing)
+    needed = ("videos", LIST_FOLDER)
+    return scan.find_root(root, CaterError, FOLDERS, lambda at: all((at / name).is_dir() for name in needed), missing)
 
 
 def read_list(path: Path) -> dict[str, set[int]]:

@@ -25,7 +25,6 @@ from vjvcr_fast.data.video.file import Source
 from vjvcr_fast.data.video.scan import DataError, Split
 
 SPLITS = {"train": range(10_000), "validation": range(10_000, 15_000), "test": range(15_000, 20_000)}
-SIZE = (320, 480)  # height and width of the published videos
 FOLDERS = ("", "clevrer", "CLEVRER")  # inside a root
 
 
@@ -57,8 +56,9 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
     for name, facts in found.items():
         visible, fastest = facts["visible"][::stride], facts["fastest"][::stride]
         starts = windows(visible, frames_in, frames_out)
-        source = Source(items[name][0], name, len(visible), starts, fastest[starts + length - 1], stride)
-        whole.add(source, possible=max(len(visible) - length + 1, 0))
+        if len(starts):
+            targets = fastest[starts + length - 1]
+            whole.sources.append(Source(items[name][0], name, len(visible), starts, targets, stride))
     if not whole.sources:
         raise ClevrerError(f"{folder}/video_{split}: {len(items)} videos, but no window of {length} frames")
     return whole
@@ -82,9 +82,8 @@ def find_root(root: Path) -> Path:
         "no CLEVRER here: no video_train or video_validation, not in clevrer/ or CLEVRER/ either; "
         "`vjvcr-fast simulate clevrer` makes scenes in its format"
     )
-    return scan.find_root(
-        root, ClevrerError, FOLDERS, lambda folder: any((folder / f"video_{name}").is_dir() for name in SPLITS), missing
-    )
+    splits = [f"video_{name}" for name in SPLITS]
+    return scan.find_root(root, ClevrerError, FOLDERS, lambda at: any((at / name).is_dir() for name in splits), missing)
 
 
 def examine(video: Path, annotation: Path, backend: str) -> dict[str, Any]:

@@ -84,8 +84,9 @@ def load_split(
     for name, facts in found.items():
         count = -(-facts["frames"] // stride)
         starts = torch.arange(max(count - length + 1, 0))
-        whole.add(Source(items[name][0], name, count, starts, torch.zeros(len(starts)), stride), possible=len(starts))
-        if not len(starts):
+        if len(starts):
+            whole.sources.append(Source(items[name][0], name, count, starts, torch.zeros(len(starts)), stride))
+        else:
             short.append(name)
     if not whole.sources:
         raise FolderError(
