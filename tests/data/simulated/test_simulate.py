@@ -1,6 +1,6 @@
-"""Simulated scenes: CLEVRER's format and physics as its own files show them, and a run that nothing can spoil.
+"""Simulated scenes have CLEVRER's format and physics, compared with its own files, and an interrupted run goes on.
 
-CLEVRER's own files are read where VJVCR_DATA, or ../shared/data, has them.
+CLEVRER's own files are read if VJVCR_DATA or ../shared/data has them.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from vjvcr_fast.data.simulated.scenes import (
     to_camera,
 )
 
-MODULES = ("av", "mujoco", "tqdm")
+MODULES = ("av", "mujoco", "pebble", "tqdm")
 MISSING = [name for name in MODULES if importlib.util.find_spec(name) is None]
 needs_mujoco = pytest.mark.skipif("mujoco" in MISSING, reason="mujoco is not installed")
 
@@ -409,7 +409,7 @@ def ends(group: int, seconds: float) -> bool:
 @draws
 @pytest.mark.parametrize(
     ("how", "workers"),
-    # A forked worker holds its parent's end of the pipes, too, and would not see it die.
+    # A forked worker also holds its parent's end of the pipes, so that it would not notice its parent's end.
     [("SIGKILL", "forkserver"), ("SIGINT", "fork"), pytest.param("SIGKILL", "spawn", marks=pytest.mark.slow)],
 )
 def test_an_interrupted_run_is_completed(how: str, workers: str, made: Path, tmp_path: Path) -> None:
@@ -503,7 +503,7 @@ def test_bad_arguments(tmp_path: Path, arguments: dict[str, Any], message: str) 
     assert files(tmp_path) == {}
 
 
-@pytest.mark.parametrize("name", ["av", "mujoco"])
+@pytest.mark.parametrize("name", ["av", "mujoco", "pebble"])
 def test_missing_packages(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in MISSING:
         if module != name:

@@ -259,7 +259,7 @@ def simulation(out: Path, workers: str) -> None:
         simulate_cater(out, 4, seed=3, processes=1, **SMALL)
 
 
-# A forked worker holds its parent's end of the pipes, too, and would not see it die.
+# A forked worker also holds its parent's end of the pipes, so that it would not notice its parent's end.
 @pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, "forkserver"), (signal.SIGINT, "fork")])
 def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Signals, workers: str) -> None:
     out = tmp_path / "out"

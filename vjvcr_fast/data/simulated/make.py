@@ -71,10 +71,11 @@ def prepare(
 ) -> list[Item]:
     """Claims the folder `out`, removes what a killed run has left, and returns the items that are still to be made.
 
-    Raises ValueError if `out` holds other videos, OSError if its disk is too small, ImportError if av or mujoco is
-    missing.
+    Raises ValueError if `out` holds other videos, OSError if its disk is too small, ImportError if av, pebble or mujoco
+    is missing.
     """
     load("av", "simulate")
+    load("pebble", "simulate")
     if importlib.util.find_spec("mujoco") is None:  # not imported here, because that needs MUJOCO_GL
         raise ImportError("mujoco is not installed: pip install 'vjvcr_fast[simulate]'")
     _claim(form, out, settings)
