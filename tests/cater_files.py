@@ -10,7 +10,7 @@ from vjvcr_fast.data.cater import CLASSES
 
 FRAMES = 31
 
-# As CATER writes it, with what this project does not read left in.
+# As CATER writes it, including what this project does not read.
 SCENE = {
     "image_filename": "CLEVR_new_000007.avi",
     "split": "new",

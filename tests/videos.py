@@ -1,4 +1,4 @@
-"""Videos for tests, made with PyAV: every frame shows its own number, in blocks that survive any compression."""
+"""Videos for tests, made with PyAV. Each frame shows its own number, in blocks that survive any compression."""
 
 import contextlib
 import functools
@@ -50,7 +50,7 @@ KINDS = {
     "vp9-mp4": Kind("libvpx-vp9", "mp4"),
     "vp9-37x51": Kind("libvpx-vp9", "webm", 37, 51),
 }
-# What decord does not read right.
+# What decord does not read correctly.
 HARD = {
     "h264-open": Kind("libx264", "mp4", b=3, options={"x264-params": "open-gop=1:scenecut=0:b-adapt=0"}),
     "hevc-open": Kind("libx265", "mp4", options={"x265-params": X265 + "1"}),
@@ -125,7 +125,7 @@ def _block(bit: int, width: int) -> tuple[int, int]:
 
 @functools.cache
 def drawing() -> tuple[str, str]:
-    """What MuJoCo draws with, or "" and why it cannot; asked once, in a process of its own."""
+    """(what MuJoCo draws with, ""), or ("", why it cannot draw). Found out once, in a process of its own."""
     try:
         return make.gl_backend(), ""
     except RuntimeError as error:
@@ -134,8 +134,8 @@ def drawing() -> tuple[str, str]:
 
 @contextlib.contextmanager
 def quick_workers(how: str = "forkserver") -> Iterator[None]:
-    """The processes of simulations fork from one that has imported torch, which costs each of them two seconds else,
-    and what can draw is asked once. Spawned ones are in the tests without it."""
+    """Lets the workers of pools fork from a process that has imported torch, which saves two seconds each. What can draw
+    is found out only once. Tests without this use spawned processes, as in real use."""
     context, backend = multiprocessing.get_context(how), drawing()[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "gl_backend", lambda: backend)

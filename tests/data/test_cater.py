@@ -1,4 +1,4 @@
-"""CATER's files: hand-written scenes and lists, the actions of every sampled frame, cross-checks and faults."""
+"""CATER: hand-written scenes and lists, the actions of each sampled frame, and errors that name the file."""
 
 import json
 import shutil

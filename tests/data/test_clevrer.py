@@ -1,4 +1,4 @@
-"""CLEVRER: the schema, the windows and their speeds, splits by index, and every fault by name."""
+"""CLEVRER: the format, the windows and their speeds, splits by number, and errors that name the file."""
 
 import json
 import math

@@ -1,6 +1,6 @@
-"""Digits: every source, every way a file can be wrong, the split, the download.
+"""Digits: every source, every way in which a file can be wrong, the split, the download.
 
-MNIST's own files are read where VJVCR_DATA has them; all else uses a small imitation.
+MNIST's own files are read if VJVCR_DATA has them. All other tests use a small imitation.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Any folder of videos: which files, which split, which windows; trained with the presets of video files."""
+"""Any folder of videos: which files are found, their split and windows; training and evaluating on them."""
 
 import json
 import os

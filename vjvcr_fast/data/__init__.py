@@ -1,4 +1,4 @@
-"""Data: real MNIST digits and MovingMNIST, rendered on the device while training; clips of video files of your own."""
+"""Data: MNIST digits, MovingMNIST videos rendered on the device while training, and clips of your own video files."""
 
 from vjvcr_fast.data.digits import Digits, DigitsError, load_digits, split_digits
 from vjvcr_fast.data.folder import ClipFolder, FolderError

@@ -1,4 +1,4 @@
-"""Windows, batches, the decode-once cache and the processes behind them."""
+"""Windows, batches, the decode-once cache, and the worker processes."""
 
 import gc
 import json

@@ -1,6 +1,6 @@
-"""DALI: the same frames as the CPU decoders, in slightly other colours; batches in the caller's order; faults by name.
+"""DALI gives the CPU decoders' frames in slightly different colours, keeps the order of batches, and names bad files.
 
-What a CPU can do of it runs everywhere with VP9, VP8 and Motion-JPEG. Tests marked `cuda` need DALI and NVDEC.
+Most tests run on any CPU, with VP9, VP8 and Motion-JPEG. Tests marked `cuda` need DALI and NVDEC.
 """
 
 import gc

@@ -1,4 +1,4 @@
-"""Decoding on the CPU: the right frames from every codec and decoder, bit for bit alike; every fault a VideoError."""
+"""Decoding on the CPU: both decoders give the right frames of every codec, bit for bit; each fault is a VideoError."""
 
 import gc
 import os

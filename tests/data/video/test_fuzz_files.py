@@ -1,5 +1,5 @@
-"""Whatever is in a file: what it holds, or the documented error in one line that names it; never a crash, a hang or a
-file left behind."""
+"""Files with any content are either read, or refused with the documented error in one line that names the file. Nothing
+crashes, hangs or leaves a file behind."""
 
 import contextlib
 import gzip

@@ -1,1 +1,1 @@
-"""3D scenes from a physics engine, written in the formats of CLEVRER and CATER."""
+"""3D scenes made with a physics engine, written in the formats of CLEVRER and CATER."""

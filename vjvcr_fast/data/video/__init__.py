@@ -1,1 +1,1 @@
-"""Video files: decoders behind one `open_video`, processes that decode, scans, the cache, clips for training."""
+"""Video files: one `open_video` for all decoders, worker processes, scans, the cache, and clips for training."""
