@@ -134,8 +134,8 @@ def drawing() -> tuple[str, str]:
 
 @contextlib.contextmanager
 def quick_workers(how: str = "forkserver") -> Iterator[None]:
-    """Lets the workers of pools fork from a process that has imported torch, which saves two seconds each. What can draw
-    is found out only once. Tests without this use spawned processes, as in real use."""
+    """Lets the workers of pools fork from a process that has imported torch, which saves two seconds each. Also finds
+    out only once what can draw. Tests without this use spawned processes, as in real use."""
     context, backend = multiprocessing.get_context(how), drawing()[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(make, "gl_backend", lambda: backend)
