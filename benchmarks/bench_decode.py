@@ -22,7 +22,7 @@ import torch
 from records import Row, goals
 from timing import Cuda, Device, Host, timed
 
-from vjvcr_fast.data.simulated.clevrer import write_mp4
+from vjvcr_fast.data.simulated import clevrer, make
 from vjvcr_fast.data.video.cache import FrameCache, fill
 from vjvcr_fast.data.video.clips import Source, VideoClips
 from vjvcr_fast.data.video.decode import BACKENDS, open_video
@@ -53,7 +53,7 @@ def generate(path: Path, seed: int) -> None:
         grain = 1.6 * torch.randn(HEIGHT, WIDTH, 1, generator=generator)
         return (soft.roll(t, dims=1) + grain).clamp(0, 255).byte().numpy()
 
-    write_mp4(path, map(picture, range(FRAMES)), (WIDTH, HEIGHT))
+    make.write_video(path, map(picture, range(FRAMES)), (WIDTH, HEIGHT), clevrer.ENCODING)
 
 
 def direct_decord(path: Path, frames: range) -> torch.Tensor:

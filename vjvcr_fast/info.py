@@ -17,7 +17,7 @@ from vjvcr_fast.losses import backends
 EXTRAS = {
     "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm", "yaml"),
     "video": ("av", "decord", "pebble"),
-    "simulate": ("av", "mujoco"),
+    "simulate": ("av", "mujoco", "pebble"),
     "torchcodec": ("torchcodec",),
     "dali": ("nvidia.dali",),
 }
