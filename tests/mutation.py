@@ -45,19 +45,19 @@ losses vjvcr_fast/losses/vcr.py test_losses_interfaces test_fuzz_losses
 analytic vjvcr_fast/losses/analytic.py test_losses test_fuzz_losses test_losses_interfaces
 - return (squares / (n - 1) + settings.eps).sqrt()
 + return (squares / n + settings.eps).sqrt()
-- return (sigma < settings.threshold) / sigma
-+ return 1 / sigma
+- diagonal = (sigma < settings.threshold) / sigma * -a
++ diagonal = 1 / sigma * -a
 - z = torch.sub(x, x[:, :1].to(compute_dtype(x)), out=out)
 + z = torch.sub(x, torch.zeros_like(x[:, :1], dtype=compute_dtype(x)), out=out)
-- diagonal -= b * s
-+ diagonal += b * s
-- made = ctx.gradients.pop(i, None)
-+ made = ctx.gradients.get(i)
-- if anew or moments is None:
-+ if moments is None:
+- diagonal = diagonal - b * squares
++ diagonal = diagonal + b * squares
+- ctx.gradients.pop(i).mul_(g_loss)
++ ctx.gradients[i].mul_(g_loss)
+- if torch.is_grad_enabled() and not torch.compiler.is_compiling():
++ if torch.is_grad_enabled() and not torch.compiler.is_compiling() and ctx.blocks:
 distributed vjvcr_fast/losses/distributed.py test_distributed
-- return slice(start, start + small + (rank < more))
-+ return slice(start, start + small + (rank <= more))
+- norms = product.square().sum(dim=(1, 2)) / (found.world if settings.gram else 1)
++ norms = product.square().sum(dim=(1, 2))
 - *(term * (count / steps) for term in terms)
 + *(term / found.world for term in terms)
 - mean = summed(z.sum(dim=1), found.group) / found.total

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vjvcr_fast import reference
 from vjvcr_fast.losses import VCRLoss, VICRegLoss, distributed, vcr_loss
-from vjvcr_fast.losses.distributed import bytes_moved, packed, share, unpacked
+from vjvcr_fast.losses.distributed import bytes_moved, packed, unpacked
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
 
@@ -278,15 +278,7 @@ def test_vicreg(tmp_path: Path, world: int) -> None:
             assert relative(flat(found["gradients"]), gradient) <= limit
 
 
-# -- Bytes, shares, packing -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("total", [0, 1, 5, 12])
-@pytest.mark.parametrize("world", [1, 3, 5])
-def test_shares(total: int, world: int) -> None:
-    parts = [range(total)[share(total, rank, world)] for rank in range(world)]
-    assert [i for part in parts for i in part] == [*range(total)]
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+# -- Bytes, packing -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 8])

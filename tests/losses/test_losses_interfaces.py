@@ -262,6 +262,17 @@ class TestNeverDone:
         assert recorder.products() == 0
 
     @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("whole", [True, False])
+    def test_work_for_a_tensor_that_needs_no_gradient(self, shape, whole, monkeypatch):
+        """Its part of the loss is one product a time step, and it takes part in nothing else."""
+        if not whole:
+            monkeypatch.setattr(analytic, "_BLOCK", 1)
+        h_x, h_y, each = random(*shape), random(*shape, seed=1).requires_grad_(), 1 if whole else shape[1]
+        with Recorder() as recorder:
+            vcr_loss([h_x, h_y], alpha=ALPHA, beta=BETA).loss.backward()
+        assert recorder.products() == 3 * each
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_synchronisation_with_the_host(self, shape, monkeypatch):
         h = random(*shape).requires_grad_()
         for block in (1, analytic._BLOCK):

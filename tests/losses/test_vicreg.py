@@ -61,9 +61,9 @@ class TestVICReg:
     def test_errors(self):
         with pytest.raises(ValueError, match="same shape"):
             VICRegLoss()(random(4, 2, 3), random(4, 1, 3))
-        with pytest.raises(ValueError, match=r"covariance_divisor='n'.*'d\(d-1\)'"):
+        with pytest.raises(ValueError, match=r"covariance_divisor='n': choose one of d, d\(d-1\)"):
             VICRegLoss(covariance_divisor="n")
-        with pytest.raises(ValueError, match="variance_branches='max'"):
+        with pytest.raises(ValueError, match="variance_branches='max': choose one of mean, sum"):
             VICRegLoss(variance_branches="max")
 
 

@@ -1,7 +1,8 @@
-"""Which backend serves a tensor, and why not the others."""
+"""Which backend computes the loss of a tensor, and why the others cannot."""
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
@@ -12,20 +13,27 @@ BACKENDS = get_args(Backend)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-OLDEST = (8, 0)  # compute capability that the kernels are written and compiled for
+OLDEST = (8, 0)  # the lowest compute capability for which the kernels are written and compiled
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError if the argument `name` has a value that is not one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
 
 
 def resolve(backend: str, h: Tensor) -> str:
-    """The backend that serves h: "triton" (fused kernels, vjvcr_fast.kernels), "torch" (analytic gradient in plain
-    operations, vjvcr_fast.losses.analytic) or "reference" (autograd).
+    """The backend for h: "triton" (fused kernels, vjvcr_fast.kernels), "torch" (plain operations with an analytic
+    gradient, vjvcr_fast.losses.analytic) or "reference" (reference.py and autograd).
 
-    Raises ValueError for a name that is not in BACKENDS, and for "triton" where it cannot serve h.
+    Raises ValueError if `backend` is not one of BACKENDS, or is "triton" and the kernels do not support h.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_choice("backend", backend, BACKENDS)
     if backend in ("torch", "reference"):
         return backend
-    obstacle = against_triton(h.device, h.dtype) or _against_transforms()
+    obstacle = against_triton(h.device, h.dtype)
+    if obstacle is None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        obstacle = "torch.func transforms do not support custom operators that have a gradient"
     if backend == "auto":
         return "triton" if h.is_cuda and obstacle is None else "torch"
     if obstacle is not None:
@@ -34,30 +42,24 @@ def resolve(backend: str, h: Tensor) -> str:
 
 
 def against_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
-    """Why the Triton kernels cannot serve a tensor like this one; None where they can."""
+    """The reason why the Triton kernels cannot take a tensor of this device and dtype; None if they can."""
     if not _INSTALLED:
         return "triton is not installed (pip install 'vjvcr_fast[triton]')"
     if dtype == torch.float64:
-        return "h is float64, which the kernels do not compute in"
+        return "h is float64, which the kernels do not support"
     if _INTERPRETED:
         return None if device.type == "cpu" else "TRITON_INTERPRET=1 is set, which runs kernels on CPU tensors"
     if device.type != "cuda":
         return f"h is on {device}: a CUDA tensor is needed (TRITON_INTERPRET=1 runs kernels on a CPU, slowly)"
     if torch.version.cuda is None:
-        return "this torch is built for AMD GPUs, where the kernels have not been tried"
+        return "this torch is built for AMD GPUs, on which the kernels have not been tried"
     if torch.cuda.get_device_capability(device) < OLDEST:
         return f"{device} is older than compute capability {OLDEST[0]}.{OLDEST[1]}"
     return None
 
 
-def _against_transforms() -> str | None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "torch.func transforms do not go through custom operators with a gradient"
-    return None
-
-
 def explain() -> dict[str, str]:
-    """What `auto` chooses for tensors of each device, with the reason, for `vjvcr-fast info`."""
+    """What "auto" chooses on a CPU and on a CUDA GPU, with the reason. `vjvcr-fast info` shows it."""
     if torch.cuda.is_available():
         obstacle = against_triton(torch.device("cuda", torch.cuda.current_device()))
         cuda = "triton (fused kernels)" if obstacle is None else f"torch (plain torch operations): {obstacle}"

@@ -1,39 +1,40 @@
-"""VCR of a batch that is spread over several processes: exact, with the fewest bytes that the shape allows.
+"""VCR of a batch that is spread over several processes: exact, with as few bytes sent as the shape allows.
 
-Samples lie on W processes, n_r of the N on the r-th, and the loss couples all of them. It does not couple time steps,
-and features only through N x N or d x d products, so nobody needs everything:
+The N samples lie on W processes, n_r of them on the r-th. The loss couples all samples, but it does not couple time
+steps, and features meet only in N x N or d x d products. So no process needs everything. There are four routes:
 
-    time        all-to-all: every process receives all samples of T/W time steps, and is then on its own
-    features    all-to-all over features; the Gram matrices ZZ' (T, N, N) are the sum of the processes' own
-    covariance  no sample moves; the scatter matrices Z'Z (T, d, d) are the sum of the processes' own; none in backward
-    gather      every process receives every sample and does all the work: what the others are measured against
+    time        all-to-all: every process gets all samples of T/W time steps and computes their terms alone
+    features    all-to-all over features: the Gram matrices ZZ' (T, N, N) are sums over the processes' own products
+    covariance  samples stay where they are: the matrices Z'Z (T, d, d) are sums over the processes' own products
+    gather      every process gets every sample and does all the work; the others are compared with this one
 
-Bytes that the busiest process sends or receives, forward and backward; e of an element of h, c of the computation:
+Bytes that the busiest process sends or receives, forward and backward, with e bytes in an element of h and c in an
+element of the computation:
 
     time        2 e max over r of max(n_r (T - T_r), (N - n_r) T_r) d
-    features    the same with d split in the place of T, and 2 (W-1)/W c T N (N/2 + 1)
-    covariance  2 (W-1)/W c T (d (d/2 + 1) + d) and c T d, the first sample
+    features    the same with d split instead of T, and 2 (W-1)/W c T N (N/2 + 1)
+    covariance  2 (W-1)/W c T (d (d/2 + 1) + d), and c T d for the first sample; nothing in backward
     gather      2 e (N - n_r) T d
 
-Symmetric matrices travel as half of them. Every process reports the loss of the whole batch; its gradient is W times
-that of its own samples, so that the mean over processes, which is DDP's, is the gradient of one process with it all.
+Only half of a symmetric matrix is sent. Every process returns the loss of the whole batch, and W times the gradient for
+its own samples. The mean over processes, which DDP takes, is then the gradient of one process with the whole batch.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, cast, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from vjvcr_fast.losses import analytic
+from vjvcr_fast.losses.analytic import Moments, Settings, Terms
 
 Route = Literal["auto", "time", "features", "covariance", "gather"]
-Terms: TypeAlias = tuple[Tensor, Tensor, Tensor]  # loss, variance, covariance
 
 
 class Shards(NamedTuple):
-    """Where the samples are. samples: of every process, by its rank in `group`; rank: of this one."""
+    """Where the samples are. rank: of this process in `group`. samples: how many each process holds, by rank."""
 
     group: Any
     rank: int
@@ -49,18 +50,11 @@ class Shards(NamedTuple):
         return sum(self.samples)
 
 
-def share(total: int, rank: int, world: int) -> slice:
-    """The rank-th of `world` nearly equal parts of range(total)."""
-    small, more = divmod(total, world)
-    start = rank * small + min(rank, more)
-    return slice(start, start + small + (rank < more))
-
-
 def shards(hs: Sequence[Tensor], group: Any, samples: Sequence[int] | Literal["equal"] | None) -> Shards:
-    """hs: (n_r, T, d) each. samples: as `vcr_loss`; None asks every process, which waits for the device.
+    """hs: (n_r, T, d) each. samples: see `vcr_loss`; None asks the processes, which waits for the GPU.
 
-    Raises ValueError where this process is not in `group`, where samples do not fit, where processes disagree in what
-    they hold; the last on all of them.
+    Raises ValueError if this process is not in `group`, if samples do not fit or, on every process, if the processes
+    differ in T, d or dtype. The last is noticed only with samples=None.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("group: torch.distributed is not initialised (torch.distributed.init_process_group)")
@@ -79,21 +73,20 @@ def shards(hs: Sequence[Tensor], group: Any, samples: Sequence[int] | Literal["e
 
 
 def _ask(hs: Sequence[Tensor], group: Any) -> tuple[int, ...]:
-    """Everyone's number of samples. Raises ValueError, on every process, where they disagree in anything else."""
+    """The number of samples of every process. Raises ValueError on all of them if they differ in anything else."""
     ours = [len(hs[0]), sum(h.shape[1] for h in hs), hs[0].shape[2], analytic.DTYPES.index(hs[0].dtype)]
     mine = torch.tensor(ours, device=hs[0].device)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(everyone, mine, group=group)
-    theirs = torch.stack(everyone).tolist()
-    for name, values in zip(("T", "d", "dtype"), list(zip(*theirs, strict=True))[1:], strict=True):
+    samples, steps, features, dtypes = zip(*torch.stack(everyone).tolist(), strict=True)
+    for name, values in (("T", steps), ("d", features), ("dtype", [analytic.DTYPES[i] for i in dtypes])):
         if len(set(values)) > 1:
-            shown = [analytic.DTYPES[i] for i in values] if name == "dtype" else list(values)
-            raise ValueError(f"h: processes disagree in {name}: {shown}, by rank")
-    return tuple(row[0] for row in theirs)
+            raise ValueError(f"h: processes disagree in {name}: {list(values)}, by rank")
+    return samples
 
 
 def bytes_moved(route: str, samples: Sequence[int], steps: int, d: int, dtype: torch.dtype) -> float:
-    """Bytes that the busiest process sends or receives for one forward and backward pass, by the table above."""
+    """Bytes that the busiest process sends or receives in a forward and backward pass, by the table above."""
     total, world = sum(samples), len(samples)
     e, c = dtype.itemsize, max(dtype.itemsize, 4)
     ring = 2 * (world - 1) / world * c
@@ -102,26 +95,21 @@ def bytes_moved(route: str, samples: Sequence[int], steps: int, d: int, dtype: t
     if route == "gather":
         return 2 * e * (total - min(samples)) * steps * d
     length, other = (steps, d) if route == "time" else (d, steps)
-    parts = [share(length, r, world) for r in range(world)]
-    most = max(
-        max(n * (length - (p.stop - p.start)), (total - n) * (p.stop - p.start))
-        for n, p in zip(samples, parts, strict=True)
-    )
+    parts = [length // world + (rank < length % world) for rank in range(world)]  # as tensor_split does
+    most = max(max(n * (length - part), (total - n) * part) for n, part in zip(samples, parts, strict=True))
     return 2 * e * most * other + (ring * steps * total * (total // 2 + 1) if route == "features" else 0)
 
 
 def choose(route: str, form: str, backend: str, hs: Sequence[Tensor], found: Shards) -> str:
-    """The route of fewest bytes among those that `form` and `backend` allow, or the one that is asked for.
+    """`route`, or for "auto" the one that moves the fewest bytes among those that `form` and `backend` allow.
 
-    "features" is of the Gram form, "covariance" of the covariance form; both are plain torch operations.
-    Raises ValueError for an unknown route, and for one that form or backend rule out.
+    "features" needs the Gram form and "covariance" the covariance form; both are plain torch operations.
+    Raises ValueError if form or backend rule out the route.
     """
-    if route not in get_args(Route):
-        raise ValueError(f"route={route!r}: choose one of {', '.join(get_args(Route))}")
     against = {}
     if backend not in ("auto", "torch"):
         against = dict.fromkeys(("features", "covariance"), f"backend={backend!r}")
-    if form in ("gram", "covariance"):
+    if form != "auto":
         against["covariance" if form == "gram" else "features"] = f"form={form!r}"
     if route in against:
         raise ValueError(f"route={route!r} cannot be had with {against[route]}")
@@ -132,49 +120,56 @@ def choose(route: str, form: str, backend: str, hs: Sequence[Tensor], found: Sha
     return min(allowed, key=lambda r: bytes_moved(r, found.samples, steps, d, hs[0].dtype))
 
 
+@torch._disable_dynamo  # the same as torch.compiler.disable, without importing the compiler now
 def vcr(
     hs: Sequence[Tensor],
-    settings: analytic.Settings,
-    found: Shards,
-    route: str,
+    settings: Settings,
     alone: Callable[[list[Tensor]], Terms],
+    backend: str,
+    form: str,
+    group: Any,
+    samples: Sequence[int] | Literal["equal"] | None,
+    route: str,
 ) -> Terms:
-    """(loss, variance, covariance) of the whole batch, the same on every process.
+    """(loss, variance, covariance) of the whole batch, the same numbers on every process.
 
-    hs: this process's (n_r, T, d) each, of one dtype. route: any but "auto". alone: the three terms of tensors
-    (N, T, d) that are all here.
+    hs: this process's tensors (n_r, T, d). alone: computes the three terms of tensors (N, T, d) that are all here.
+    Other arguments and errors: see `vcr_loss`.
     """
-    steps, d = sum(h.shape[1] for h in hs), hs[0].shape[2]
-    if route == "gather":
-        whole = _gathered(torch.cat(list(hs), dim=1), found)
-        return alone([whole])
-    if route == "time":
-        mine = _all_to_all([_steps(hs, share(steps, q, found.world)) for q in range(found.world)], found)
-        count = mine.shape[1]
-        # A process without a time step still takes part in what comes back.
-        terms = alone([mine]) if count else (mine.sum(dtype=analytic.compute_dtype(mine)),) * 3
-        return cast(Terms, _Reported.apply(found, *(term * (count / steps) for term in terms)))
+    found = shards(hs, group, samples)
+    route = choose(route, form, backend, hs, found)
     h = torch.cat(list(hs), dim=1) if len(hs) > 1 else hs[0]
+    steps, d = h.shape[1:]
+    if route == "gather":
+        return alone([_all_to_all([h] * found.world, found)])
+    if route == "time":
+        mine = _all_to_all(h.tensor_split(found.world, dim=1), found)
+        count = mine.shape[1]
+        # A process that got no time step still takes part in the backward exchange.
+        terms = alone([mine]) if count else (mine.sum(dtype=analytic.compute_dtype(mine)),) * 3
+        return reported(found, *(term * (count / steps) for term in terms))
     if route == "features":
-        h = _all_to_all([h[:, :, share(d, q, found.world)] for q in range(found.world)], found)
-    whole_settings = settings._replace(gram=route == "features")
-    return cast(Terms, _Sharded.apply(h, whole_settings, found, steps * d))
+        h = _all_to_all(h.tensor_split(found.world, dim=2), found)
+    return _Sharded.apply(h, settings._replace(gram=route == "features"), found, steps * d)
+
+
+# -- Sums and exchanges that autograd can differentiate -------------------------------------------------------------
 
 
 def summed(tensor: Tensor, group: Any) -> Tensor:
-    """The sum over the processes of `group`, the same on each; differentiable, twice too."""
-    return cast(Tensor, _Sum.apply(tensor, group))
+    """The sum over the processes of `group`, the same on each. Differentiable, also twice."""
+    return _Sum.apply(tensor, group)
 
 
-def global_mean(local_sum: Tensor, count: int, found: Shards) -> Tensor:
-    """The mean over all processes of what each has the sum of. count: of elements, over all processes."""
-    return cast(Terms, _Reported.apply(found, local_sum / count))[0]
+def reported(found: Shards, *terms: Tensor) -> Any:
+    """The sums of scalars over processes, for results that every process differentiates in the same way.
+
+    The gradient of each scalar is then W times the incoming one, and no bytes move in backward.
+    """
+    return _Reported.apply(found, *terms)
 
 
 class _Reported(torch.autograd.Function):
-    """(found, *scalars) -> their sums over processes. Every process backpropagates through its own copy of them, all
-    alike, so a gradient counts W times: no bytes move for it."""
-
     @staticmethod
     def forward(ctx: Any, found: Shards, *terms: Tensor) -> tuple[Tensor, ...]:
         ctx.world = found.world
@@ -189,7 +184,7 @@ class _Reported(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """A tensor's sum over processes, as a new tensor, the same on each; its adjoint is itself."""
+    """The sum over processes as a new tensor. Its adjoint is itself."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, group: Any) -> Tensor:
@@ -200,11 +195,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return cast(Tensor, _Sum.apply(gradient, ctx.group)), None
+        return _Sum.apply(gradient, ctx.group), None
 
 
 class _Exchange(torch.autograd.Function):
-    """all_to_all of a flat tensor: `sent[q]` elements go to rank q, `received[p]` come from rank p, in their order."""
+    """all_to_all of a flat tensor: sent[q] elements go to rank q, received[p] elements come from rank p, in order."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, sent: list[int], received: list[int], group: Any) -> Tensor:
@@ -216,93 +211,72 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         sent, received, group = ctx.sizes
-        return cast(Tensor, _Exchange.apply(gradient.contiguous(), received, sent, group)), None, None, None
+        return _Exchange.apply(gradient.contiguous(), received, sent, group), None, None, None
 
 
 def _all_to_all(parts: Sequence[Tensor], found: Shards) -> Tensor:
-    """parts: (n_r, a, b) for every rank q, where what is meant for q has the same (a, b) on all processes. Returns the
-    (N, a, b) meant for this one: blocks of samples come in by rank, so that they lie right without a copy."""
+    """Sends parts[q] (n_r, a, b) to rank q, where (a, b) depends on q only. Returns the (N, a, b) meant for this rank.
+
+    Samples arrive by rank, so they already lie in the right order.
+    """
     _, a, b = parts[found.rank].shape
     flat = torch.cat([part.reshape(-1) for part in parts])
     sent, received = [part.numel() for part in parts], [n * a * b for n in found.samples]
-    return cast(Tensor, _Exchange.apply(flat, sent, received, found.group)).view(found.total, a, b)
-
-
-def _gathered(h: Tensor, found: Shards) -> Tensor:
-    """(n_r, T, d) -> (N, T, d) on every process."""
-    return _all_to_all([h] * found.world, found)
-
-
-def _steps(hs: Sequence[Tensor], part: slice) -> Tensor:
-    """Time steps part.start .. part.stop - 1 of all tensors (n, T, d) as if they were one."""
-    pieces, first = [], 0
-    for h in hs:
-        start, stop = max(part.start - first, 0), min(part.stop - first, h.shape[1])
-        if start < stop:
-            pieces.append(h[:, start:stop])
-        first += h.shape[1]
-    if not pieces:
-        return hs[0][:, :0]
-    return torch.cat(pieces, dim=1) if len(pieces) > 1 else pieces[0]
+    return _Exchange.apply(flat, sent, received, found.group).view(found.total, a, b)
 
 
 # -- Products that are sums over processes --------------------------------------------------------------------------
 
 
-class _Parts(NamedTuple):
-    """z: centred, (T, n, k); squares: (T, k), over all samples; product: (T, N, N) or (T, d, d) without its diagonal,
-    over all processes."""
-
-    z: Tensor
-    squares: Tensor
-    product: Tensor
-
-
 class _Sharded(torch.autograd.Function):
-    """(h, settings, found, T d) -> (loss, variance, covariance) of the whole batch. h holds all samples (N, T, d_r) of
-    some features, in Gram form, or some samples (n_r, T, d) with all features, in covariance form.
+    """(h, settings, found, T d) -> (loss, variance, covariance) of the whole batch.
 
-    Backward needs the summed product, which forward keeps, and moves no bytes. Where it is itself differentiated it
-    makes everything anew, and moves forward's again.
+    In the Gram form h holds all samples of some features, (N, T, d_r); in the covariance form some samples with all
+    features, (n_r, T, d). Forward keeps the summed product, so backward sends nothing. If the gradient itself is
+    differentiated, everything is computed and sent again.
     """
 
     @staticmethod
-    def forward(ctx: Any, h: Tensor, settings: analytic.Settings, found: Shards, count: int) -> Terms:
+    def forward(ctx: Any, h: Tensor, settings: Settings, found: Shards, count: int) -> Terms:
         with analytic.full_precision(h):
-            parts = _parts(h, settings, found)
-            variance, covariance = _terms(parts, settings, found, count)
+            z, moments = _moments(h, settings, found)
+            # In the Gram form every process knows the squares of its own features only. It reports the part of the
+            # product's norm that is its own, too, so that all parts add up.
+            total = (lambda terms: summed(terms, found.group)) if settings.gram else None
+            terms = analytic.terms([moments], found.total, count, settings, total)
         ctx.settings, ctx.found, ctx.count = settings, found, count
-        ctx.save_for_backward(h, *parts)
+        ctx.save_for_backward(h, z, *moments[:2])
         ctx.set_materialize_grads(False)
-        loss = torch.add(settings.alpha * variance, covariance, alpha=settings.beta)
-        dtype = analytic.compute_dtype(h)
-        return loss.to(dtype), variance.to(dtype), covariance.to(dtype)
+        return terms
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, found, n = ctx.settings, ctx.found, ctx.found.total
-        h, *parts = ctx.saved_tensors
+        settings, found = ctx.settings, ctx.found
+        h, z, *kept = ctx.saved_tensors
         with analytic.full_precision(h):
-            kept = _parts(h, settings, found) if torch.is_grad_enabled() else _Parts(*parts)
-            a, b = analytic.coefficients(n, ctx.count, settings, *incoming)
-            gradient = analytic.gradient_of(kept.z, kept.squares, kept.product, n, a, b, settings)
+            z, moments = _moments(h, settings, found) if torch.is_grad_enabled() else (z, Moments(*kept))
+            a, b = analytic.coefficients(found.total, ctx.count, settings, incoming)
+            gradient = analytic.gradient_of(z, moments, found.total, a, b, settings)
         return (gradient * found.world).transpose(0, 1).to(h.dtype), None, None, None
 
 
-def _parts(h: Tensor, settings: analytic.Settings, found: Shards) -> _Parts:
+def _moments(h: Tensor, settings: Settings, found: Shards) -> tuple[Tensor, Moments]:
+    """The centred part of h, (T, n, k), and moments with the product of the whole batch."""
     x = h.transpose(0, 1)
-    if settings.gram:  # all samples are here
+    if settings.gram:
         z = analytic.centred(x)
-        return _Parts(z, z.square().sum(dim=1), _summed(analytic.product_of(z, gram=True), found))
-    z = _centred_over_processes(x, found)
-    scatter = _summed(torch.bmm(z.mT, z), found)
-    squares = scatter.diagonal(dim1=1, dim2=2).clone()
-    scatter.diagonal(dim1=1, dim2=2).mul_(0)  # times zero: NaN stays NaN
-    return _Parts(z, squares, scatter)
+        squares, product = z.square().sum(dim=1), _summed_symmetric(z @ z.mT, found)
+    else:
+        z = _centred_over_processes(x, found)
+        product = _summed_symmetric(z.mT @ z, found)
+        squares = product.diagonal(dim1=1, dim2=2).clone()
+        product.diagonal(dim1=1, dim2=2).mul_(0)  # not zero_(): NaN must stay NaN
+    norms = product.square().sum(dim=(1, 2)) / (found.world if settings.gram else 1)
+    return z, Moments(squares, product, norms)
 
 
 def _centred_over_processes(x: Tensor, found: Shards) -> Tensor:
-    """x (T, n_r, d) minus its mean over all samples. Rank 0's first sample goes first, as in `analytic.centred`."""
+    """x (T, n_r, d) minus the mean over all samples. As in `analytic.centred`, a sample goes first: rank 0's first."""
     first = x[:, 0].detach().to(analytic.compute_dtype(x), copy=True, memory_format=torch.contiguous_format)
     dist.broadcast(first, group=found.group, group_src=0)
     z = x - first.unsqueeze(1)
@@ -310,25 +284,16 @@ def _centred_over_processes(x: Tensor, found: Shards) -> Tensor:
     return z - mean.unsqueeze(1)
 
 
-def _terms(parts: _Parts, settings: analytic.Settings, found: Shards, count: int) -> tuple[Tensor, Tensor]:
-    """The unweighted terms. In Gram form a process knows the squares of its own features: those sums are added up."""
-    squares, n = parts.squares, found.total
-    hinge = analytic.hinge_sum(squares, n, settings)
-    penalty = parts.product.square().sum(dim=(1, 2)).sum(dtype=torch.float64)
-    if settings.gram:
-        hinge, squared = summed(torch.stack([hinge, squares.square().sum(dtype=torch.float64)]), found.group)
-        penalty = penalty - squared
-    return hinge / count, penalty / (count * (n - 1) ** 2)
-
-
-def _summed(symmetric: Tensor, found: Shards) -> Tensor:
-    """The sum over processes of symmetric matrices (T, m, m), sent as half of them."""
+def _summed_symmetric(symmetric: Tensor, found: Shards) -> Tensor:
+    """The sum over processes of symmetric matrices (T, m, m). Half of each is sent."""
     return unpacked(summed(packed(symmetric), found.group), symmetric.shape[-1])
 
 
 def packed(symmetric: Tensor) -> Tensor:
-    """(T, m, m) -> (T, k, m), k = m // 2 + 1: the first k rows from the diagonal on, and the lower triangle of the
-    other rows, which fits below their diagonal."""
+    """Half of symmetric matrices (T, m, m), as (T, k, m) with k = m // 2 + 1.
+
+    Row i < k has its entries from the diagonal on. The lower triangle of the other rows fits below that.
+    """
     m = symmetric.shape[-1]
     k = m // 2 + 1
     half = symmetric[:, :k].triu()
@@ -337,7 +302,7 @@ def packed(symmetric: Tensor) -> Tensor:
 
 
 def unpacked(half: Tensor, m: int) -> Tensor:
-    """The (T, m, m) that `packed` made `half` of."""
+    """The (T, m, m) from which `packed` made `half`."""
     k = m // 2 + 1
     whole = half.new_zeros(len(half), m, m)
     whole[:, :k] = half.triu()

@@ -1,7 +1,8 @@
-"""The operators that torch sees: schemas, fake kernels and autograd around the project's kernels.
+"""The Triton kernels (vjvcr_fast.kernels) as PyTorch operators, with autograd and what torch.compile needs.
 
-Importing this needs no kernel: Triton is imported by the first call. Every operator is opaque to the compiler,
-allocates what it returns, and reads torch's precision setting for matrix products when it runs.
+`vcr` computes the loss, `vcr_backward` its gradient. Triton is imported by their first call, not by this file. The
+compiler does not look into the operators. Each allocates what it returns, and reads PyTorch's precision setting for
+matrix products when it runs.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.losses import analytic
-
-# -- Variance-covariance regularisation -----------------------------------------------------------------------------
 
 
 @torch.library.custom_op("vjvcr::vcr", mutates_args=())
@@ -28,13 +27,14 @@ def vcr(
     covariance: bool,
     gradient: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """alpha * variance + beta * covariance of tensors (N, T, d), equation (4), in Triton kernels.
+    """Equation (4), alpha * variance + beta * covariance, of tensors (N, T, d).
 
-    Args: as `analytic.Settings`, whose fields these are. gradient: of which tensors to make that of the loss now, while
-        a time step is in the cache.
+    alpha ... covariance: the fields of `analytic.Settings`. gradient: for which tensors to compute the gradient of the
+    loss now, while a time step is in the cache.
 
-    Returns: the scalars (loss, variance, covariance), float32; then what backward needs: (product, means, squares) of
-        each tensor, and, if any is asked for, each tensor's gradient, empty where it is not.
+    Returns the float32 scalars (loss, variance, covariance) and a list for backward: product, means and squares of each
+    tensor; then, if any gradient is asked for, that of each tensor, empty if it is not asked for.
+    Raises ValueError if the features of a tensor are not adjacent in memory.
     """
     from vjvcr_fast.kernels import vcr as kernels
 
@@ -51,7 +51,7 @@ def vcr(
 @vcr.register_fake
 def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  # type: ignore[no-untyped-def]
     from vjvcr_fast.kernels.launch import mode_of, operand_dtype
-    from vjvcr_fast.kernels.vcr import like, product_shape
+    from vjvcr_fast.kernels.vcr import product_shape
 
     kept = []
     for h in hs:
@@ -60,9 +60,8 @@ def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  #
         kept.append(h.new_empty(shape, dtype=operand_dtype(mode_of(h)) if covariance else h.dtype))
         kept += [h.new_empty((steps, d), dtype=torch.float32) for _ in range(2)]
     if any(gradient):
-        kept += [like(h) if need else h.new_empty(0) for h, need in zip(hs, gradient, strict=True)]
-    loss, variance, covariance = (hs[0].new_empty((), dtype=torch.float32) for _ in range(3))
-    return loss, variance, covariance, kept
+        kept += _like(hs, gradient)
+    return *(hs[0].new_empty((), dtype=torch.float32) for _ in range(3)), kept
 
 
 @torch.library.custom_op("vjvcr::vcr_backward", mutates_args=())
@@ -81,8 +80,10 @@ def vcr_backward(
     covariance: bool,
     needed: Sequence[bool],
 ) -> list[Tensor]:
-    """dL/dh of each tensor, empty where it is not needed, from what `vcr` kept and the three terms' gradients, None for
-    zero."""
+    """dL/dh of each tensor, empty if it is not needed.
+
+    kept: from `vcr`. g_loss, g_variance, g_covariance: the gradients of its three scalars, None for zero.
+    """
     from vjvcr_fast.kernels import vcr as kernels
 
     weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
@@ -92,50 +93,54 @@ def vcr_backward(
 
 @vcr_backward.register_fake
 def _(hs, *options):  # type: ignore[no-untyped-def]
-    from vjvcr_fast.kernels.vcr import like
-
-    return [like(h) if need else h.new_empty(0) for h, need in zip(hs, options[-1], strict=True)]
+    return _like(hs, options[-1])
 
 
 @torch.library.custom_op("vjvcr::scale_", mutates_args=("tensor",))
 def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, a scalar on the device; where that is one, memory is not touched."""
+    """tensor *= factor, a scalar on the device. If the factor is one, memory is not touched."""
     from vjvcr_fast.kernels import vcr as kernels
 
     with _device_of(tensor):
         kernels.scale_(tensor, factor)
 
 
+def _like(hs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
+    from vjvcr_fast.kernels.vcr import like
+
+    return [like(h) if need else h.new_empty(0) for h, need in zip(hs, needed, strict=True)]
+
+
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device."""
+    """Triton launches on the current device, so this makes the tensor's device the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hs, *options = inputs
+    hs, *settings, _ = inputs
     ctx.set_materialize_grads(False)
-    ctx.settings, ctx.tensors = analytic.Settings(*options[:-1]), len(hs)
+    ctx.settings, ctx.tensors = analytic.Settings(*settings), len(hs)
     ctx.needed = [h.requires_grad for h in hs]
     kept = output[3]
-    ctx.gradients = [gradient.detach() for gradient in kept[3 * len(hs) :]]  # an output itself would be a cycle
+    ctx.gradients = [gradient.detach() for gradient in kept[3 * len(hs) :]]  # to keep an output itself would be a cycle
     ctx.save_for_backward(*hs, *kept[: 3 * len(hs)])
 
 
-def _backward(ctx: Any, g_loss: Tensor | None, g_variance: Tensor | None, g_covariance: Tensor | None, _: Any) -> Any:
+def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     settings, hs, kept = ctx.settings, ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
-    nothing = (None,) * len(settings)  # whose last field, `gradient`, stands for ours
-    needed = ctx.needed
+    incoming, needed = incoming[:3], ctx.needed
+    nothing = (None,) * (len(settings) + 1)  # for the settings and `gradient`
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # Someone differentiates the gradient: in plain torch operations, which have one.
-        return analytic.gradients(hs, settings, g_loss, g_variance, g_covariance), *nothing
-    if ctx.gradients and g_variance is None and g_covariance is None:
-        # Given away once; a second backward makes them again.
+        # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
+        return analytic.gradients(hs, settings, incoming, needed), *nothing
+    if ctx.gradients and incoming[1] is None and incoming[2] is None:
+        # Given away once, because the caller may change it. A second backward computes it again.
         gradients, ctx.gradients = ctx.gradients, []
         for gradient, need in zip(gradients, needed, strict=True):
             if need:
-                scale_(gradient, g_loss)
+                scale_(gradient, incoming[0])
     else:
-        gradients = vcr_backward(list(hs), list(kept), g_loss, g_variance, g_covariance, *settings[:-1], needed)
+        gradients = vcr_backward(list(hs), list(kept), *incoming, *settings, needed)
     return [g if need else None for g, need in zip(gradients, needed, strict=True)], *nothing
 
 

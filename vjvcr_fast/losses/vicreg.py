@@ -1,4 +1,4 @@
-"""VICReg, by the operators of VCR: its two branches are two time steps."""
+"""VICReg. Variance and covariance are computed by `vcr_loss`, to which the two branches are two time steps."""
 
 from typing import Literal
 
@@ -7,25 +7,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.losses import analytic, distributed
+from vjvcr_fast.losses.backends import check_choice
 from vjvcr_fast.losses.vcr import Samples, as_slices, vcr_loss
 
 
 class VICRegLoss(nn.Module):
     """VICReg (arXiv 2105.04906): lambda * invariance + mu * variance + nu * covariance of two branches.
 
-    By default the formulas are those of the `lightly` package and of facebookresearch/vicreg: invariance is the mean
-    squared error; variance the mean of the two branches' hinge means; covariance the sum over both branches of the
-    squared off-diagonal covariances, each divided by d. Coefficients do not carry over between conventions:
+    By default this is the loss of the `lightly` package and of facebookresearch/vicreg. Invariance is the mean squared
+    error; variance is the mean of the two branches' hinge means; covariance is the sum over both branches of the
+    squared off-diagonal covariances, divided by d. Other code averages differently, so its weights must be converted
+    (docs/math.md has a table).
 
     Args:
         lambda_param, mu_param, nu_param: weights of invariance, variance and covariance.
-        gather_distributed: compute the loss of the batches of all processes of the default group, which every one
-            reports; the gradient after DDP's mean is then that of the global batch. Uneven batches are one, too. No
-            process receives everything (`vjvcr_fast.losses.distributed`).
-        samples: as `vcr_loss`: "equal" where all processes have as many, or the numbers, saves asking.
-        eps: added to the variance before the root.
-        variance_branches: "mean" of the two branches' hinges, or their "sum", as in the VICReg paper and solo-learn.
+        gather_distributed: compute the loss of the batch of all processes of the default group together, as
+            `vcr_loss` does with `group`. Every process returns that loss, and DDP's mean of the gradients is its
+            gradient. Processes may hold different numbers of samples.
+        eps: added to the variance before the square root.
+        variance_branches: "mean" of the two branches' hinges, or their "sum" as in the VICReg paper and solo-learn.
         covariance_divisor: "d", or "d(d-1)", the mean over off-diagonal entries, as in eb_jepa.
+        samples: with gather_distributed, how many samples each process holds; see `vcr_loss`.
+
+    Raises: ValueError if variance_branches or covariance_divisor is unknown, or if gather_distributed is set and this
+    torch has no torch.distributed.
     """
 
     def __init__(
@@ -41,10 +46,8 @@ class VICRegLoss(nn.Module):
         samples: Samples = None,
     ) -> None:
         super().__init__()
-        if variance_branches not in ("mean", "sum"):
-            raise ValueError(f"variance_branches={variance_branches!r}: choose 'mean' or 'sum'")
-        if covariance_divisor not in ("d", "d(d-1)"):
-            raise ValueError(f"covariance_divisor={covariance_divisor!r}: choose 'd' or 'd(d-1)'")
+        check_choice("variance_branches", variance_branches, ("mean", "sum"))
+        check_choice("covariance_divisor", covariance_divisor, ("d", "d(d-1)"))
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed=True needs a torch built with torch.distributed")
         self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
@@ -52,16 +55,16 @@ class VICRegLoss(nn.Module):
         self.variance_branches, self.covariance_divisor = variance_branches, covariance_divisor
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """z_a, z_b: (N, ..., d), the same shape. Returns the scalar loss.
+        """z_a, z_b: (N, ..., d), of the same shape. Returns the scalar loss.
 
-        Raises: as `vcr_loss`; ValueError where the two shapes differ.
+        Raises the errors of `vcr_loss`, and ValueError if the two shapes differ.
         """
         together = self.gather_distributed and torch.distributed.is_initialized()
         hs = as_slices([z_a, z_b], least=1 if together else 2)
         if z_a.shape != z_b.shape:
             raise ValueError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
         d = z_a.shape[-1]
-        # Both branches count as time steps of one call: variance is their mean, covariance half their sum.
+        # The branches are time steps of one call. Its variance is the mean of theirs, its covariance half their sum.
         mu = self.mu_param * (2.0 if self.variance_branches == "sum" else 1.0)
         nu = self.nu_param * 2.0
         if self.covariance_divisor == "d(d-1)":
@@ -72,7 +75,7 @@ class VICRegLoss(nn.Module):
         group = torch.distributed.group.WORLD
         found = distributed.shards(hs, group, self.samples)
         count = z_a.numel() // len(z_a) * found.total
-        invariance = distributed.global_mean(F.mse_loss(a, b, reduction="sum"), count, found)
+        (invariance,) = distributed.reported(found, F.mse_loss(a, b, reduction="sum") / count)
         regularisation = vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps, group=group, samples=found.samples).loss
         return self.lambda_param * invariance + regularisation
 
