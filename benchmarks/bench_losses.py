@@ -1,20 +1,20 @@
 """vcr_loss on a CPU, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
 
     pytest benchmarks/bench_losses.py [--full]               checks and times
-    pytest benchmarks/bench_losses.py --benchmark-disable    checks alone
+    pytest benchmarks/bench_losses.py --benchmark-disable    checks only
 
-Every provider's loss and gradient are checked against the reference in float64 before anything is timed. Then the
-providers take turns, one step each per round, and pytest-benchmark times ours: a slow spell meets all of them. Every
-step finds its input out of the cache, as far as 64 copies of it reach. Columns:
-`x eager` is the eager reference's median over the provider's, `x plain` that of the fastest plain PyTorch; `copies` is
-the peak of memory beyond the input, gradient included, in copies of h; `others` is the share of the machine that other
-processes used meanwhile, which from a few percent on spoils the ratios too: many small operations suffer most.
+Before anything is timed, the loss and gradient of every provider are compared with the reference in float64. Then the
+providers take turns, so that a slow spell of the machine meets all of them. The input of a step is not in the cache,
+unless it is so small that even 64 copies fit there. Columns:
+
+x eager   the eager reference's median time over the provider's
+x plain   the same for the fastest plain PyTorch
+copies    peak memory beyond the input, gradient included, in copies of h
+others    the share of the machine that other processes used meanwhile. From a few percent on it spoils the ratios,
+          above all those of many small operations.
 """
 
-import gc
-import statistics
 import time
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,14 +22,12 @@ import providers
 import pytest
 import records
 import torch
-from providers import SIGMA, Case, Outputs, Provider, compiled
-from timing import BusyElsewhere, Host, Rotating, copies, peak_bytes
+from providers import SIGMA, Case, Provider, compiled
+from timing import BusyElsewhere, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
 
-SECONDS, SECONDS_FULL = 2.0, 10.0  # a case's rounds take about this long ...
-ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but are no fewer and no more than this
-MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is left out
-
-Step = Callable[[], Outputs]
+SECONDS, SECONDS_FULL = 2.0, 10.0  # the rounds of a case take about this long ...
+ROUNDS, ROUNDS_FULL = (3, 200), (5, 1000)  # ... but they are at least and at most this many
+MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is not timed
 
 CASES = [
     Case(160, (10,), 2048, target=20.0),
@@ -59,7 +57,7 @@ PLAIN = ("eager reference", "compiled reference", "gram form", "compiled gram fo
 
 
 def compared(case: Case) -> dict[str, Provider | str]:
-    """Name to function, or to the reason why it is left out."""
+    """Each provider's name with its function, or with the reason why it is left out."""
     gram_form = providers.gram_form_of(case)
     return {
         "eager reference": providers.eager_reference,
@@ -71,9 +69,6 @@ def compared(case: Case) -> dict[str, Provider | str]:
     }
 
 
-# -- The benchmark --------------------------------------------------------------------------------------------------
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = CASES + (MORE_CASES if metafunc.config.getoption("--full") else [])
     metafunc.parametrize("case", cases, ids=lambda case: str(case).replace(", ", "x"))
@@ -83,23 +78,21 @@ def test_vcr_loss(case, benchmark, report, full, request):
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     parts = [SIGMA * torch.randn(case.n, t, case.d, generator=generator) for t in case.steps]
-    parts = [part.requires_grad_() for part in parts]
-    h_bytes = sum(part.nbytes for part in parts)
+    h_bytes, host = sum(part.nbytes for part in parts), Host()
+    parts, *sets = [
+        [part.clone().requires_grad_() for part in parts] for _ in range(1 + copies(h_bytes, host.cache_bytes))
+    ]
     loss, gradient = providers.judge(parts)
 
-    host = Host()
-    sets = [
-        [part.detach().clone().requires_grad_() for part in parts] for _ in range(copies(h_bytes, host.cache_bytes))
-    ]
-    steps: dict[str, Step] = {}
     rows: dict[str, dict[str, Any]] = {}
+    regions: dict[str, Region] = {}
     functions = compared(case)
     for number, (name, function) in enumerate(functions.items()):
-        rows[name] = {"N, T, d": str(case), "provider": name}
+        row = rows[name] = {"N, T, d": str(case), "provider": name}
         if isinstance(function, str):
-            rows[name]["note"] = function
+            row["note"] = function
             continue
-        step: Step = partial(providers.step, function, parts)
+        step = partial(providers.step, function, parts)
         if "compiled" in name:
             step()
         started = time.perf_counter()
@@ -109,67 +102,28 @@ def test_vcr_loss(case, benchmark, report, full, request):
         assert error <= max(providers.tolerance("fp32", case.n)), (
             f"{name} at {case}: off by {error:.1e} relative to the reference in float64"
         )
-        rows[name] |= {"copies": peak / h_bytes, "_error": error}
+        row |= {"copies": peak / h_bytes, "_error": error}
         if name == "compiled reference" and (seconds > MOST_SECONDS or peak > MOST_BYTES):
-            rows[name]["note"] = f"not timed: {seconds:.0f} s and {peak / 1e9:.1f} GB for a step"
+            row["note"] = f"not timed: {seconds:.0f} s and {peak / 1e9:.1f} GB for a step"
         else:
-            # Each starts elsewhere, so that none finds in the cache what the one before it has read.
-            steps[name] = Rotating(partial(providers.step, function), sets, number * len(sets) // len(functions))
+            # Each starts with another copy, so that it does not find in the cache what the one before has read.
+            first = number * len(sets) // len(functions)
+            regions[name] = Region(Rotating(partial(providers.step, function), sets, first))
     if benchmark.disabled:
         return
 
-    found = request.getfixturevalue("ceilings")
-    busy = BusyElsewhere()
-    timed = _take_turns(benchmark, case, steps, full)
-    elsewhere = busy.share()
-    for name, times in timed.items():
-        low, median, high = statistics.quantiles(times, n=4)
-        rows[name] |= {"_median_ms": 1e3 * median, "_min_ms": 1e3 * min(times), "_iqr_ms": 1e3 * (high - low)}
-        rows[name] |= {"_rounds": len(times), "_busy_elsewhere": elsewhere}
-        shape = case.n, sum(case.steps), case.d
+    found, busy = request.getfixturevalue("ceilings"), BusyElsewhere()
+    seconds, rounds = (SECONDS_FULL, ROUNDS_FULL) if full else (SECONDS, ROUNDS)
+    times = take_turns(host, regions, seconds, *rounds)
+    elsewhere, medians = busy.share(), {name: spread(of_one).median for name, of_one in times.items()}
+    eager, plain = medians["eager reference"], min(medians[name] for name in PLAIN if name in medians)
+    shape = case.n, sum(case.steps), case.d
+    for name, of_one in times.items():
+        median, least, iqr = spread(of_one)
+        rows[name] |= {"x eager": eager / median, "x plain": plain / median, "_median_ms": median, "_min_ms": least}
+        rows[name] |= {"_iqr_ms": iqr, "_rounds": len(of_one), "_busy_elsewhere": elsewhere}
         work = records.floor_bytes(*shape, 4), records.floor_flops(*shape)
-        rows[name] |= records.achieved(1e3 * median, *work, found.copy, found.products["fp32"])
-    _compare(rows, case)
-    rows["ours"]["others"] = f"{elsewhere:.0%}"
+        rows[name] |= records.achieved(median, *work, found.copy, found.products["fp32"])
+    met = "yes" if rows["ours"]["x eager"] >= case.target else "no"
+    rows["ours"] |= {"target": case.target, "met": met, "others": f"{elsewhere:.0%}"}
     report(list(rows.values()))
-
-
-def _take_turns(benchmark: Any, case: Case, steps: dict[str, Step], full: bool) -> dict[str, list[float]]:
-    """Seconds of every step: rounds in which each provider goes once, ours last and timed by pytest-benchmark."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-
-    def time_one(name: str) -> None:
-        started = time.perf_counter()
-        steps[name]()
-        times[name].append(time.perf_counter() - started)
-
-    def time_the_others() -> None:
-        for name in steps:
-            if name != "ours":
-                time_one(name)
-
-    time_the_others()
-    time_one("ours")
-    fewest, most = ROUNDS_FULL if full else ROUNDS
-    seconds = sum(sum(x) for x in times.values())
-    rounds = round(min(max((SECONDS_FULL if full else SECONDS) / seconds, fewest), most))
-    benchmark.group = str(case)
-    gc.collect()
-    benchmark.pedantic(steps["ours"], setup=time_the_others, rounds=rounds - 1)  # one is done
-    times["ours"] += benchmark.stats.stats.data
-    return times
-
-
-def _compare(rows: dict[str, dict[str, Any]], case: Case) -> None:
-    """Puts the ratios, and for ours the target, into rows."""
-    eager = rows["eager reference"]["_median_ms"]
-    plain = min(row["_median_ms"] for name, row in rows.items() if name in PLAIN and "_median_ms" in row)
-    for name, row in rows.items():
-        if "_median_ms" in row:
-            ratios = {"x eager": eager / row["_median_ms"], "x plain": plain / row["_median_ms"]}
-            note = row.pop("note", None)
-            copies = row.pop("copies")
-            row |= ratios | {"copies": copies} | ({"note": note} if note else {})
-        if name == "ours":
-            row["target"] = case.target
-            row["met"] = "yes" if row["x eager"] >= case.target else "no"

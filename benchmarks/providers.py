@@ -1,7 +1,7 @@
-"""What the benchmarks of the losses compare, and how its outputs are checked: shapes, providers, the float64 judge."""
+"""What the benchmarks of the losses compare, and how results are checked against the reference in float64."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,18 +10,21 @@ from vjvcr_fast import reference
 from vjvcr_fast.losses import vcr_loss
 
 ALPHA, BETA = 25.0, 1.0
-# Relative, (loss, gradient), against float64; of float32 over more than MANY samples times the root of their excess.
+# Allowed relative errors (loss, gradient) against float64. Beyond MANY samples float32's grow with the root of N.
 TOLERANCES, MANY = {"fp32": (1e-5, 1e-5), "tf32": (5e-3, 1e-2), "bf16": (1e-2, 2e-2)}, 16384
-SIGMA = 0.7  # of the features: below the threshold, so that the hinge is on and no small difference of large numbers
+# Standard deviation of the features, below the threshold: the hinge is on, and no small difference of large numbers.
+SIGMA = 0.7
 
 Parts = Sequence[Tensor]
-Provider = Callable[[Parts], Tensor]  # the parts of h to the loss
-Outputs = tuple[Tensor, ...]  # the loss and the gradient of each part
+Provider = Callable[[Parts], Tensor]  # from the parts of h to the loss
+Outputs = tuple[Tensor, ...]  # the loss, then the gradient of each part
 
 
 class Case(NamedTuple):
-    """(N, T, d); with several entries in `steps` h is a sequence, [h_x, h_y]. target: what the project promises of our
-    ratio to the eager reference on a CPU."""
+    """(N, T, d). With several entries in `steps`, h is a sequence such as [h_x, h_y].
+
+    target: the ratio to the eager reference that we promise on a CPU.
+    """
 
     n: int
     steps: tuple[int, ...]
@@ -36,13 +39,12 @@ class Case(NamedTuple):
 
 
 def eager_reference(parts: Parts) -> Tensor:
-    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
-    return reference.vcr(h, ALPHA, BETA)[0]
+    return reference.vcr(_whole(parts), ALPHA, BETA)[0]
 
 
 def gram_form(parts: Parts) -> Tensor:
-    """What a reader of the identity would write: ||ZZ'||^2 less the squared variances."""
-    h = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    """What one would write who knows the identity: ||ZZ'||^2 minus the squared variances."""
+    h = _whole(parts)
     n, steps, d = h.shape
     z = (h - h.mean(dim=0)).transpose(0, 1)
     variance = z.square().sum(dim=1) / (n - 1)
@@ -52,24 +54,24 @@ def gram_form(parts: Parts) -> Tensor:
     return ALPHA * hinge + BETA * penalty
 
 
+def _whole(parts: Parts) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+
+
 def gram_form_of(case: Case) -> Provider | str:
-    """`gram_form`, or why it is left out."""
+    """`gram_form`, or the reason why it is left out."""
     too_large = f"N > d: its {case.n} x {case.n} products are the larger ones"
     return too_large if case.n > case.d else gram_form
 
 
-def ours(parts: Parts) -> Tensor:
-    return vcr_loss(parts if len(parts) > 1 else parts[0], alpha=ALPHA, beta=BETA).loss
+def ours_with(**options: Any) -> Provider:
+    """`vcr_loss` with these options."""
+    return lambda parts: vcr_loss(parts, alpha=ALPHA, beta=BETA, **options).loss
 
 
-def ours_in_forward(parts: Parts) -> Tensor:
-    """The gradient is made in the forward pass."""
-    return vcr_loss(parts if len(parts) > 1 else parts[0], alpha=ALPHA, beta=BETA, gradient="forward").loss
-
-
-def ours_in_torch(parts: Parts) -> Tensor:
-    """Plain torch operations, no kernels."""
-    return vcr_loss(parts if len(parts) > 1 else parts[0], alpha=ALPHA, beta=BETA, backend="torch").loss
+ours = ours_with()
+ours_in_forward = ours_with(gradient="forward")
+ours_in_torch = ours_with(backend="torch")
 
 
 def compiled(function: Provider | str) -> Provider | str:
@@ -78,18 +80,20 @@ def compiled(function: Provider | str) -> Provider | str:
     return torch.compile(function, fullgraph=True, dynamic=False)
 
 
-# -- One pass, and its judge ----------------------------------------------------------------------------------------
+# -- One pass, and what it is compared with -------------------------------------------------------------------------
 
 
 def step(function: Provider, parts: Parts) -> Outputs:
-    """One forward and backward pass. Nothing that is returned keeps the graph alive."""
+    """One forward and backward pass. What it returns does not keep the graph alive."""
     loss = function(parts)
     return loss.detach(), *torch.autograd.grad(loss, parts)
 
 
 def judge(parts: Parts) -> tuple[Tensor, Tensor]:
-    """The reference's loss in float64, and its gradient (N, T, d), rounded to float32. A time step at a time: they are
-    independent, and all of them at once would need d x d x T x 8 bytes several times over."""
+    """The reference's loss in float64, and its gradient (N, T, d) rounded to float32.
+
+    Time steps are independent, so we take one at a time: all at once would need T d d float64 numbers several times.
+    """
     h = torch.cat([part.detach() for part in parts], dim=1)
     total = torch.zeros((), dtype=torch.float64, device=h.device)
     gradient = torch.empty(h.shape, device=h.device)
@@ -102,14 +106,14 @@ def judge(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def tolerance(precision: str, n: int) -> tuple[float, float]:
-    """What `errors` may be; precision is one of timing.PRECISIONS."""
+    """The largest `errors` allowed for N = n. precision: one of timing.PRECISIONS."""
     more = (n / MANY) ** 0.5
     loss, gradient = (max(a, b * more) for a, b in zip(TOLERANCES[precision], TOLERANCES["fp32"], strict=True))
     return loss, gradient
 
 
 def errors(outputs: Outputs, loss: Tensor, gradient: Tensor) -> tuple[float, float]:
-    """Relative errors of the loss and of the gradient; NaN counts as infinite."""
+    """Relative errors of the loss and of the gradient. NaN counts as infinite."""
     made = torch.cat(outputs[1:], dim=1)
     found = (outputs[0].double() - loss).abs() / loss.abs(), (made - gradient).norm() / gradient.norm()
     return tuple(float(error.double().nan_to_num(nan=torch.inf)) for error in found)
