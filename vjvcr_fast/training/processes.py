@@ -1,11 +1,13 @@
-"""The processes of one training run: one, or those that torchrun (or any launcher that sets its variables) started.
+"""The processes of one training run: a single one, or those that torchrun (or another launcher) started.
 
     torchrun --nproc-per-node 4 -m vjvcr_fast train ...
 
-Every process trains on its part of every batch, on a GPU of its own (NCCL) or on the CPU (gloo); the process of rank 0
-alone writes files and shows progress. One that ends or does not answer ends the others, by a heartbeat: a thread that
-every two seconds adds up a number with the others', in a group of its own, fails within moments where a process has
-gone and within SILENCE seconds where one is stuck.
+Every process trains on its part of every batch, on a GPU of its own (NCCL) or on the CPU (gloo). Only the process of
+rank 0 writes files and shows progress.
+
+If one process ends or hangs, the others end too. They notice by a heartbeat: a thread in each process that takes part
+in a sum over all processes every two seconds. The sum fails at once if a process has gone, and after SILENCE seconds if
+one hangs.
 """
 
 import os
@@ -24,7 +26,8 @@ from torch import Tensor, nn
 from vjvcr_fast.config import Config, ConfigError, resolve_device
 from vjvcr_fast.models.syncnorm import synchronised
 
-BEAT, SILENCE, GRACE = 2.0, 30.0, 5.0  # seconds: between heartbeats, without one, for a process to end by itself
+# Seconds between heartbeats; without an answer; that a process has to end by itself after another was lost.
+BEAT, SILENCE, GRACE = 2.0, 30.0, 5.0
 
 
 class LostProcessError(RuntimeError):
@@ -32,49 +35,51 @@ class LostProcessError(RuntimeError):
 
 
 class Processes:
-    """rank, world: of this process and how many there are. device: of this one. group: of torch.distributed, None where
-    a process is alone."""
+    """rank: of this process. world: how many processes there are. device: of this process. group: of torch.distributed,
+    None if there is one process only."""
 
     def __init__(self, device: torch.device, rank: int = 0, world: int = 1) -> None:
         self.device, self.rank, self.world = device, rank, world
         self.group: Any = dist.group.WORLD if world > 1 else None
-        # Looking at a data set may take long; the heartbeat is what ends a wait for a process that has gone.
+        # To look at a data set may take long. If a process is lost meanwhile, the heartbeat ends the wait.
         patient = timedelta(days=1)
         self._control: Any = dist.new_group(backend="gloo", timeout=patient) if world > 1 else None
         self._asked: tuple[Any, Tensor] | None = None
 
     @property
     def main(self) -> bool:
-        """Whether this is the one that writes files."""
+        """True for the process that writes files."""
         return self.rank == 0
 
     def part(self, batch: int, name: str = "train.batch") -> int:
-        """How many of a batch each process has. Raises ConfigError where they would not have as many."""
+        """How many samples of a batch each process has. Raises ConfigError if the batch cannot be split evenly."""
         if batch % self.world:
             raise ConfigError(f"{name}={batch}: must be a multiple of the {self.world} processes")
         return batch // self.world
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model, or DDP around it, with its batch norm over the whole batch; its parameters become the same."""
+        """DDP around the model, with batch norm over the batches of all processes and rank 0's parameters on each; with
+        one process the model itself."""
         if self.world == 1:
             return model
         synchronised(model, self.group, self.device)
         gpus = [self.device] if self.device.type == "cuda" else None
         with warnings.catch_warnings():
-            # Statistics are the same everywhere. torch 2.13 renames the option, torch 2.11 does not know the new name.
+            # broadcast_buffers is renamed in torch 2.13, but 2.11 does not know the new name. It is off because the
+            # statistics of batch norm are the same on all processes anyway.
             warnings.simplefilter("ignore", FutureWarning)
             return nn.parallel.DistributedDataParallel(
                 model, device_ids=gpus, broadcast_buffers=False, gradient_as_bucket_view=True
             )
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over processes, in place; the tensor itself where there is one."""
+        """The mean over processes, computed in place."""
         if self.world > 1:
             dist.all_reduce(tensor.div_(self.world))
         return tensor
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        """(n, ...) of every process, (W n, ...) on each, by rank."""
+        """The tensors (n, ...) of all processes as one, (world * n, ...), by rank; the same on each process."""
         if self.world == 1:
             return tensor
         everyone = [torch.empty_like(tensor) for _ in range(self.world)]
@@ -82,7 +87,7 @@ class Processes:
         return torch.cat(everyone)
 
     def mean_gradients(self, model: nn.Module) -> None:
-        """What DDP does, for gradients that were not made by one backward pass through it."""
+        """What DDP does in backward, for gradients that were computed without DDP."""
         if self.world > 1:
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
             flat = self.mean(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -90,8 +95,10 @@ class Processes:
                 gradient.copy_(part.view_as(gradient))
 
     def agree(self, wish: bool) -> bool:
-        """Whether any process wished, when this was called the time before; at once where there is one. So all know it
-        at the same step, and neither the host nor the device has waited for an answer."""
+        """True if any process wished for it in the previous call; with one process, in this call.
+
+        All processes get the same answer at the same step, and neither the host nor the GPU waits for it.
+        """
         if self.world == 1:
             return wish
         answer = self._answer()
@@ -108,7 +115,7 @@ class Processes:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes first, the others when it is done: it leaves them what it found or made on the disk."""
+        """Rank 0 runs the block first and the others afterwards, so that they find on the disk what it wrote."""
         if not self.main:
             dist.barrier(self._control)
         yield
@@ -117,20 +124,20 @@ class Processes:
 
 
 def launched() -> int:
-    """How many processes a launcher started, by its WORLD_SIZE."""
+    """How many processes a launcher started, from its variable WORLD_SIZE."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def speaks() -> bool:
-    """Whether this process is the one that tells what all know."""
+    """True for the process that prints what all of them know."""
     return os.environ.get("RANK", "0") == "0" or launched() == 1
 
 
 @contextmanager
 def joined(config: Config) -> Iterator[Processes]:
-    """This run's processes, from the first collective operation to the last.
+    """The processes of this run. Collective operations are possible inside the block.
 
-    Raises ConfigError where `train.device` does not fit them; LostProcessError where another has ended.
+    Raises ConfigError if `train.device` does not suit several processes, LostProcessError if another process has ended.
     """
     if launched() == 1:
         yield Processes(resolve_device(config.train.device))
@@ -155,15 +162,15 @@ def joined(config: Config) -> Iterator[Processes]:
 
 
 def _device(config: Config) -> torch.device:
-    """Of this process: a GPU of its own, by its place on this machine, or the CPU."""
+    """The CPU, or the GPU whose number is the rank of this process on its machine."""
     device = resolve_device(config.train.device)
     if device.type == "cpu":
         return device
+    wanted = f"train.device={config.train.device}"
     if device.index is not None:
-        raise ConfigError(f"train.device={config.train.device}: {launched()} processes take cuda, each its own, or cpu")
+        raise ConfigError(f"{wanted}: {launched()} processes need cuda, which gives each its own GPU, or cpu")
     local, here = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if local >= here:
-        wanted = f"train.device={config.train.device}"
         raise ConfigError(f"{wanted}: process {local + 1} of this machine has no CUDA device, there are {here}")
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
@@ -178,7 +185,7 @@ def _lost(reason: str) -> str:
 
 
 class _Heartbeat:
-    """A context manager: while it is entered this process and the others watch one another."""
+    """A context manager. Inside it, this process and the others watch one another."""
 
     def __init__(self) -> None:
         self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=SILENCE))
@@ -190,7 +197,7 @@ class _Heartbeat:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self.leaving.set()
-        # Together with the others; after an error that is not theirs they are to notice.
+        # Leave together with the others. After an error of this process alone, let the others notice.
         self.thread.join(None if error is None else 2 * BEAT)
         self.left.set()
 
@@ -201,7 +208,7 @@ class _Heartbeat:
             try:
                 dist.all_reduce(done, dist.ReduceOp.MIN, group=self.group)
             except RuntimeError as error:
-                if not self.left.wait(GRACE):  # the training thread may wait for the lost one for ever
+                if not self.left.wait(GRACE):  # the main thread may wait for the lost process for ever
                     print(f"vjvcr-fast: {_lost(str(error))}", file=sys.stderr, flush=True)
                     os._exit(1)
                 return
