@@ -1,7 +1,7 @@
-"""vjvcr_fast: VJ-VCR (arXiv 2412.10925) and the variance-covariance losses it rests on, exact and fast.
+"""vjvcr_fast: VJ-VCR (arXiv 2412.10925) and its variance-covariance losses, exact and fast.
 
-The drop-in losses are in `vjvcr_fast.losses`; every equation, written plainly, is in `vjvcr_fast.reference`. `load`
-gives the model of a trained run.
+The losses are in `vjvcr_fast.losses`. Every equation is written plainly in `vjvcr_fast.reference`. `load` loads the
+model of a trained run.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(run: Any, device: str = "auto") -> "Trained":
-    """The trained model of a run's folder, by `vjvcr_fast.runs.load`: encode(frames), predict(x)."""
+    """Loads the trained model from a run's folder, with methods encode(frames) and predict(x): `vjvcr_fast.runs.load`."""
     from vjvcr_fast.runs import load as load_trained
 
     return load_trained(run, device)

@@ -1,11 +1,17 @@
 """Every equation of VJ-VCR (arXiv 2412.10925) in plain PyTorch: the single source of truth.
 
-All else in this package is tested against this file in float64 and timed against it. It is written to be read
-and to be a fair baseline: vectorised over time steps, nothing computed twice, autograd for the gradient. Imports
-torch only.
+Everything else in this package is tested against this file in float64, and timed against it. The code is written to be
+read, and to be a fair baseline: it is vectorised over time steps, computes nothing twice, and leaves the gradient to
+autograd. It imports torch only.
 
-Shapes: `h` is (N, T, d): N videos, T time steps, d features; `h_x` (N, T_x, d), `h_y` (N, T_y, d); frames are
-(N, T, C, H, W) in [0, 1]. Every function keeps its input's dtype.
+Shapes, with N videos, T time steps and d features:
+
+    h        (N, T, d)           representations of frames
+    h_x      (N, T_x, d)         of the frames that are given
+    h_y      (N, T_y, d)         of the frames that are to be predicted
+    frames   (N, T, C, H, W)     in [0, 1]
+
+Every function returns the dtype of its input.
 """
 
 from collections.abc import Callable
@@ -19,14 +25,14 @@ from torch import Tensor
 def variance_hinge(h: Tensor, threshold: float = 1.0, eps: float = 1e-4) -> Tensor:
     """Equation (1): 1/(T d) sum_{t,k} max(0, threshold - sqrt(Var(h[:, t, k]) + eps)).
 
-    h: (N, T, d), N >= 2. Returns a scalar. Var is unbiased (N - 1). `threshold` is the paper's tau; `eps` is not
-    given by the paper, 1e-4 is VICReg's.
+    h: (N, T, d), N >= 2. threshold: the paper's tau. Var is the unbiased variance over the batch, with divisor N - 1.
+    The paper does not give eps; 1e-4 is VICReg's. Returns a scalar.
     """
     return _hinge(h.var(dim=0, correction=1), threshold, eps)
 
 
 def covariance(h: Tensor) -> Tensor:
-    """Equation (3): the covariance over the batch at every time step, divisor N - 1.
+    """Equation (3): the covariance over the batch at every time step, with divisor N - 1.
 
     h: (N, T, d), N >= 2. Returns (T, d, d).
     """
@@ -45,9 +51,10 @@ def covariance_penalty(h: Tensor) -> Tensor:
 def vcr(
     h: Tensor, alpha: float, beta: float, threshold: float = 1.0, eps: float = 1e-4
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Equation (4): alpha * l_var + beta * l_cov. The variances are the covariance's diagonal.
+    """Equation (4): alpha * l_var + beta * l_cov, with `variance_hinge` for l_var and `covariance_penalty` for l_cov.
 
-    h: (N, T, d), N >= 2. Returns the scalars (loss, variance, covariance), the last two unweighted.
+    The variances are taken from the diagonal of the covariance. h: (N, T, d), N >= 2.
+    Returns the scalars (loss, variance, covariance); the last two are l_var and l_cov, without weights.
     """
     cov = covariance(h)
     variance, penalty = _hinge(cov.diagonal(dim1=1, dim2=2), threshold, eps), _off_diagonal_squares(cov)
@@ -55,11 +62,12 @@ def vcr(
 
 
 def _hinge(variances: Tensor, threshold: float, eps: float) -> Tensor:
+    """variances: (T, d). Returns the scalar of equation (1)."""
     return torch.relu(threshold - torch.sqrt(variances + eps)).mean()
 
 
 def _off_diagonal_squares(cov: Tensor) -> Tensor:
-    """Their sum over (T, d, d), over T d."""
+    """1/(T d) times the sum of the squared off-diagonal entries of cov (T, d, d)."""
     diagonal = torch.eye(cov.shape[-1], dtype=torch.bool, device=cov.device)
     return cov.masked_fill(diagonal, 0).square().sum() / (cov.shape[0] * cov.shape[1])
 
@@ -68,7 +76,10 @@ def _off_diagonal_squares(cov: Tensor) -> Tensor:
 
 
 def distance(prediction: Tensor, target: Tensor) -> Tensor:
-    """D of equations (5) and (7): the mean squared error over every element. Returns a scalar."""
+    """D of equations (5) and (7): the mean squared error over all elements.
+
+    prediction, target: of the same shape. Returns a scalar.
+    """
     return (prediction - target).square().mean()
 
 
@@ -84,8 +95,8 @@ def energy_vjvcr(
 ) -> Tensor:
     """Equation (5): D(Pred(h_x, z), h_y) + l_vcr([h_x, h_y]) + gamma * D(Dec(Pred(h_x, z)), y).
 
-    h_x (N, T_x, d), h_y and predicted_h_y (N, T_y, d); with gamma > 0 also decoded and y (N, T_y, C, H, W).
-    Gradients flow through both h_x and h_y. Returns a scalar.
+    h_x: (N, T_x, d). h_y, predicted_h_y: (N, T_y, d). decoded, y: (N, T_y, C, H, W), needed if gamma is not 0.
+    Gradients flow through both h_x and h_y. Returns a scalar. Raises ValueError if decoded or y is missing.
     """
     energy = distance(predicted_h_y, h_y) + vcr(torch.cat([h_x, h_y], dim=1), alpha, beta)[0]
     if gamma != 0.0:
@@ -96,9 +107,10 @@ def energy_vjvcr(
 
 
 def energy_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
-    """Equation (6)'s objective for one z per sample: the z-dependent part of the energy, mean over all but N.
+    """The objective of equation (6) for each sample: the part of the energy that depends on its latent z.
 
-    prediction, target: (N, ...). Returns (N,). The latent z* is its argmin.
+    This is the mean squared error over all dimensions but the first. z* of a sample minimises it.
+    prediction, target: (N, ...). Returns (N,).
     """
     return (prediction - target).square().flatten(1).mean(dim=1)
 
@@ -110,9 +122,9 @@ def energy_generative(
     alpha: float = 0.0,
     beta: float = 0.0,
 ) -> Tensor:
-    """Equation (7): D(Dec(Pred(h_x, z)), y) + l_vcr([h_x, h_y]), the second term only when h is given.
+    """Equation (7): D(Dec(Pred(h_x, z)), y) + l_vcr([h_x, h_y]), without the second term if h is None.
 
-    decoded, y: (N, T_y, C, H, W); h: (N, T_x + T_y, d) or None. Returns a scalar.
+    decoded, y: (N, T_y, C, H, W). h: [h_x, h_y], concatenated to (N, T_x + T_y, d), or None. Returns a scalar.
     """
     energy = distance(decoded, y)
     return energy if h is None else energy + vcr(h, alpha, beta)[0]
@@ -122,19 +134,25 @@ def energy_generative(
 
 
 def singular_values(rows: Tensor) -> Tensor:
-    """Singular values of a matrix of representations (rows, d), largest first, without centring (figure 4)."""
+    """The singular values of a matrix of representations, largest first, as in figure 4. The matrix is not centred.
+
+    rows: (M, d). Returns (min(M, d),).
+    """
     return torch.linalg.svdvals(rows)
 
 
 def cumulative_spectrum(singular: Tensor) -> Tensor:
-    """Figure 4's second panel: cumulative sum of the singular values (not of their squares) over their total."""
+    """The second panel of figure 4: the cumulative sum of singular values (not of their squares), divided by their sum.
+
+    singular: (..., K), largest first. Returns the same shape.
+    """
     return singular.cumsum(dim=-1) / singular.sum(dim=-1, keepdim=True)
 
 
 def rank_me(rows: Tensor, eps: float = 1e-7) -> Tensor:
-    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp of the entropy of the normalised singular values.
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885): exp(-sum_k p_k log p_k), p_k = sigma_k / sum_j sigma_j + eps.
 
-    rows: (rows, d). p_k = sigma_k / sum sigma + eps. Returns a scalar between 1 and min(rows, d) (up to eps).
+    rows: (M, d), with singular values sigma. Returns a scalar between 1 and min(M, d), up to eps.
     """
     singular = singular_values(rows)
     p = singular / singular.sum() + eps

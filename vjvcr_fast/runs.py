@@ -1,4 +1,4 @@
-"""Trained runs: their models, and what these make of frames.
+"""Loading a trained run and applying its model to frames.
 
 model = vjvcr_fast.load("runs/my-run")
 h = model.encode(frames)                    # (N, T, C, H, W) -> (N, T, d)
@@ -21,11 +21,12 @@ LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
 class Trained:
-    """The model of least validation loss of a run, in evaluation mode. Gradients flow as through any module: for
-    features alone call it under torch.no_grad().
+    """A run's best model (lowest validation loss) in eval mode.
 
-    config: of the run. model: its EnergyModel, whose parts (encoder, predictor, decoder) are modules. d: features of a
-    frame's representation.
+    Gradients flow as through any module. If you need features only, call it under torch.no_grad().
+
+    config: the run's Config. model: its EnergyModel; model.encoder, model.predictor and model.decoder are modules.
+    d: the number of features of a frame's representation.
     """
 
     def __init__(self, config: Config, model: EnergyModel) -> None:
@@ -33,15 +34,19 @@ class Trained:
         self._latents = Latents(config, model)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """frames: (N, T, C, H, W) of any size and device, uint8, or floating point in [0, 1]; C is 3, or that of the
-        run. They are resized to its canvas. Returns h (N, T, d) float32. Raises ValueError for other frames."""
+        """The representations h (N, T, d), float32, of frames (N, T, C, H, W).
+
+        frames: of any size and on any device, uint8 or floating point in [0, 1]. C is 3 or the run's number of
+        channels. Frames are resized to the run's canvas. Raises ValueError for other frames.
+        """
         return self.model.encoder(self.prepare(frames))
 
     def predict(self, x: Tensor, y: Tensor | None = None) -> Tensor:
-        """Predicted representations of the frames that follow: x (N, T_x, C, H, W) -> (N, T_y, d). Of a run with a
-        latent at z*, which is inferred from y (N, T_y, C, H, W). Frames as of `encode`.
+        """The predicted representations (N, T_y, d) of the frames that follow x.
 
-        Raises ValueError for another number of frames, and where y is missing.
+        x: (N, T_x, C, H, W), frames as in `encode`. y: the true frames that follow, (N, T_y, C, H, W). It is needed if
+        the run has a latent: z* is inferred from x and y, and the prediction is made with it.
+        Raises ValueError if the number of frames is not the run's, or if y is missing.
         """
         data = self.config.data
         for name, given, wanted in (("x", x, data.frames_in), ("y", y, data.frames_out)):
@@ -54,7 +59,7 @@ class Trained:
         return self._latents.predict(self.prepare(x), self.prepare(y))
 
     def prepare(self, frames: Tensor) -> Tensor:
-        """Frames as the model takes them: (N, T, C, S, S) float32 in [0, 1] on its device."""
+        """Converts frames (as in `encode`) to the model's input: (N, T, C, S, S), float32 in [0, 1], on its device."""
         data = self.config.data
         if frames.ndim != 5 or frames.shape[2] not in (3, data.channels):
             kinds = f"(N, T, C, H, W) with C = {' or '.join(map(str, sorted({3, data.channels})))}"
@@ -73,9 +78,9 @@ class Trained:
 
 
 def load(run: str | Path, device: str = "auto") -> Trained:
-    """The trained model in the folder of a run. device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:N".
+    """Loads the trained model from a run's folder. device: "auto" (CUDA if available), "cpu", "cuda" or "cuda:N".
 
-    Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
+    Raises ConfigError or CheckpointError, which name the file, if the folder does not hold a run.
     """
     folder = Path(run)
     config, model = load_run(folder, override(Config.load(folder / "config.json"), {"train.device": device}))
@@ -83,12 +88,12 @@ def load(run: str | Path, device: str = "auto") -> Trained:
 
 
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
-    """The config and the model of least validation loss of a run, in evaluation mode.
+    """The config of a run and its best model (lowest validation loss) in eval mode.
 
-    config: the run's, where its device, the place of its data or `evaluate.*` differ from its config.json. In the
-    one returned `latent.weight` is the calibrated weight of the checkpoint.
+    config: by default config.json of the run. Pass one to change the device, the path of the data or `evaluate.*`.
+    In the returned config, `latent.weight` is the calibrated weight from the checkpoint.
 
-    Raises ConfigError or CheckpointError, naming the file, where the folder does not hold a run.
+    Raises ConfigError or CheckpointError, which name the file, if the folder does not hold a run.
     """
     config = config or Config.load(run / "config.json")
     device = resolve_device(config.train.device)

@@ -1,4 +1,9 @@
-"""The drop-in losses: variance hinge, covariance penalty, their sum (VCR) and VICReg."""
+"""Drop-in losses: variance hinge, covariance penalty, their weighted sum (VCR), and VICReg.
+
+vcr.py has the public functions, vicreg.py VICReg. backends.py decides which code computes a loss: analytic.py (plain
+PyTorch; formulas and gradients of both forms), ops.py (the Triton kernels as operators) or reference.py. distributed.py
+computes the loss of a batch that is spread over several processes.
+"""
 
 from vjvcr_fast.losses.vcr import (
     Form,
