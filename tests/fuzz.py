@@ -1,4 +1,4 @@
-"""Properties on generated examples, a few by default and many under `-m slow`; files that something has happened to."""
+"""Helpers for tests on generated examples (few by default, many under `-m slow`), with damaged JSON and files."""
 
 import inspect
 from collections.abc import Callable
@@ -13,7 +13,10 @@ SLOW_EXAMPLES = [HealthCheck.too_slow, HealthCheck.large_base_example, HealthChe
 
 
 def fuzz(few: int, many: int, **strategies: st.SearchStrategy[Any]) -> Callable[[Callable[..., None]], Any]:
-    """A test of what is drawn from `strategies`, beside fixtures: of `few` examples and, marked slow, of `many`."""
+    """Decorates a test to run on `few` examples drawn from `strategies` and, marked slow, on `many`.
+
+    The test may also take fixtures.
+    """
 
     def decorate(test: Callable[..., None]) -> Any:
         def run(examples: int, **fixtures: Any) -> None:
@@ -53,7 +56,7 @@ JSON = st.recursive(
 
 @st.composite
 def changed(draw: st.DrawFn, value: Any) -> Any:
-    """A JSON value of which some part, at any depth, is another one, is gone, or is there twice."""
+    """A JSON value with one part, at any depth, replaced, removed, or there twice."""
     if not isinstance(value, dict | list) or not value or draw(st.integers(0, 5)) == 0:
         return draw(JSON)
     key = draw(st.sampled_from([*value] if isinstance(value, dict) else range(len(value))))
@@ -83,7 +86,7 @@ NOISE = st.one_of(
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """The bytes of a file, cut off, with bits flipped, with some written over, left out, put in, or moved."""
+    """The bytes of a file with one damage: cut off, bits flipped, or bytes overwritten, left out, inserted or moved."""
     at = draw(st.integers(0, len(content) - 1))
     end = min(len(content), at + draw(st.integers(1, 64)))
     match draw(st.sampled_from(["flip", "flip", "cut", "over", "out", "in", "zero", "moved"])):
@@ -109,12 +112,15 @@ def damaged(draw: st.DrawFn, content: bytes) -> bytes:
             return content[end:] + content[:end]
 
 
-# -- What is to come of it ------------------------------------------------------------------------------------------
+# -- What must happen -----------------------------------------------------------------------------------------------
 
 
 def read_or_refuse(read: Callable[[], Any], error: type[Exception], path: Path, says: str | None = None) -> Any:
-    """What read() returns, or None where it raises `error`, in one line with the file's name (or `says`), and nothing
-    else. Either way every file around `path` is as it was."""
+    """What read() returns, or None if it raises `error`.
+
+    Any other exception fails the test, and so does a message of several lines or without the file's name (or `says`).
+    The files around `path` must stay as they were.
+    """
     folder = path if path.is_dir() else path.parent
     before = listing(folder)
     try:

@@ -1,6 +1,7 @@
 """Processes for the tests: of torch.distributed, and of the command line.
 
-All are forked from one that has imported torch, once for a whole test run: a process costs 0.1 s instead of 2 s.
+All are forked from one process that has imported torch. It is started once in a test run. A process then takes 0.1 s
+instead of 2 s.
 """
 
 import multiprocessing
@@ -38,7 +39,7 @@ def _process(rank: int, world: int, folder: str, work: Any) -> None:
 
 
 def in_processes(work: Any, world: int, folder: Path) -> list[Any]:
-    """What work(rank, world) returns in each of `world` processes of a gloo group."""
+    """Runs work(rank, world) in `world` processes of a gloo group. Returns their results by rank."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.multiprocessing.start_processes(_process, (world, str(folder), work), world, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)]
@@ -70,7 +71,7 @@ def _command(arguments: list[str], environment: dict[str, str], folder: str, sec
 
 
 class Command:
-    """`vjvcr-fast ARGUMENTS` as a process that finds the digits of this one, by the fixture `digits` blobs."""
+    """`vjvcr-fast ARGUMENTS` as a process, with the same digits as this process (blobs, with the fixture `digits`)."""
 
     def __init__(self, *given: Any) -> None:
         self.kept = tempfile.TemporaryDirectory()
@@ -85,7 +86,7 @@ class Command:
         return self.process.pid
 
     def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
+        """The exit code, or None while the process runs."""
         return self.process.exitcode
 
     def send_signal(self, number: signal.Signals) -> None:
@@ -96,8 +97,10 @@ class Command:
 
 
 def command(arguments: list[str], rank: int | None = None, world: int = 1, port: int = 0, **seconds: float) -> Command:
-    """`vjvcr-fast ARGUMENTS` as a process, on one thread; with a rank, as a launcher starts one of several.
-    seconds: other values of the constants of training/processes.py."""
+    """Starts `vjvcr-fast ARGUMENTS` on one thread; with a rank, as a launcher starts one of `world` processes.
+
+    seconds: new values for the constants of training/processes.py.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     if rank is not None:
         launched = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank, "MASTER_PORT": port}
@@ -106,13 +109,13 @@ def command(arguments: list[str], rank: int | None = None, world: int = 1, port:
 
 
 def commands(arguments: list[str], world: int, **seconds: float) -> list[Command]:
-    """The same command in `world` processes that find one another."""
+    """The same command in `world` processes of one run."""
     port = free_port()
     return [command(arguments, rank, world, port, **seconds) for rank in range(world)]
 
 
 def finished(process: "Command | subprocess.Popen[str]", timeout: float = 120.0) -> tuple[int, str]:
-    """Its exit code and what it said on stderr; ended after `timeout` seconds."""
+    """Waits for the process. Returns its exit code and stderr. Kills it and raises an error after `timeout` seconds."""
     if isinstance(process, Command):
         process.process.join(timeout)
         code = process.poll()

@@ -1,4 +1,4 @@
-"""A run of an earlier version (commit 3f2ffcf) loads, predicts what it did then, is evaluated and goes on."""
+"""A run of an earlier version (commit 3f2ffcf) can be loaded, evaluated and resumed, and predicts what it did then."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""reference.py against the definitions, written out in numpy loops or known in closed form."""
+"""reference.py against definitions written out as numpy loops, or known in closed form."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Imports run one way, so that a reader can stop anywhere: the layers of the package, read from its source."""
+"""The layers of the package, checked from its source: imports run one way only."""
 
 import ast
 import graphlib
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "vjvcr_fast"
 
-# From the ground up: a module imports from lower layers and from its own folder only.
+# From the lowest layer to the highest. A module imports only from lower layers and from its own folder.
 LAYERS = [
     ("reference", "data", "kernels", "native"),
     ("losses",),
@@ -31,7 +31,7 @@ FILES |= {f"kernels.{p.stem}": p for p in (ROOT / "kernels").glob("*.py")}
 
 
 def imports(path: Path) -> set[str]:
-    """Modules that a file imports, anywhere in it, by their whole names; the package's own without its prefix."""
+    """The full names of all modules that a file imports, at its head or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -69,7 +69,7 @@ def test_no_import_is_circular() -> None:
 
 
 def test_the_package_itself_imports_nothing() -> None:
-    """At once: `load` does, when it is called, and type checkers."""
+    """At its head. `load` imports when it is called, and type checkers import."""
     tree = ast.parse(FILES["__init__"].read_text())
     at_once = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert [node.module for node in at_once if isinstance(node, ast.ImportFrom)] == ["typing"]
@@ -83,7 +83,7 @@ def test_reference_imports_torch_only() -> None:
 
 def test_top_level_folders() -> None:
     assert (ROOT / "kernels" / "__init__.py").is_file()
-    assert not (PACKAGE / "kernels").exists()  # it lies at the top and is installed there
+    assert not (PACKAGE / "kernels").exists()  # the source lies at the top; it is installed inside
     assert (PACKAGE / "py.typed").is_file()
 
 
@@ -99,7 +99,7 @@ for module in ("vjvcr_fast.reference", "vjvcr_fast.losses", "vjvcr_fast.cli"):
 
 
 def test_importing_needs_torch_alone_and_no_gpu() -> None:
-    """Nothing of the extras is imported before it is used."""
+    """Packages of the optional extras are imported only when they are used."""
     done = subprocess.run([sys.executable, "-c", PROBE], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "vjvcr_fast.reference vjvcr_fast no cuda",

@@ -1,21 +1,21 @@
-"""Every bound the tests use, with its reason, and what each is relative to.
+"""Every bound the tests use, the reason for it, and what it is relative to.
 
-The judge is always `vjvcr_fast.reference` (or a definition written out in the test) in float64, on the input as it
-was rounded to its own dtype: a bound is about what we compute, not about what the input's dtype could not hold.
+Results are always compared with `vjvcr_fast.reference` (or with a definition written out in the test) in float64. It
+gets the input after rounding to its own dtype, so a bound covers our arithmetic, not what the dtype could not hold.
 """
 
 import torch
 from torch import Tensor
 
-# float64 against float64: two summation orders of at most 1e5 products, 1e5 * 1.1e-16, and one order of slack.
+# float64 against float64: sums of at most 1e5 products in two orders, 1e5 * 1.1e-16, with a factor 10 of slack.
 FLOAT64 = 1e-10
 
-# float32, well-conditioned input: sums of at most a few thousand products of unit size. Blocked summation
-# grows the rounding 6e-8 by the root of the length at most, about 3e-6.
+# float32, well-conditioned input: sums of at most a few thousand products of unit size. In blocked summation the
+# rounding error, 6e-8, grows at most with the root of the length, to about 3e-6.
 FLOAT32 = 1e-5
 
-# float32 with column means of 30 sigma. Shifting by the first sample is exact to 6e-8 of the mean, 30 * 6e-8 of
-# sigma; what was lost before that, in the input's own rounding, the judge loses too. The issue's bound is wider.
+# float32 with column means of 30 sigma. Subtracting the first sample is exact to 6e-8 of the mean, which is 30 * 6e-8
+# of sigma. What rounding the input had lost before, the reference has lost too. The promised bound is wider.
 MEAN_30_SIGMA = 2e-4
 
 # The same at 1e3 sigma.
@@ -25,17 +25,18 @@ MEAN_1000_SIGMA = 1e-3
 BFLOAT16 = 1e-2
 FLOAT16 = 2e-3
 
-# A float32 quantity that is exactly zero in mathematics (the gradient of the penalty at d = 1), relative to the terms
-# whose difference it is: a handful of roundings of 6e-8.
+# A float32 number that is exactly zero in mathematics (the gradient of the penalty at d = 1), relative to the terms it
+# is the difference of: a few roundings of 6e-8.
 FLOAT32_ZERO = 1e-6
 
-# The compiler fuses and reorders sums: same length, another order.
+# The compiler fuses and reorders sums. They have the same length, so the bound is the same.
 COMPILED = FLOAT32
 
-# Iterative solvers against their optimality conditions: FISTA gains k^-2, here with strong convexity much faster.
+# Iterative solvers against their optimality conditions. FISTA converges as k^-2, and much faster on our strongly convex
+# problems.
 CONVERGED = 1e-8
 
-# Peak extra memory of forward and backward, in copies of h: the gradient is one; the issue allows three.
+# Peak extra memory of forward and backward, in copies of h. The gradient is one; three are allowed.
 MEMORY_COPIES = 3.0
 
 
@@ -48,10 +49,10 @@ def relative(actual: Tensor, expected: Tensor, scale: Tensor | float | None = No
 
 
 def penalty_scale(h: Tensor) -> Tensor:
-    """||C||_F^2 / d, the mean over time steps, of h (N, T, d): what errors of the penalty are relative to.
+    """||C||_F^2 / d of h (N, T, d), averaged over time steps. Errors of the penalty are relative to this number.
 
-    The Gram form subtracts the diagonal's share of this number from the whole, so this is what it rounds against;
-    relative to the penalty itself the error of an almost decorrelated h has no bound.
+    The Gram form computes the penalty as this number minus the diagonal's part of it, so its rounding errors are of
+    this size. Relative to the penalty itself they have no bound when h is almost decorrelated.
     """
     z = (h.detach().double() - h.detach().double().mean(dim=0)).transpose(0, 1)
     c = z.mT @ z / (h.shape[0] - 1)
@@ -60,43 +61,44 @@ def penalty_scale(h: Tensor) -> Tensor:
 
 # -- GPU kernels: terms and gradients, unless one bound holds for both ----------------------------------------------
 
-# float32 input: operands split into two TF32 numbers each, the products of their lower halves (2^-22) left out. The
-# project's promise; the interpreter, whose products are float32 for every type of input, keeps it for all terms.
+# float32 input: each operand is split into two TF32 numbers, and the product of the lower halves (2^-22) is left out.
+# This is the project's promise. Triton's interpreter multiplies in float32 for every input type and keeps it as well.
 TF32X3 = 1e-5
 
-# float32 input where torch allows TF32, and float16: tensor cores cut operands off at 2^-10, 4e-4 of each on average
-# and always downwards, so K and A are 7e-4 too small, their squares 1.4e-3; the gradient is two such products in a row,
-# less the diagonal. Emulated for 6 to 4000 samples: 2e-3 and 4e-3, in whichever form is the smaller.
+# float32 input if torch allows TF32, and float16 input. Tensor cores cut operands off at 2^-10, always downwards and by
+# 4e-4 on average. So ZZ' and Z'Z are 7e-4 too small and their squares 1.4e-3. The gradient is two such products in a
+# row, less the diagonal. Emulated for 6 to 4000 samples, in the smaller form: errors of 2e-3 and 4e-3.
 TF32 = 5e-3
 TF32_GRADIENT = 1e-2
 
-# bfloat16 input: the centred operands are rounded to 2^-9, as K or A and the gradient are; to nearest, so that sums
-# average it out where they are long. Emulated likewise: 3e-3 and 7e-3.
+# bfloat16 input: the centred operands, the product and the gradient are rounded to 2^-9. That is to nearest, so long
+# sums average the errors out. Emulated in the same way: errors of 3e-3 and 7e-3.
 BFLOAT16_PRODUCTS = 1e-2
 BFLOAT16_PRODUCTS_GRADIENT = 2e-2
 
-# Peak memory of forward and backward above h and its gradient, in copies of h: what backward keeps, T N^2 or T d^2, and
-# the parts that it is added from.
+# Peak memory of forward and backward beyond h and its gradient, in copies of h: the product that backward needs, T N^2
+# or T d^2 numbers, and the parts it is summed from.
 CUDA_MEMORY_COPIES = 1.2
 
 # -- Networks, training, probes -------------------------------------------------------------------------------------
 
-# What a gradient is relative to at least, where it may vanish: float64 sums of ordinary numbers carry 1e-13 of these.
+# The least number a gradient's error is relative to, for gradients that may vanish. float64 sums of ordinary numbers
+# have errors of 1e-13.
 GRADIENT_FLOOR = 1e-3
 
-# The losses of five steps under bfloat16 autocast against float32: 2^-9 a product, through eight layers.
+# The losses of five training steps under bfloat16 autocast against float32: 2^-9 for each product, in eight layers.
 BFLOAT16_TRAINING = 0.05
 
-# The same training compiled: the first three losses differ by rounding, FLOAT32 amplified by Adam, whose first steps
-# are lr * sign(g) and flip where g is rounding itself; by the twelfth that has grown.
+# The same training, compiled. The first three losses differ by FLOAT32, amplified by Adam: its first steps are
+# lr * sign(g), which flips if g itself is a rounding error. By the twelfth step the difference has grown.
 COMPILED_TRAINING = 1e-4
 COMPILED_TRAINING_LATER = 1e-2
 
-# Speed MSEs of exact probes whose features differ by dependent ones: the squared rounding of float32 features is
-# seen through a cut-off of 1e-10 of the largest variance, so about its root, 1e-5, and two orders of slack.
+# Speed MSEs of exact probes, with and without linearly dependent features. Directions below 1e-10 of the largest
+# variance are cut off, which lets float32 rounding through at about the root, 1e-5. Two orders of slack.
 DEPENDENT_FEATURES = 1e-3
 
-# Singular values, and RankMe from them, in float32 against float64 or rounded to four decimals.
+# Singular values, and RankMe computed from them: float32 against float64, or values rounded to four decimals.
 SPECTRUM = 1e-3
 
 # -- Latents --------------------------------------------------------------------------------------------------------

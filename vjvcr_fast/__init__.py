@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 
 def load(run: Any, device: str = "auto") -> "Trained":
-    """Loads the trained model from a run's folder, with methods encode(frames) and predict(x): `vjvcr_fast.runs.load`."""
+    """Loads a run's trained model, which has methods encode(frames) and predict(x). See `vjvcr_fast.runs.load`."""
     from vjvcr_fast.runs import load as load_trained
 
     return load_trained(run, device)

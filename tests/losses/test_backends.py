@@ -1,4 +1,4 @@
-"""Which backend serves which tensor, on machines that this one only pretends to be."""
+"""Which backend is chosen for which tensor. The machines are simulated: GPUs, an AMD build, no Triton."""
 
 import re
 from types import SimpleNamespace
@@ -48,7 +48,7 @@ OBSTACLES = [
 
 
 def tensor(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `resolve` looks at of a tensor on a device that may not be there."""
+    """A stand-in for a tensor on a device that may not be there, with what `resolve` reads."""
     return SimpleNamespace(device=device, dtype=dtype, is_cuda=device.type == "cuda")  # type: ignore[return-value]
 
 
@@ -85,7 +85,7 @@ class TestResolve:
             backends.resolve("triton", h)
 
     def test_the_interpreter_is_never_chosen(self, monkeypatch):
-        """It is there to test with, and slower than plain operations."""
+        """The interpreter is for tests and is slower than plain operations."""
         interpreter(monkeypatch)
         assert backends.resolve("auto", tensor(CPU)) == "torch"
         assert backends.resolve("triton", tensor(CPU)) == "triton"

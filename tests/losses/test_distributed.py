@@ -1,4 +1,4 @@
-"""VCR over several processes is that of one process with the whole batch: every route, form and type, uneven shards."""
+"""VCR over several processes equals that of one process with the whole batch: all routes, forms, types and shards."""
 
 import functools
 from pathlib import Path
@@ -22,21 +22,21 @@ ALPHA, BETA = 0.7, 0.3
 ROUTES = ("time", "features", "covariance", "gather")
 WORLDS = (2, 4)
 SHARDS = {2: {"even": (4, 4), "uneven": (6, 2), "one": (1, 4)}, 4: {"even": (2, 2, 2, 2), "uneven": (1, 4, 2, 5)}}
-# (T of each tensor, d): T below and above the number of processes, d as well.
+# (T of each tensor, d), with T and d below and above the number of processes.
 SHAPES = {"long": ([7], 5), "sequence": ([3, 6], 9), "one step": ([1], 11), "few features": ([5], 1), "two": ([2], 3)}
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dtypes(world: int) -> dict[str, torch.dtype]:
-    """Rounding does not depend on the number of processes: with more than two, float64 alone."""
+    """Only float64 with more than two processes, because rounding does not depend on their number."""
     return DTYPES if world == 2 else {"float64": torch.float64}
 
 
-LIMITS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": tolerances.BFLOAT16}  # the first two are the issue's
+LIMITS = {"float64": 1e-6, "float32": 1e-5, "bfloat16": tolerances.BFLOAT16}  # the first two are promised
 
 
 def frames(samples: int, steps: list[int], dtype: torch.dtype, offset: float = 0.0) -> list[Tensor]:
-    """(N, T, 4) each: what the shared weight makes representations of."""
+    """(N, T, 4) each: inputs of the shared linear layer, which makes representations of them."""
     generator = torch.Generator().manual_seed(samples + sum(steps))
     made = torch.randn(samples, sum(steps), 4, generator=generator, dtype=torch.float64)
     return [x.to(dtype) for x in (made * 0.6 + offset).split(steps, dim=1)]
@@ -53,7 +53,7 @@ def mine(whole: Tensor, samples: tuple[int, ...], rank: int) -> Tensor:
 
 
 def flat(gradients: Any) -> Tensor:
-    """All parameters' as one: a bias has none in mathematics, so its own norm is rounding."""
+    """The gradients of all parameters in one tensor. That of a bias alone is zero but for rounding."""
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
@@ -61,7 +61,7 @@ def flat(gradients: Any) -> Tensor:
 
 
 def averaged(loss: Tensor, model: nn.Module) -> dict[str, Any]:
-    """The loss, and the gradient as DDP has it: the mean over processes."""
+    """The loss, and the mean of the gradients over processes, which DDP takes."""
     loss.backward()
     gradients = [p.grad for p in model.parameters()]
     for gradient in gradients:
@@ -86,7 +86,7 @@ def _vcr_of(rank: int, world: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def vcr_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """{case: what each process found}, of a number of processes that are started once."""
+    """A function from a number of processes, which are started once, to what each process found."""
     return functools.cache(lambda world: in_processes(_vcr_of, world, tmp_path_factory.mktemp(f"of{world}")))
 
 
@@ -101,7 +101,7 @@ def vcr_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def test_loss_and_gradient_are_those_of_one_process(
     vcr_of: Any, world: int, shards: str, shape: str, dtype: str, route: str
 ) -> None:
-    """Against reference.py in float64 with the whole batch; in float32 and narrower on what the model made of it."""
+    """Compared with reference.py in float64 on the whole batch, after the model has computed h in the tested dtype."""
     (steps, d), samples, limit = SHAPES[shape], SHARDS[world][shards], LIMITS[dtype]
     model, x = shared(d, DTYPES[dtype]), frames(sum(samples), steps, DTYPES[dtype])
     h = torch.cat([model(part) for part in x], dim=1).double()
@@ -119,7 +119,7 @@ def test_loss_and_gradient_are_those_of_one_process(
 
 
 class Hard:
-    """What is special, each once, on two processes."""
+    """Special cases, once each, on two processes."""
 
     samples = (3, 4)
 
@@ -202,7 +202,7 @@ def test_nan_of_one_process_reaches_all(hard: list[dict[str, Any]], route: str) 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_terms_and_second_derivatives(hard: list[dict[str, Any]], route: str) -> None:
-    """Both processes report the whole loss: a first derivative counts it twice, the square of that four times."""
+    """Both processes return the whole loss, so a first derivative counts it twice and its square four times."""
     h = frames(7, [4], torch.float64)[0].requires_grad_()
     loss, _, covariance = reference.vcr(h, 1, 1)
     (first,) = torch.autograd.grad(loss, h, create_graph=True)
@@ -248,7 +248,7 @@ def test_without_a_group() -> None:
 
 
 class VICReg:
-    """Branches of shared weights, uneven shards, in processes."""
+    """Two branches from a shared layer and uneven shards, in each process."""
 
     def __call__(self, rank: int, world: int) -> list[dict[str, Any]]:
         samples, results = SHARDS[world]["uneven"], []

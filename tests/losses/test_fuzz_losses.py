@@ -1,5 +1,8 @@
-"""The losses on whatever tensors there are: numbers and gradients of reference.py in float64 where the compute dtype
-can hold them, NaN or infinity where not, one clear error for what is no input; and what holds for any of them."""
+"""The losses on generated tensors.
+
+Loss and gradient must equal those of reference.py in float64 if the compute dtype can hold them, and be NaN or infinite
+if not. Anything that is not a valid input must raise one clear error.
+"""
 
 from typing import Any, NamedTuple
 
@@ -22,9 +25,9 @@ BOUNDS = {
     torch.float64: tolerances.FLOAT64,
 }
 DTYPES = st.sampled_from(sorted(BOUNDS, key=str))
-# Means in sigmas, and what they may cost float32; float64 has digits to spare, half precision loses them before us.
+# Means in sigmas, with the bound for float32. float64 has digits to spare; half precision has lost them in the input.
 MEANS = {0: tolerances.FLOAT32, 30: tolerances.MEAN_30_SIGMA, 1000: tolerances.MEAN_1000_SIGMA}
-# Powers of ten: squares of squares pass what float32 holds from 9 on; float16 holds little else than its inputs.
+# Powers of ten of the scale. From 9 on, squares of squares overflow float32. float16 itself has a small range.
 EXPONENTS = (st.one_of(st.just(0), st.integers(7, 11), st.integers(-30, 30)), st.integers(-6, 4))
 FORMS = st.sampled_from(("auto", "gram", "covariance"))
 
@@ -34,7 +37,7 @@ FORMS = st.sampled_from(("auto", "gram", "covariance"))
 
 @st.composite
 def layouts(draw: st.DrawFn, h: Tensor) -> Tensor:
-    """The numbers of h, or of part of it, elsewhere in memory: permuted, with steps, behind an offset, repeated."""
+    """h, or a part of it that is repeated, with other strides: permuted, with steps, behind an offset."""
     if draw(st.integers(0, 4)) == 0:
         dim = draw(st.integers(1 if h.ndim > 2 else 0, h.ndim - 1))
         return h.narrow(dim, 0, 1).expand_as(h)
@@ -48,7 +51,7 @@ def layouts(draw: st.DrawFn, h: Tensor) -> Tensor:
 
 
 class Case(NamedTuple):
-    """hs: what is asked about, a sequence or one tensor. bound: of its terms in float32."""
+    """hs: the input, a sequence or (if `alone`) one tensor. bound: on the error of the terms."""
 
     hs: list[Tensor]
     alone: bool
@@ -83,7 +86,7 @@ def threads(one_thread: None) -> None:
     pass
 
 
-# -- The judge ------------------------------------------------------------------------------------------------------
+# -- The reference --------------------------------------------------------------------------------------------------
 
 
 class Judged(NamedTuple):
@@ -105,10 +108,13 @@ def together(hs: list[Tensor]) -> Tensor:
 
 
 def judge(hs: list[Tensor], threshold: float, alpha: float = ALPHA, beta: float = BETA) -> Judged:
-    """reference.vcr in float64. Hinges are differences from the threshold, the penalty and its gradient those of the
-    products and their diagonal: their errors are relative to these, which is more than what is left of them."""
+    """reference.vcr in float64.
+
+    A hinge is the threshold minus sigma, and the penalty a product minus its diagonal. Rounding errors are relative to
+    what is subtracted, which may be much more than the difference.
+    """
     x = together(hs).double()
-    x = (x - x[:1]).requires_grad_()  # a mean of many sigma would cost the judge digits, too
+    x = (x - x[:1]).requires_grad_()  # a mean of many sigma would cost the reference digits, too
     n, steps, d = x.shape
     values = reference.vcr(x, alpha, beta, threshold)
     gradients = tuple(torch.autograd.grad(value, x, retain_graph=True)[0] for value in values)
@@ -130,7 +136,7 @@ def judge(hs: list[Tensor], threshold: float, alpha: float = ALPHA, beta: float 
 
 
 def assert_close(ours: Tensor, right: Tensor, scale: Tensor, bound: float, what: str) -> None:
-    """Within bound of scale, and the few smallest numbers that there are."""
+    """The error is at most bound * scale, plus a few of the smallest numbers of the dtype."""
     about = torch.finfo(ours.dtype)
     least = about.tiny * (about.eps if about.bits == 16 else 16) * right.numel() ** 0.5
     error, size = float((ours.detach().double() - right.detach()).norm()), float(scale.detach())
@@ -138,7 +144,7 @@ def assert_close(ours: Tensor, right: Tensor, scale: Tensor, bound: float, what:
 
 
 def assert_can_be_held(ours: Tensor, right: Tensor, what: str) -> None:
-    """Never a finite number in the place of one that is too large."""
+    """A result that is too large for the dtype is not finite."""
     assert float(right.detach().abs()) <= torch.finfo(ours.dtype).max or not ours.isfinite(), what
 
 
@@ -210,19 +216,19 @@ def test_vicreg(case: Case, factor: float) -> None:
         assert_close(together(list(gradients)), wanted, scale, case.bound, "gradient of VICReg")
 
 
-# -- What holds for all of them -------------------------------------------------------------------------------------
+# -- Invariants -----------------------------------------------------------------------------------------------------
 
 
 @st.composite
 def grids(draw: st.DrawFn) -> Tensor:
-    """(N, T, d) of eighths up to 2, which every dtype holds, and their sums with whole numbers up to 8."""
+    """(N, T, d), multiples of 1/8 up to 2. Every dtype holds them exactly, also after adding whole numbers up to 8."""
     shape = draw(st.integers(2, 9)), draw(st.integers(1, 4)), draw(st.integers(1, 9))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     return (torch.randint(-16, 17, shape, generator=generator) / 8).to(draw(DTYPES))
 
 
 def bound_of(h: Tensor) -> float:
-    """Terms are computed in float32 at least."""
+    """The bound on terms, which are computed in float32 or better."""
     return min(BOUNDS[h.dtype], tolerances.FLOAT32)
 
 
@@ -239,7 +245,7 @@ def test_the_order_of_samples_and_their_means_do_not_matter(h: Tensor, form: str
 
 @fuzz(60, 250, h=grids(), power=st.integers(-3, 4), form=FORMS)
 def test_the_penalty_grows_with_the_fourth_power(h: Tensor, power: int, form: str) -> None:
-    """Exactly so for powers of two."""
+    """Exactly, if the scale is a power of two."""
     options: Any = {"alpha": ALPHA, "beta": BETA, "form": form}
     once, scaled = vcr_loss(h, **options).covariance, vcr_loss(h * 2.0**power, **options).covariance
     assert scaled == once * 2.0 ** (4 * power)
@@ -256,7 +262,7 @@ def test_gradients_of_a_column_add_up_to_nothing(h: Tensor, form: str) -> None:
         assert (gradient.double().sum(dim=0).abs() <= BOUNDS[h.dtype] * scale + least).all()
 
 
-# -- What is no input -----------------------------------------------------------------------------------------------
+# -- Invalid inputs -------------------------------------------------------------------------------------------------
 
 OTHERS = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 SHAPES = st.lists(st.integers(0, 3), max_size=4)
@@ -284,7 +290,7 @@ def assert_refused(name: str, h: Any) -> None:
     alone=st.booleans(),
 )
 def test_any_shape_and_dtype(name: str, shapes: list[list[int]], dtypes: list[torch.dtype], alone: bool) -> None:
-    """What is allowed gives numbers; all else one line that names the tensor."""
+    """Valid input gives finite numbers. Anything else raises an error of one line that names the tensor."""
     hs = [torch.ones(shape).to(dtype) for shape, dtype in zip(shapes, dtypes, strict=False)]
     hs = hs[:1] if alone else hs
     allowed = len({(len(h) if h.ndim else 0, h.shape[-1:], h.dtype) for h in hs}) == 1

@@ -1,6 +1,6 @@
-"""The numbers of variance_hinge, covariance_penalty and vcr_loss: terms and gradients against reference.py in float64.
+"""Terms and gradients of variance_hinge, covariance_penalty and vcr_loss against reference.py in float64.
 
-What surrounds them (errors, compiler, memory) is in test_losses_interfaces.py, VICReg in test_vicreg.py.
+Errors, the compiler and memory are in test_losses_interfaces.py, VICReg is in test_vicreg.py.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,12 +19,12 @@ from vjvcr_fast.losses import analytic, covariance_penalty, variance_hinge, vcr_
 
 ALPHA, BETA = 1.7, 0.4
 FORMS = ("gram", "covariance")
-# (N, T, d): the smallest there are, odd ones, N below, at and above d.
+# (N, T, d): the smallest shapes, odd ones, and N below, equal to and above d.
 SHAPES = [(2, 1, 1), (2, 3, 5), (3, 1, 7), (5, 2, 3), (7, 5, 1), (17, 4, 13), (33, 3, 65), (64, 2, 64), (160, 2, 300)]
 
 
 class Judged(NamedTuple):
-    """Per output (loss, variance, covariance): its value, what its error is relative to, its gradient."""
+    """For each output (loss, variance, covariance): its value, what its error is relative to, and its gradient."""
 
     values: tuple[Tensor, ...]
     scales: tuple[Tensor, ...]
@@ -42,7 +42,7 @@ def judge(h: Tensor, threshold: float = 1.0, eps: float = 1e-4) -> Judged:
 
 
 def assert_agrees(h: Tensor, form: str = "auto", bound: float = tolerances.FLOAT32, **arguments: float) -> None:
-    """Each output of vcr_loss(h) and its gradient, differentiated alone, within bound of the judge's."""
+    """Each output of vcr_loss(h), and its gradient alone, is within `bound` of the reference."""
     leaf = h.detach().requires_grad_()
     terms = vcr_loss(leaf, alpha=ALPHA, beta=BETA, form=form, **arguments)
     expected = judge(h, **arguments)
@@ -53,7 +53,7 @@ def assert_agrees(h: Tensor, form: str = "auto", bound: float = tolerances.FLOAT
         assert relative(value, right, scale) <= bound_of_terms, name
         (ours,) = torch.autograd.grad(value, leaf, retain_graph=True)
         assert ours.dtype == h.dtype
-        # At d = 1 the penalty is zero, and so is its gradient: a difference that is zero up to rounding.
+        # At d = 1 the penalty and its gradient are zero. Ours is a difference, which is zero up to rounding.
         zero = name == "covariance" and h.shape[-1] == 1
         right_scale = h.double().norm() ** 3 if zero else None
         assert relative(ours, gradient, right_scale) <= bound, f"gradient of {name}"
@@ -69,14 +69,14 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 @pytest.fixture(params=["whole", "blocks"])
 def blocks(request, monkeypatch) -> None:
-    """All time steps at once, or in the smallest blocks (one time step each) that large inputs go through."""
+    """All time steps at once, or in the smallest blocks (one time step each), as for large inputs."""
     if request.param == "blocks":
         monkeypatch.setattr(analytic, "_BLOCK", 1)
 
 
 @pytest.fixture
 def poison(monkeypatch) -> None:
-    """New memory holds NaN: an element nobody wrote shows."""
+    """New memory is filled with NaN, so that an element nobody wrote shows."""
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
 
@@ -168,7 +168,8 @@ class TestValues:
         (first,) = torch.autograd.grad(terms.loss, leaf, retain_graph=True)
         (second,) = torch.autograd.grad(terms.loss, leaf, retain_graph=True)
         assert torch.equal(first, second)
-        (third,) = torch.autograd.grad(-3 * terms.loss, leaf, retain_graph=True)  # is no change to one that was given
+        # Later passes must not change a gradient that was returned before.
+        (third,) = torch.autograd.grad(-3 * terms.loss, leaf, retain_graph=True)
         (fourth,) = torch.autograd.grad(-3 * terms.loss, leaf)
         assert torch.equal(third, fourth)
         assert relative(third, -3 * first) <= tolerances.FLOAT32
@@ -206,7 +207,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 def test_strides(layout, form):
     h = STRIDES[layout](random(6, 4, 5))
     assert h.shape == (6, 4, 5)
-    if layout == "expanded over N":  # no variance at all: the gradient is exactly zero, relative to nothing
+    if layout == "expanded over N":  # no variance: the gradient is exactly zero, so there is no relative error
         leaf = h.requires_grad_()
         terms = vcr_loss(leaf, alpha=ALPHA, beta=BETA, form=form)
         terms.loss.backward()

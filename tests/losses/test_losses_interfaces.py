@@ -1,5 +1,7 @@
-"""What surrounds the numbers of test_losses.py: errors, precision contexts, the compiler, functional gradients, and
-what is never done: a synchronisation, a d x d matrix where N < d, work for a gradient nobody wants."""
+"""The losses, beyond the numbers of test_losses.py: errors, autocast, the compiler, functional gradients.
+
+Also what must never happen: waiting for the GPU, a d x d matrix if N < d, work for a gradient that nobody needs.
+"""
 
 import subprocess
 import sys
@@ -42,7 +44,7 @@ def reference_gradient(h: Tensor) -> Tensor:
 
 
 class Recorder(TorchDispatchMode):
-    """The name of every operation under it, and the size of its largest result."""
+    """Records the name of every operation inside the context, and the size of the largest result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +125,7 @@ class TestInterfaces:
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_autocast_computes_in_float32(self, shape, dtype):
-        """Forward and, though nobody should, backward under autocast: the same bits as without."""
+        """Forward, and even backward, under autocast give the same bits as without."""
         plain, under = (random(*shape, dtype=dtype).requires_grad_() for _ in range(2))
         loss_of(plain).backward()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -160,7 +162,7 @@ class TestInterfaces:
 
 
 class TestCompiled:
-    """Under torch.compile(fullgraph=True): nothing breaks the graph and the numbers stay."""
+    """Under torch.compile(fullgraph=True) nothing breaks the graph and the numbers stay the same."""
 
     @pytest.fixture(autouse=True)
     def fresh(self):
@@ -171,7 +173,7 @@ class TestCompiled:
     )
     @pytest.mark.parametrize("form", ["auto", "covariance"])
     def test_whole_graph(self, form, backend):
-        """The first of the backends is all that inductor does but for its C++ compiler, which takes half a minute."""
+        """The first backend does all that inductor does, except for its C++ compiler, which takes half a minute."""
 
         def step(h_x: Tensor, h_y: Tensor) -> Tensor:
             terms = vcr_loss([h_x * 2, h_y], alpha=ALPHA, beta=BETA, form=form)
@@ -194,7 +196,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     def test_double_backward_is_refused(self, dtype):
-        """It cannot work in a compiled graph; what must not happen is a gradient that is silently wrong."""
+        """It cannot work in a compiled graph. It must raise an error rather than be silently wrong."""
         leaf = random(*WIDE).to(dtype).requires_grad_()
         loss = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(leaf)
         (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
@@ -245,7 +247,7 @@ class TestNeverDone:
 
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_work_for_the_gradient_twice(self, shape, monkeypatch):
-        """In blocks the forward pass makes the gradient of the loss, but only where one will be asked for."""
+        """By blocks, the forward pass computes the gradient of the loss, but only if it will be needed."""
         monkeypatch.setattr(analytic, "_BLOCK", 1)
         h, steps = random(*shape).requires_grad_(), shape[1]
         with torch.no_grad(), Recorder() as recorder:
@@ -264,7 +266,7 @@ class TestNeverDone:
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     @pytest.mark.parametrize("whole", [True, False])
     def test_work_for_a_tensor_that_needs_no_gradient(self, shape, whole, monkeypatch):
-        """Its part of the loss is one product a time step, and it takes part in nothing else."""
+        """It costs one product for each block, for its part of the loss. The other tensor costs two."""
         if not whole:
             monkeypatch.setattr(analytic, "_BLOCK", 1)
         h_x, h_y, each = random(*shape), random(*shape, seed=1).requires_grad_(), 1 if whole else shape[1]
@@ -281,7 +283,7 @@ class TestNeverDone:
                 loss_of(h).backward()
                 VICRegLoss()(h, h + 1).backward()
             assert not {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal"} & set(recorder.names)
-        # Tensors without data take the path of a GPU; reading a value from one raises.
+        # Tensors without data take the same path as on a GPU. To read a value from one raises an error.
         leaf = torch.empty(shape, device="meta", requires_grad=True)
         terms = vcr_loss([leaf, leaf], alpha=ALPHA, beta=BETA)
         (terms.loss + terms.variance + terms.covariance).backward()
@@ -308,7 +310,7 @@ print((status("VmHWM") - before) / h.nbytes)
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads Linux's /proc")
 @pytest.mark.parametrize("shape", [(160, 24, 1024), pytest.param((160, 100, 2048), marks=pytest.mark.slow, id="CATER")])
 def test_peak_memory(shape):
-    """In a process of its own; the paper's CATER shape is the slow one."""
+    """Measured in a process of its own. The slow case is the paper's CATER shape."""
     arguments = [sys.executable, "-c", _MEMORY, *map(str, shape)]
     root = Path(backends.__file__).parents[2]
     done = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=root)

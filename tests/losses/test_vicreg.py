@@ -17,7 +17,7 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 class TestVICReg:
     @staticmethod
     def by_definition(z_a: Tensor, z_b: Tensor, hinges: str = "mean", divisor: str = "d") -> Tensor:
-        """25, 25, 1, each branch and time step on its own, entry by entry."""
+        """With weights 25, 25, 1: each branch and time step on its own, entry by entry."""
         d = z_a.shape[-1]
         variance = covariance = torch.zeros((), dtype=z_a.dtype)
         slices = [
@@ -68,7 +68,7 @@ class TestVICReg:
 
 
 def _gathering(rank: int, size: int) -> dict[str, Tensor]:
-    """One process of test_gathered_over_processes: its shard through the shared weight, as DDP would average it."""
+    """One process of test_gathered_over_processes, with its shard. Gradients are averaged as in DDP."""
     model = _model()
     views = [x.chunk(size)[rank] for x in _views()]
     loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in views))
@@ -97,7 +97,7 @@ def _views() -> list[Tensor]:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_gathered_over_processes(tmp_path):
-    """Two processes with half the batch each: the mean of their losses and gradients is one process's."""
+    """Two processes with half the batch each: the means of their losses and gradients are those of one process."""
     model = _model()
     loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in _views()))  # no process group: the batch is whole
     loss.backward()
@@ -105,6 +105,6 @@ def test_gathered_over_processes(tmp_path):
     for result in results:
         assert relative(result["loss"], loss) <= tolerances.FLOAT64
         assert relative(result["gradient"], model.weight.grad) <= tolerances.FLOAT64
-    # Both processes report the whole loss: a first derivative counts it twice, the square of that four times.
+    # Both processes return the whole loss, so a first derivative counts it twice and its square four times.
     second = torch.cat([result["second"] for result in results])
     assert relative(second, 4 * _second_derivative(*_views())) <= tolerances.FLOAT64

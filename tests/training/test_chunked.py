@@ -1,4 +1,4 @@
-"""The chunked batch against one pass over the whole batch."""
+"""A batch in chunks against one pass over the whole batch."""
 
 import weakref
 
@@ -87,7 +87,7 @@ def test_loss_and_gradient_are_those_of_one_pass(row: str, chunk: int) -> None:
     ids=str,
 )
 def test_with_a_latent_and_other_settings(row: str, options: dict) -> None:
-    """Hinge inactive and active everywhere, terms without weight, activations recomputed."""
+    """The hinge off and on everywhere, terms of weight zero, recomputed activations."""
     of, inputs = model(row, **options), batch(latent=options.get("latent", 0))
     assert_equal(in_chunks(of, *inputs, 3), one_pass(of, *inputs), 1e-12)
 
@@ -100,7 +100,7 @@ def test_in_float32(row: str) -> None:
 
 @pytest.mark.parametrize("row", ROWS)
 def test_under_autocast(row: str) -> None:
-    """Each sample's activations round alike in both; sums over samples, weights' gradients, do not."""
+    """Activations of a sample round in the same way in both. Sums over samples, as gradients of weights, do not."""
     of, (x, y, z) = model(row, torch.float32), batch(torch.float32)
     of.zero_grad()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -131,7 +131,7 @@ def test_frozen_parameters_stay_without_a_gradient() -> None:
 
 
 class Dropping(nn.Module):
-    """Any module, and dropout behind it."""
+    """A module followed by dropout."""
 
     def __init__(self, of: nn.Module) -> None:
         super().__init__()
@@ -142,7 +142,7 @@ class Dropping(nn.Module):
 
 
 def test_random_layers_draw_the_same_numbers_twice() -> None:
-    """Against the same draws in one graph: encoders chunk by chunk first, then predictor and decoder chunk by chunk."""
+    """Against one graph with the same draws: first the encoder chunk by chunk, then predictor and decoder."""
     of, (x, y, _) = model("vj-vcr-decoder"), batch()
     of.encoder, of.predictor = Dropping(of.encoder), Dropping(of.predictor)
     parts = [slice(0, 3), slice(3, 6), slice(6, 7)]
@@ -172,7 +172,7 @@ def test_y_is_not_encoded_where_nothing_asks_for_it() -> None:
 
 
 def saved_at_most(of: EnergyModel, n: int, chunk: int) -> int:
-    """Bytes that autograd keeps for backward at the same time, at most."""
+    """The most bytes that autograd keeps for backward at the same time."""
     alive, most = 0, 0
 
     class Kept:
@@ -192,7 +192,7 @@ def saved_at_most(of: EnergyModel, n: int, chunk: int) -> int:
 
 
 def test_activations_are_those_of_one_chunk() -> None:
-    """Of 32 videos in chunks of 4 hardly more than of 8: weights, and what VCR keeps of N T d numbers."""
+    """32 videos in chunks of 4 need hardly more than 8 videos: the rest is weights, and N T d numbers for VCR."""
     of = model("vj-vcr-decoder", torch.float32)
     small, large, whole = saved_at_most(of, 8, 4), saved_at_most(of, 32, 4), saved_at_most(of, 32, 32)
     assert large < 1.15 * small
@@ -200,7 +200,7 @@ def test_activations_are_those_of_one_chunk() -> None:
 
 
 class Peak(TorchDispatchMode):
-    """Bytes of all tensors that are alive at the same time, at most."""
+    """The most bytes of all tensors that are alive at the same time."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -223,7 +223,7 @@ class Peak(TorchDispatchMode):
 
 
 def peak_of_cater(monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpoint: bool) -> float:
-    """GiB that a step of the preset needs, inputs and gradients included: counted on tensors without content."""
+    """GiB that a step of the preset needs, with inputs and gradients, counted on tensors without data."""
     config = override(preset("cater"), {"model.row": row, "model.checkpoint": checkpoint})
     n, t, side = config.train.batch, config.data.frames_in, config.data.canvas
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
@@ -240,7 +240,7 @@ def peak_of_cater(monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpo
 
 @pytest.mark.slow
 def test_a_batch_of_cater_fits_a_gpu_of_80_gb(monkeypatch: pytest.MonkeyPatch) -> None:
-    """160 x 100 frames of 128x128 in bfloat16: not as they are, with recomputation alone, and with chunks easily."""
+    """160 x 100 frames of 128x128 in bfloat16 do not fit as they are. With recomputation they fit, in chunks easily."""
     assert peak_of_cater(monkeypatch, "vj-vcr", 160, False) > 80
     assert peak_of_cater(monkeypatch, "vj-vcr", 160, True) < 50
     assert peak_of_cater(monkeypatch, "vj-vcr", 16, True) < 10

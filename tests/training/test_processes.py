@@ -1,4 +1,4 @@
-"""Training in several processes is training in one: the models, whole runs, stops, and the end of one of them."""
+"""Training in several processes equals training in one. Also signals, and what happens if a process ends or hangs."""
 
 import os
 import signal
@@ -137,7 +137,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
 
 
 def test_a_run_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
-    """Also where it goes on with another number of processes."""
+    """Also if it is resumed with another number of processes."""
     settings = {"train__telemetry_every": 4, "train__log_every": 4}
     assert main(options(tmp_path / "one", **settings)) == 0
     run = commands(options(tmp_path / "two", **settings, train__steps=8), world=2)
@@ -202,7 +202,7 @@ def test_torchrun_ends_when_a_process_is_killed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_ctrl_c_on_torchrun_leaves_a_checkpoint(tmp_path: Path, embedded_digits: None) -> None:
-    """All hear it from the terminal, and torchrun repeats it. Until then the run is that of one process."""
+    """All processes get it from the terminal and again from torchrun. Until then the run equals that of one process."""
     pipes: dict[str, Any] = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
     arguments = options(tmp_path / "two", **{**LONG, "train__validate_every": 100_000})
     process = subprocess.Popen([*TORCHRUN, *arguments], start_new_session=True, **pipes)
