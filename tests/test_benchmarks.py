@@ -19,7 +19,7 @@ import tolerances
 import torch
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.append(str(ROOT / "benchmarks"))  # behind tests, whose conftest.py processes of tests import
 
 import bench_losses_cuda  # noqa: E402
 import check_gpu  # noqa: E402
