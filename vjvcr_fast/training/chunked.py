@@ -94,7 +94,7 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
         wanted = [(tensor, gradient) for tensor, gradient in roots if tensor.requires_grad]
         if wanted:
             with torch.autocast(device.type, enabled=False):
-                torch.autograd.backward(*zip(*wanted, strict=True))
+                torch.autograd.backward([tensor for tensor, _ in wanted], [gradient for _, gradient in wanted])
         loss = loss + share.detach()
     return Energy(loss, hidden, pixel, variance, covariance)
 
