@@ -8,7 +8,8 @@ It may also be a sequence of such tensors with the same N and d, for example [h_
 together, as if concatenated, but nothing is concatenated.
 
 float64 is computed in float64, all narrower types in float32, also under autocast. The terms have the dtype of the
-computation, gradients that of h. NaN or Inf in h gives NaN. Nothing here waits for the GPU.
+computation, gradients that of h. NaN or Inf in h gives NaN. Nothing here waits for the GPU, except a group whose
+`samples` are not given.
 """
 
 from collections.abc import Sequence
@@ -90,7 +91,8 @@ def vcr_loss(
             docs/math.md tells how they round.
         gradient: when to compute dloss/dh. "forward" computes it while h is still in the cache, "backward" waits. The
             result is the same; only time and memory differ. Nothing is computed if h needs no gradient. "auto" is
-            "forward" on a CPU and "backward" on a GPU.
+            "forward" on a CPU and "backward" on a GPU. Small inputs on a CPU, float16, compiled graphs and the torch
+            backend on a GPU always wait.
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
             this function, and backward too. All of them get the loss of the whole batch; the mean of their gradients,
