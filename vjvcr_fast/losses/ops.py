@@ -25,15 +25,13 @@ def vcr(
     gram: bool,
     variance: bool,
     covariance: bool,
-    gradient: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Equation (4), alpha * variance + beta * covariance, of tensors (N, T, d).
 
-    alpha ... covariance: the fields of `analytic.Settings`. gradient: for which tensors to compute the gradient of the
-    loss now, while a time step is in the cache.
+    alpha ... covariance: the fields of `analytic.Settings`.
 
     Returns the float32 scalars (loss, variance, covariance) and a list for backward: product, means and squares of each
-    tensor; then, if any gradient is asked for, that of each tensor, empty if it is not asked for.
+    tensor.
     Raises ValueError if the features of a tensor are not adjacent in memory.
     """
     from vjvcr_fast.kernels import vcr as kernels
@@ -43,13 +41,11 @@ def vcr(
             raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
     weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
     with analytic.full_precision(hs[0]), _device_of(hs[0]):
-        if any(gradient):
-            return kernels.forward_with_gradient(hs, weights, gram, gradient)
         return kernels.forward(hs, weights, gram)
 
 
 @vcr.register_fake
-def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  # type: ignore[no-untyped-def]
+def _(hs, alpha, beta, threshold, eps, gram, variance, covariance):  # type: ignore[no-untyped-def]
     from vjvcr_fast.kernels.launch import mode_of, operand_dtype
     from vjvcr_fast.kernels.vcr import product_shape
 
@@ -59,8 +55,6 @@ def _(hs, alpha, beta, threshold, eps, gram, variance, covariance, gradient):  #
         shape = product_shape(n, steps, d, gram) if covariance else (0,)
         kept.append(h.new_empty(shape, dtype=operand_dtype(mode_of(h)) if covariance else h.dtype))
         kept += [h.new_empty((steps, d), dtype=torch.float32) for _ in range(2)]
-    if any(gradient):
-        kept += _like(hs, gradient)
     return *(hs[0].new_empty((), dtype=torch.float32) for _ in range(3)), kept
 
 
@@ -93,22 +87,9 @@ def vcr_backward(
 
 @vcr_backward.register_fake
 def _(hs, *options):  # type: ignore[no-untyped-def]
-    return _like(hs, options[-1])
-
-
-@torch.library.custom_op("vjvcr::scale_", mutates_args=("tensor",))
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, a scalar on the device. If the factor is one, memory is not touched."""
-    from vjvcr_fast.kernels import vcr as kernels
-
-    with _device_of(tensor):
-        kernels.scale_(tensor, factor)
-
-
-def _like(hs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
     from vjvcr_fast.kernels.vcr import like
 
-    return [like(h) if need else h.new_empty(0) for h, need in zip(hs, needed, strict=True)]
+    return [like(h) if need else h.new_empty(0) for h, need in zip(hs, options[-1], strict=True)]
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -117,30 +98,21 @@ def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    hs, *settings, _ = inputs
+    hs, *settings = inputs
     ctx.set_materialize_grads(False)
     ctx.settings, ctx.tensors = analytic.Settings(*settings), len(hs)
     ctx.needed = [h.requires_grad for h in hs]
-    kept = output[3]
-    ctx.gradients = [gradient.detach() for gradient in kept[3 * len(hs) :]]  # to keep an output itself would be a cycle
-    ctx.save_for_backward(*hs, *kept[: 3 * len(hs)])
+    ctx.save_for_backward(*hs, *output[3])
 
 
 def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     settings, hs, kept = ctx.settings, ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
     incoming, needed = incoming[:3], ctx.needed
-    nothing = (None,) * (len(settings) + 1)  # for the settings and `gradient`
+    nothing = (None,) * len(settings)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
         return analytic.gradients(hs, settings, incoming, needed), *nothing
-    if ctx.gradients and incoming[1] is None and incoming[2] is None:
-        # Given away once, because the caller may change it. A second backward computes it again.
-        gradients, ctx.gradients = ctx.gradients, []
-        for gradient, need in zip(gradients, needed, strict=True):
-            if need:
-                scale_(gradient, incoming[0])
-    else:
-        gradients = vcr_backward(list(hs), list(kept), *incoming, *settings, needed)
+    gradients = vcr_backward(list(hs), list(kept), *incoming, *settings, needed)
     return [g if need else None for g, need in zip(gradients, needed, strict=True)], *nothing
 
 
