@@ -1,10 +1,25 @@
-"""Moments over the batch, the hinge and its gradient, and the three scalars of a loss.
+"""What all forms of the penalty share: moments over the batch, the hinge, the end of forward, and the three scalars.
 
     s_k = sum_n (h_nk - mean_k)^2,   sigma_k = sqrt(s_k / (N-1) + eps),   hinge_k = max(0, threshold - sigma_k)
 
-Means are kept relative to the first sample of their time step, h[0, t, k]: what is summed is then of the size of sigma
+Means are kept relative to the first sample of their time step, h[0, t, k]. What is summed is then of the size of sigma,
 even where the mean is 1e4 sigma. Parts of the batch are joined by the rule of Chan, Golub and LeVeque (1983), in which
 nothing cancels.
+
+Forward is three launches on one stream. The first (gram._whole, gram._tiles, covariance._covariance or _moments) finds
+the moments and products of parts, `_finish` joins them, `_combine` adds up the scalars. These buffers lie in between.
+S is N in Gram form and d in covariance form; a part is some features in Gram form and some samples in covariance form.
+
+| buffer | shape, float32 | written by | read by | safe because |
+|---|---|---|---|---|
+| part_products | parts, T, S, pitch | the first | `_finish` | both use tiles on and above the diagonal only |
+| sums | T, panels, parts * panels, tile | gram._tiles | `_finish` | each tile writes its rows and its columns once |
+| part_means, part_squares | sample parts, T, d | the first | `_finish` | each entry has one writer |
+| product, means, squares | see `Kept` | `_finish` | backward | a tile's writer also writes its mirror image |
+| hinges, norms | one number a program | `_finish` | `_combine` | added in a fixed order, in float64 |
+
+Whoever reads a buffer is launched after all who write it. There are no atomics and no counters, so results repeat bit
+by bit.
 """
 
 from typing import NamedTuple
@@ -13,12 +28,13 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vjvcr_fast.kernels.launch import config, enough_parts, entry, launch, shape_class
+
+from vjvcr_fast.kernels.launch import Config, entry, launch, sizes, split
 
 
 class Weights(NamedTuple):
-    """Of the loss: alpha * variance + beta * covariance, with the hinge's threshold and eps. `variance` and
-    `covariance` say which terms are computed."""
+    """The loss is alpha * variance + beta * covariance, with the hinge's threshold and eps. `variance` and `covariance`
+    say which terms are computed."""
 
     alpha: float
     beta: float
@@ -28,115 +44,97 @@ class Weights(NamedTuple):
     covariance: bool = True
 
 
-class Moments(NamedTuple):
-    """means (from the first sample) and squares s, (T, d); sums of hinges and of s^2 of blocks of features, flat."""
+class Kept(NamedTuple):
+    """What backward needs of h (N, T, d).
 
+    product: K (T, N, pitch) or A (T, d, d), in the dtype it is multiplied in; empty without a penalty.
+    means: relative to the first sample of each time step, (T, d) float32. squares: s, (T, d) float32.
+    """
+
+    product: Tensor
     means: Tensor
     squares: Tensor
+
+
+class Parts(NamedTuple):
+    """What kernels leave of parts of h for `_finish`; the table above has the shapes. rows: samples of a part."""
+
+    part_means: Tensor
+    part_squares: Tensor
+    rows: int
+    part_products: Tensor | None = None
+    sums: Tensor | None = None
+
+
+class Forward(NamedTuple):
+    """What forward finds for one tensor. hinges, norms: sums of hinges and of the penalty's terms, flat."""
+
+    kept: Kept
     hinges: Tensor
-    fourths: Tensor
+    norms: Tensor
 
 
-class Incoming(NamedTuple):
-    """dL/dloss, dL/dvariance, dL/dcovariance: scalars, None for zero."""
-
-    loss: Tensor | None
-    variance: Tensor | None
-    covariance: Tensor | None
-
-
-MERGED = 256  # features a program joins
-AT_ONCE = tl.constexpr(8)  # parts that are loaded before the first is needed: one after the other they would wait
+MERGED = 256  # features whose parts a program joins
+AT_ONCE = tl.constexpr(8)  # parts that are loaded together: one after the other each load would wait for the last
 
 
 # -- On the device --------------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def joined(mean, square, count, other_mean, other_square, more):
-    """Mean, sum of squares about it, and count of two sets of samples together."""
-    total = count + more
-    delta = other_mean - mean
-    return mean + delta * (more / total), square + other_square + delta * delta * (count * more / total), total
-
-
-@triton.jit
-def hinge_of(square, n, threshold, eps):
-    """max(0, threshold - sigma)."""
-    sigma = tl.sqrt_rn(square / (n - 1) + eps)
-    return tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def hinge_slope(square, n, threshold, eps):
-    """[sigma < threshold] / sigma."""
-    sigma = tl.sqrt_rn(square / (n - 1) + eps)
-    return tl.where(sigma >= threshold, 0.0, 1.0 / sigma)  # this way round NaN stays NaN
-
-
-@triton.jit
-def coefficient(g_loss, g_term, weight, scale):
-    """scale * (weight * dL/dloss + dL/dterm); a pointer that is None counts as zero."""
-    total = 0.0
-    if g_loss is not None:
-        total += tl.load(g_loss).to(tl.float32) * weight
-    if g_term is not None:
-        total += tl.load(g_term).to(tl.float32)
-    return total * scale
+def centred(base, rows, cols, stride_n, first, mean, mask):
+    """h[rows, cols] - first - mean of one time step, in float32, zero outside the mask. `first` is the time step's
+    first sample and goes first, which is exact where the mean is many sigma."""
+    x = tl.load(base + rows.to(tl.int64)[:, None] * stride_n + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(mask, x - first[None, :] - mean[None, :], 0.0)
 
 
 @triton.jit
 def upper(p):
-    """(i, j), i <= j, of the p-th tile of a matrix on or above the diagonal, column by column."""
+    """(i, j), i <= j, of the p-th tile on or above the diagonal of a matrix, column by column."""
     j = ((tl.sqrt_rn(8.0 * p + 1.0) - 1.0) * 0.5).to(tl.int32)
     return p - j * (j + 1) // 2, j
 
 
 @triton.jit
-def parts_of(start, cols, inside, t, parts, rows, n, steps, d):
-    """The next AT_ONCE parts of a time step: where they have `cols`, (AT_ONCE, features), which are there, and of how
-    many samples each is."""
+def _parts(start, cols, inside, t, parts, rows, n, steps, d):
+    """The next AT_ONCE parts of `rows` samples: offsets of their `cols` (AT_ONCE, features), their mask, and how many
+    samples each part has."""
     part = start + tl.arange(0, AT_ONCE)
     at = (part.to(tl.int64) * steps + t)[:, None] * d + cols[None, :]
     return at, (part < parts)[:, None] & inside[None, :], tl.minimum(n - part * rows, rows).to(tl.float32)
 
 
 @triton.jit
-def mean_of_parts(part_means, cols, inside, t, parts, rows, n, steps, d, BD: tl.constexpr):
-    """Means of BD features over all samples, from those of parts of `rows` samples."""
-    mean = tl.zeros((BD,), tl.float32)
+def _mean(part_means, cols, inside, t, parts, rows, n, steps, d):
+    """The means of features over all samples, from those of the parts."""
+    mean = tl.zeros(cols.shape, tl.float32)
     for start in range(0, parts, AT_ONCE):
-        at, mask, count = parts_of(start, cols, inside, t, parts, rows, n, steps, d)
+        at, mask, count = _parts(start, cols, inside, t, parts, rows, n, steps, d)
         mean += tl.sum((count / n)[:, None] * tl.load(part_means + at, mask=mask, other=0.0), axis=0)
     return mean
 
 
 @triton.jit
-def merge(
-    part_means, part_squares, means, squares, hinges, fourths, t, block, blocks, parts, rows, n, steps, d, threshold,
-    eps, BD: tl.constexpr,
-):  # fmt: skip
-    """Joins `parts` parts of `rows` samples each, for BD features of one time step: their means and s, and the block's
-    sums of hinges and of s^2. Bytes: 8 parts + 8 a feature, and 4 parts again from the cache."""
-    cols = block * BD + tl.arange(0, BD)
-    inside = cols < d
-    mean = mean_of_parts(part_means, cols, inside, t, parts, rows, n, steps, d, BD)
-    square = tl.zeros((BD,), tl.float32)
+def _off(part_means, at, mask, mean):
+    """How far the parts' means are from the mean of all."""
+    return tl.where(mask, tl.load(part_means + at, mask=mask, other=0.0) - mean[None, :], 0.0)
+
+
+@triton.jit
+def _square(part_squares, part_means, mean, cols, inside, t, parts, rows, n, steps, d):
+    """s of features over all samples, from what the parts' means differ by."""
+    square = tl.zeros(cols.shape, tl.float32)
     for start in range(0, parts, AT_ONCE):
-        at, mask, count = parts_of(start, cols, inside, t, parts, rows, n, steps, d)
-        off = tl.where(mask, tl.load(part_means + at, mask=mask, other=0.0) - mean[None, :], 0.0)
+        at, mask, count = _parts(start, cols, inside, t, parts, rows, n, steps, d)
+        off = _off(part_means, at, mask, mean)
         square += tl.sum(tl.load(part_squares + at, mask=mask, other=0.0) + count[:, None] * off * off, axis=0)
-    to = t.to(tl.int64) * d + cols
-    tl.store(means + to, mean, mask=inside)
-    tl.store(squares + to, square, mask=inside)
-    tl.store(hinges + t * blocks + block, tl.sum(tl.where(inside, hinge_of(square, n, threshold, eps), 0.0)))
-    tl.store(fourths + t * blocks + block, tl.sum(square * square))
+    return square
 
 
 @entry
 def _moments(
-    h, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr,
-    SHAPE,
+    h, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
     """Means and s of BD features over `rows` samples of one time step. Bytes: h once."""
     blocks = tl.cdiv(d, BD)
@@ -145,8 +143,8 @@ def _moments(
     t = (pid // blocks) % steps
     part = pid // (blocks * steps)
     inside = cols < d
-    base = h + t.to(tl.int64) * stride_t + cols
-    shift = tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    base = h + t.to(tl.int64) * stride_t
+    first = tl.load(base + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.zeros((BD,), tl.float32)
     square = tl.zeros((BD,), tl.float32)
     count = 0.0
@@ -154,163 +152,191 @@ def _moments(
     for start in range(part * rows, last, BN):
         at = start + tl.arange(0, BN)
         mask = (at < last)[:, None] & inside[None, :]
-        x = tl.load(base[None, :] + at.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
-        x = tl.where(mask, x - shift[None, :], 0.0)
+        x = centred(base, at, cols, stride_n, first, tl.zeros((BD,), tl.float32), mask)
         more = tl.minimum(last - start, BN).to(tl.float32)
-        chunk = tl.sum(x, axis=0) / more
-        z = tl.where(mask, x - chunk[None, :], 0.0)
-        mean, square, count = joined(mean, square, count, chunk, tl.sum(z * z, axis=0), more)
+        delta = tl.sum(x, axis=0) / more
+        z = tl.where(mask, x - delta[None, :], 0.0)
+        total = count + more
+        delta -= mean
+        mean += delta * (more / total)
+        square += tl.sum(z * z, axis=0) + delta * delta * (count * more / total)
+        count = total
     to = (part * steps + t).to(tl.int64) * d + cols
     tl.store(part_means + to, mean, mask=inside)
     tl.store(part_squares + to, square, mask=inside)
 
 
 @entry
-def _merge(
-    part_means, part_squares, means, squares, hinges, fourths, parts, rows, n, steps, d, threshold, eps,
-    BD: tl.constexpr,
+def _finish(
+    part_means, part_squares, part_products, sums, means, squares, product, hinges, norms, parts, sample_parts, rows, n,
+    steps, d, size, pitch, threshold, eps, GRAM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """`merge` alone."""
-    blocks = tl.cdiv(d, BD)
+    """The end of forward. The first programs make the product, a tile each; the others join the moments.
+
+    Product, if there is one: tile (i, j), i <= j, of K or A, and its mirror image; and the sum of their squares. In
+    Gram form parts are added. With `sums`, the sums of XX' by row, K = JXX'J for J = 1 - 11'/N. In covariance form
+    parts are centred over their own samples, which leaves out count * off_i off_j, where `off` is how far their means
+    are from those of all samples. A's diagonal is zero.
+
+    Moments: mean and s of BD features from parts of `rows` samples, and their sum of hinges; in Gram form also minus
+    their sum of s^2, the diagonal that the penalty leaves out (gram.py).
+
+    Bytes: 4 parts + 8 an entry of the product's upper half; 12 sample_parts + 8 a feature.
+    """
     pid = tl.program_id(0)
-    merge(
-        part_means, part_squares, means, squares, hinges, fourths, pid // blocks, pid % blocks, blocks, parts, rows, n,
-        steps, d, threshold, eps, BD,
-    )  # fmt: skip
+    tiles = tl.cdiv(size, BT)
+    pairs = tiles * (tiles + 1) // 2
+    if pid < steps * pairs:
+        if part_products is not None:
+            at_once: tl.constexpr = 1 if GRAM else AT_ONCE
+            t = pid // pairs
+            i, j = upper(pid % pairs)
+            inner = tl.arange(0, BT)
+            r, c = i * BT + inner, j * BT + inner
+            inside_r, inside_c = r < size, c < size
+            at = r.to(tl.int64)[:, None] * pitch + c[None, :]
+            mask = inside_r[:, None] & (c < pitch)[None, :]
+            if not GRAM:
+                mean_r = _mean(part_means, r, inside_r, t, parts, rows, n, steps, d)
+                mean_c = _mean(part_means, c, inside_c, t, parts, rows, n, steps, d)
+            tile = tl.zeros((BT, BT), tl.float32)
+            for start in range(0, parts, at_once):
+                part = start + tl.arange(0, at_once)
+                slot = (part.to(tl.int64) * steps + t)[:, None, None] * size * pitch
+                there = (part < parts)[:, None, None] & mask[None, :, :]
+                products = tl.load(part_products + slot + at[None, :, :], mask=there, other=0.0)
+                if not GRAM:
+                    at_r, mask_r, count = _parts(start, r, inside_r, t, parts, rows, n, steps, d)
+                    at_c, mask_c, count = _parts(start, c, inside_c, t, parts, rows, n, steps, d)
+                    off_r = _off(part_means, at_r, mask_r, mean_r)
+                    off_c = _off(part_means, at_c, mask_c, mean_c)
+                    products += (count[:, None] * off_r)[:, :, None] * off_c[:, None, :]
+                tile += tl.sum(products, axis=0)
+            if sums is not None:
+                row_sum_i = tl.zeros((BT,), tl.float32)
+                row_sum_j = tl.zeros((BT,), tl.float32)
+                total = 0.0
+                for a in range(tiles):
+                    row_sum = tl.zeros((BT,), tl.float32)
+                    for b in range(parts * tiles):
+                        row_sum += tl.load(sums + ((t * tiles + a).to(tl.int64) * parts * tiles + b) * BT + inner)
+                    total += tl.sum(row_sum)
+                    row_sum_i += tl.where(a == i, row_sum, 0.0)
+                    row_sum_j += tl.where(a == j, row_sum, 0.0)
+                tile += total / n / n - (row_sum_i / n)[:, None] - (row_sum_j / n)[None, :]
+            if not GRAM:
+                tile = tl.where(r[:, None] == c[None, :], tile * 0.0, tile)  # NaN stays NaN
+            tile = tl.where(inside_r[:, None] & inside_c[None, :], tile, 0.0)
+            tl.store(norms + pid, tl.sum(tile * tile) * tl.where(i == j, 1.0, 2.0))
+            to = product + t.to(tl.int64) * size * pitch
+            tile = tile.to(product.dtype.element_ty)
+            tl.store(to + at, tile, mask=mask)
+            mirrored = inside_r[:, None] & inside_c[None, :] & (i != j)
+            tl.store(to + c.to(tl.int64)[None, :] * pitch + r[:, None], tile, mask=mirrored)
+    else:
+        blocks = tl.cdiv(d, BD)
+        block = pid - steps * pairs
+        t = block // blocks
+        cols = block % blocks * BD + tl.arange(0, BD)
+        inside = cols < d
+        mean = _mean(part_means, cols, inside, t, sample_parts, rows, n, steps, d)
+        square = _square(part_squares, part_means, mean, cols, inside, t, sample_parts, rows, n, steps, d)
+        feature = t.to(tl.int64) * d + cols
+        tl.store(means + feature, mean, mask=inside)
+        tl.store(squares + feature, square, mask=inside)
+        sigma = tl.sqrt_rn(square / (n - 1) + eps)
+        hinge = tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(hinges + block, tl.sum(tl.where(inside, hinge, 0.0)))
+        if GRAM:
+            tl.store(norms + pid, -tl.sum(square * square))
 
 
-@entry
-def _hinge_gradient(
-    h, means, squares, out, g_loss, g_variance, stride_n, stride_t, out_n, out_t, n, steps, d, alpha,
-    threshold, eps, scale, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """dZ = -a Z diag([sigma < threshold] / sigma), a = dL/dvariance / (T d (N-1)). Bytes: h once, the gradient once."""
-    blocks, chunks = tl.cdiv(d, BD), tl.cdiv(n, BN)
-    pid = tl.program_id(0)
-    cols = (pid % blocks) * BD + tl.arange(0, BD)
-    rows = (pid // blocks) % chunks * BN + tl.arange(0, BN)
-    t = (pid // (blocks * chunks)).to(tl.int64)
-    inside = cols < d
-    mask = (rows < n)[:, None] & inside[None, :]
-    base = h + t * stride_t + cols
-    at = t * d + cols
-    shift = tl.load(base, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.load(means + at, mask=inside, other=0.0)
-    x = tl.load(base[None, :] + rows.to(tl.int64)[:, None] * stride_n, mask=mask, other=0.0).to(tl.float32)
-    slope = hinge_slope(tl.load(squares + at, mask=inside, other=1.0), n, threshold, eps)
-    slope *= -coefficient(g_loss, g_variance, alpha, scale)
-    to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols[None, :]
-    tl.store(to, ((x - shift[None, :] - mean[None, :]) * slope[None, :]).to(out.dtype.element_ty), mask=mask)
+@triton.jit
+def _total(values, count, BLOCK: tl.constexpr):
+    """The sum of `count` float32 numbers in float64, in a fixed order."""
+    at = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, count, BLOCK):
+        total += tl.load(values + start + at, mask=start + at < count, other=0.0).to(tl.float64)
+    return tl.sum(total)
 
 
 @entry
 def _combine(
-    loss, variance_term, covariance_term, hinges, fourths, norms, hinge_count, norm_count, alpha, beta, scale,
-    square_scale, GRAM: tl.constexpr, BLOCK: tl.constexpr,
+    loss, variance_term, covariance_term, hinges, norms, hinge_count, norm_count, alpha, beta, scale, square_scale,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """(loss, variance, covariance) of sums over blocks, added in float64 in a fixed order. A pointer that is None
-    stands for a term that is not asked for. scale: 1 / (T d); square_scale: 1 / (T d (N-1)^2)."""
-    at = tl.arange(0, BLOCK)
-    hinge = tl.zeros((BLOCK,), tl.float64)
-    norm = tl.zeros((BLOCK,), tl.float64)
-    if hinges is not None:
-        for start in range(0, hinge_count, BLOCK):
-            hinge += tl.load(hinges + start + at, mask=start + at < hinge_count, other=0.0).to(tl.float64)
-    if norms is not None:
-        for start in range(0, norm_count, BLOCK):
-            norm += tl.load(norms + start + at, mask=start + at < norm_count, other=0.0).to(tl.float64)
-        if GRAM:
-            for start in range(0, hinge_count, BLOCK):
-                norm -= tl.load(fourths + start + at, mask=start + at < hinge_count, other=0.0).to(tl.float64)
-    variance = tl.sum(hinge) * scale
-    covariance = tl.sum(norm) * square_scale
+    """The scalars (loss, variance, covariance) from the sums that programs left. A count of zero leaves a term out.
+    scale: 1 / (T d); square_scale: 1 / (T d (N-1)^2). Bytes: 4 a sum."""
+    variance = _total(hinges, hinge_count, BLOCK) * scale
+    covariance = _total(norms, norm_count, BLOCK) * square_scale
     tl.store(loss, (alpha * variance + beta * covariance).to(tl.float32))
     tl.store(variance_term, variance.to(tl.float32))
     tl.store(covariance_term, covariance.to(tl.float32))
 
 
-@entry
-def _scale(tensor, factor, elements, BLOCK: tl.constexpr):
-    """tensor *= factor in place. Bytes: the tensor twice; none where factor is one."""
-    by = tl.load(factor)
-    if by != 1.0:
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(tensor + at, mask=at < elements, other=0.0)
-        tl.store(tensor + at, (x.to(tl.float32) * by).to(tensor.dtype.element_ty), mask=at < elements)
-
-
 # -- Launchers ------------------------------------------------------------------------------------------------------
 
-MOMENTS = [config(4, 3, 4, BN=32, BD=128), config(4, 3, 4, BN=128, BD=32)]
-HINGE_GRADIENT = [config(4, 1, 4, BN=32, BD=128)]
-MERGE = [config(4, 1, 8, BD=MERGED)]
-COMBINE = [config(4, 1, 1, BLOCK=512)]
-SCALE = [config(4, 1, 8, BLOCK=4096)]
+MOMENTS = Config(4, 3, 4, {"BN": 32, "BD": 128})
+# By the rows and columns of a tile of the product.
+FINISH = {
+    16: Config(4, 1, 2, {"BT": 16, "BD": MERGED}),
+    32: Config(4, 1, 1, {"BT": 32, "BD": MERGED}),
+    64: Config(4, 1, 1, {"BT": 64, "BD": MERGED}),
+    128: Config(8, 1, 1, {"BT": 128, "BD": MERGED}),
+}
+COMBINE = Config(4, 1, 1, {"BLOCK": 512})
 
 
-def moments(h: Tensor, weights: Weights) -> Moments:
-    """Of h (N, T, d)."""
+def moments(h: Tensor, weights: Weights) -> Forward:
+    """Moments of h (N, T, d), without a penalty."""
     n, steps, d = h.shape
-    programs, cost = steps * triton.cdiv(d, 128), 8 / (n * h.element_size())
-    parts = enough_parts(programs, n, 512, h.device, MOMENTS[0].blocks, cost)
-    rows = triton.cdiv(n, parts)
-    parts = triton.cdiv(n, rows)
-    part_means = torch.empty(parts, steps, d, device=h.device)
-    part_squares = torch.empty_like(part_means)
-    found = empty_moments(h)
+    programs = steps * triton.cdiv(d, MOMENTS.tiles["BD"])
+    rows, parts = split(h.device, MOMENTS.blocks, programs, n, 512, 8 / (n * h.element_size()))
+    part_means, part_squares = (torch.empty(parts, steps, d, device=h.device) for _ in range(2))
     launch(
-        _moments, MOMENTS, lambda meta: parts * steps * triton.cdiv(d, meta["BD"]),
-        h, part_means, part_squares, *h.stride()[:2], n, steps, d, rows, SHAPE=shape_class(n, steps, d),
+        _moments, MOMENTS, parts * programs,
+        h=h, part_means=part_means, part_squares=part_squares, **sizes(h), rows=rows,
     )  # fmt: skip
-    launch(
-        _merge, MERGE, lambda meta: steps * triton.cdiv(d, meta["BD"]),
-        part_means, part_squares, *found, parts, rows, n, steps, d, weights.threshold, weights.eps,
-    )  # fmt: skip
-    return found
+    return finish(h, weights, Parts(part_means, part_squares, rows))
 
 
-def empty_moments(h: Tensor) -> Moments:
-    """To be filled by `merge`, of h (N, T, d)."""
-    _, steps, d = h.shape
-    means = torch.empty(steps, d, device=h.device)
-    hinges = torch.empty(steps * triton.cdiv(d, MERGED), device=h.device)
-    return Moments(means, torch.empty_like(means), hinges, torch.empty_like(hinges))
-
-
-def hinge_gradient(
-    h: Tensor, means: Tensor, squares: Tensor, out: Tensor, incoming: Incoming, weights: Weights, count: int
-) -> None:
-    """Into out, (N, T, d) of any strides. count: T d of all tensors of the loss."""
+def finish(
+    h: Tensor, weights: Weights, parts: Parts, gram: bool = False, tile: int = 16, dtype: torch.dtype = torch.float32
+) -> Forward:
+    """Joins the parts of h (N, T, d). tile: the rows and columns of the product that a program makes, in `dtype`."""
     n, steps, d = h.shape
+    count, _, size, pitch = (0, 0, 0, 0) if parts.part_products is None else parts.part_products.shape
+    tiles, blocks = triton.cdiv(size, tile), triton.cdiv(d, MERGED)
+    pairs = tiles * (tiles + 1) // 2
+    kept = Kept(
+        torch.empty(steps, size, pitch, dtype=dtype, device=h.device) if size else h.new_empty(0),
+        torch.empty(steps, d, device=h.device),
+        torch.empty(steps, d, device=h.device),
+    )
+    hinges = torch.empty(steps * blocks, device=h.device)
+    norms = torch.empty(steps * (pairs + blocks if gram else pairs), device=h.device)
     launch(
-        _hinge_gradient, HINGE_GRADIENT,
-        lambda meta: steps * triton.cdiv(d, meta["BD"]) * triton.cdiv(n, meta["BN"]),
-        h, means, squares, out, incoming.loss, incoming.variance, *h.stride()[:2], *out.stride()[:2], n, steps, d,
-        weights.alpha, weights.threshold, weights.eps, 1 / (count * (n - 1)),
+        _finish, FINISH[tile], steps * (pairs + blocks),
+        **parts._asdict(), **kept._asdict(), hinges=hinges, norms=norms, parts=count,
+        sample_parts=len(parts.part_means), n=n, steps=steps, d=d, size=size, pitch=pitch,
+        threshold=weights.threshold, eps=weights.eps, GRAM=gram,
     )  # fmt: skip
+    return Forward(kept, hinges, norms)
 
 
-def combine(
-    moments: list[Moments], norms: list[Tensor], weights: Weights, gram: bool, n: int, count: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The scalars (loss, variance, covariance), float32, of all tensors of the loss."""
-    hinges, fourths = _flat([m.hinges for m in moments]), _flat([m.fourths for m in moments])
-    norm = _flat(norms) if weights.covariance else None
+def combine(found: list[Forward], weights: Weights, n: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The scalars (loss, variance, covariance), float32, of all tensors of the loss. count: T d of all tensors."""
+    hinges, norms = (_flat([getattr(one, name) for one in found]) for name in ("hinges", "norms"))
     loss, variance, covariance = (torch.empty((), device=hinges.device) for _ in range(3))
     launch(
-        _combine, COMBINE, lambda meta: 1,
-        loss, variance, covariance, hinges if weights.variance else None, fourths, norm, hinges.numel(),
-        0 if norm is None else norm.numel(), weights.alpha, weights.beta, 1 / count, 1 / (count * (n - 1) ** 2),
-        GRAM=gram,
+        _combine, COMBINE, 1,
+        loss=loss, variance_term=variance, covariance_term=covariance, hinges=hinges, norms=norms,
+        hinge_count=hinges.numel() if weights.variance else 0, norm_count=norms.numel() if weights.covariance else 0,
+        alpha=weights.alpha, beta=weights.beta, scale=1 / count, square_scale=1 / (count * (n - 1) ** 2),
     )  # fmt: skip
     return loss, variance, covariance
 
 
-def scale_(tensor: Tensor, factor: Tensor) -> None:
-    """tensor *= factor, a scalar; tensor without holes or overlaps."""
-    elements = tensor.numel()
-    launch(_scale, SCALE, lambda meta: triton.cdiv(elements, meta["BLOCK"]), tensor, factor, elements)
-
-
-def _flat(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _flat(tensors: list[Tensor]) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)

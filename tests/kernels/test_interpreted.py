@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
     ("part", "marker", "fewest"),
     [
         ("TestNumbers", "not slow", 95),
-        ("not TestNumbers", "not slow", 75),
+        ("not TestNumbers", "not slow", 65),
         pytest.param("TestNumbers", "slow", 105, marks=pytest.mark.slow),
-        pytest.param("not TestNumbers", "slow", 125, marks=pytest.mark.slow),
+        pytest.param("not TestNumbers", "slow", 105, marks=pytest.mark.slow),
     ],
 )
 def test_kernels_in_the_interpreter(part, marker, fewest, tmp_path):

@@ -9,9 +9,7 @@ the class at the end needs it.
 """
 
 import itertools
-import json
 import os
-import runpy
 import subprocess
 import sys
 import weakref
@@ -41,12 +39,10 @@ if not INTERPRETED and not torch.cuda.is_available():
 
 triton = pytest.importorskip("triton")
 kernels = pytest.importorskip("vjvcr_fast.kernels.vcr")
-launch = pytest.importorskip("vjvcr_fast.kernels.launch")
-aot = pytest.importorskip("vjvcr_fast.kernels.aot")
+import aot  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 HALF = (torch.float16, torch.bfloat16)
-MADE = ("backward", "forward")
 WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance form's
 # What the interpreter, a thousand times slower, leaves to the slow tests; a device takes all.
 LATER = (pytest.mark.slow,) if INTERPRETED else ()
@@ -65,53 +61,39 @@ def in_turns(names: str, *dimensions: Sequence[object]) -> pytest.MarkDecorator:
         for i, value in enumerate(last):
             values = [dimension[j] for dimension, j in zip(others, at, strict=True)]
             cases.append(pytest.param(*values, value, marks=() if sum(at) % len(last) == i else LATER))
-    fixtures = [name for name in names.split(", ") if name in ("route", "configuration")]
+    fixtures = [name for name in names.split(", ") if name == "route"]
     return pytest.mark.parametrize(names.split(", "), cases, indirect=fixtures)
 
 
 ROUTES = ("kernels", "library")
-# (N, T, d): every entry of every table of configurations (a test says so), several parts of the features and of the
-# batch, several panels, and sizes that fill no tile. CHOICE: those where a kernel has two configurations.
+# (N, T, d): every configuration (a test says so), several parts of the features and of the batch, several panels, rows
+# that are multiples of 16 long and others, and sizes that fill no tile.
 SHAPES = {
     "gram": [
-        *[(2, 1, 1), (2, 3, 5), (17, 2, 40), (40, 2, 9), (65, 2, 144), (97, 1, 20), (129, 1, 20), (161, 1, 162)],
-        *[(257, 1, 16), (1030, 1, 16)],
+        *[(2, 1, 1), (2, 3, 5), (17, 2, 40), (40, 2, 9), (65, 2, 144), (97, 1, 20), (129, 1, 20), (129, 1, 48)],
+        *[(161, 1, 162), (257, 1, 16), (1030, 1, 16)],
     ],
     "covariance": [
         *[(2, 1, 1), (5, 2, 3), (40, 2, 17), (70, 1, 33), (270, 1, 65), (600, 1, 20), (30, 1, 250)],
     ],
 }
-CHOICE = {
-    "gram": [(65, 2, 144), (97, 1, 20), (257, 1, 16), (1030, 1, 16)],
-    "covariance": [(40, 2, 17), (70, 1, 33), (270, 1, 65), (30, 1, 250)],
-}
 LARGER = {
     "gram": [
-        *[(3, 1, 7), (16, 2, 33), (17, 3, 40), (33, 2, 70), (81, 1, 97), (97, 1, 130), (129, 1, 200)],
-        *[(193, 1, 200), (257, 1, 272), (385, 1, 20), (1030, 1, 40)],
+        *[(3, 1, 7), (16, 2, 33), (17, 3, 40), (33, 2, 70), (81, 1, 97), (97, 1, 130), (97, 1, 144), (129, 1, 200)],
+        *[(145, 1, 208), (193, 1, 200), (257, 1, 272), (385, 1, 20), (1030, 1, 40)],
     ],
     "covariance": [
         *[(2, 3, 5), (40, 3, 17), (70, 2, 33), (140, 1, 65), (300, 2, 100), (20, 1, 144), (30, 1, 256)],
         *[(1100, 1, 5), (9, 2, 300)],
     ],
 }
-# Of half precision, each in the form that is its own: the first configuration of every entry.
+# In half precision, each in the form that is its own: the configurations for TF32.
 HALF_SHAPES = [
-    *[(16, 2, 33), (17, 1, 20), (33, 1, 70), (65, 1, 66), (97, 1, 98), (129, 1, 130), (193, 1, 194)],
+    *[(16, 2, 33), (17, 1, 20), (33, 1, 70), (65, 1, 66), (97, 1, 98), (129, 1, 130), (129, 1, 144), (193, 1, 194)],
     *[(9, 1, 3), (40, 2, 17), (66, 1, 33), (70, 1, 65)],
 ]
-FIRST, LAST = 0, -1
-CASES = [
-    *[(FIRST, shape, form) for form in FORMS for shape in SHAPES[form]],
-    *[(LAST, shape, form) for form in FORMS for shape in CHOICE[form]],
-]
-LARGER_CASES = [
-    (at, shape, form)
-    for at in (FIRST, LAST)
-    for form in FORMS
-    for shape in LARGER[form]
-    if at == FIRST or not INTERPRETED or shape in ((300, 2, 100), (257, 1, 272))
-]
+CASES = [(shape, form) for form in FORMS for shape in SHAPES[form]]
+LARGER_CASES = [(shape, form) for form in FORMS for shape in LARGER[form]]
 
 # What arrives at backward for (loss, variance, covariance); None: the term was not used.
 Incoming = tuple[float | None, float | None, float | None]
@@ -177,12 +159,10 @@ def assert_gradient(ours: Tensor, h: Tensor, expected: Judged, incoming: Incomin
     assert relative(ours, right, scale) <= bound, f"gradient of {incoming}"
 
 
-def assert_agrees(
-    h: Tensor, form: str = "auto", made: str = "auto", incoming: Sequence[Incoming] = (LOSS,), **arguments: float
-) -> None:
+def assert_agrees(h: Tensor, form: str = "auto", incoming: Sequence[Incoming] = (LOSS,), **arguments: float) -> None:
     """Terms of h (N, ..., d) and, for each of `incoming`, the gradient."""
     leaf = h.detach().requires_grad_()
-    terms = fused(leaf, form=form, gradient=made, **arguments)
+    terms = fused(leaf, form=form, **arguments)
     expected, (of_terms, of_gradients) = judge(h, **arguments), bounds(h.dtype)
     assert_terms(terms, expected, of_terms)
     for coefficients in incoming:
@@ -214,18 +194,10 @@ def guarded(monkeypatch) -> Iterator[None]:
     assert all(memory.isnan().all() for memory in margins)
 
 
-@pytest.fixture(params=[FIRST, LAST], ids=["first", "last"])
-def configuration(request, monkeypatch) -> None:
-    """Of each kernel's configurations that fit, the first or the last in the place of all."""
-    fitting = launch.fitting
-    monkeypatch.setattr(launch, "fitting", lambda *arguments: fitting(*arguments)[request.param :][:1])
-
-
 @pytest.fixture
 def older(monkeypatch) -> None:
     """A GPU of compute capability 8.0, whose tiles are smaller."""
-    for module in (launch, kernels.gram, kernels.covariance, kernels.library):
-        monkeypatch.setattr(module, "architecture", lambda device: 80, raising=False)
+    monkeypatch.setattr(kernels.gram, "architecture", lambda device: 80)
 
 
 @pytest.fixture(params=ROUTES)
@@ -243,60 +215,35 @@ def through_the_library(monkeypatch) -> None:
 @pytest.mark.parametrize("arch", [80, 90])
 def test_shapes_reach_every_configuration(arch):
     """But for bfloat16's, which are chosen as those of the other types are."""
-    with launch.recording(arch) as launches:
-        for form, shape, dtype in [(f, s, t) for f in FORMS for s in SHAPES[f] for t in (torch.float32, torch.float16)]:
-            launch_all(shape, form, dtype)
-    reached = {id(c) for made in launches for c in made.configs}
-    planned = {
-        f"{name}, {i}": id(c)
-        for name, configs in aot.tables().items()
-        for i, c in enumerate(configs)
-        if arch in c.archs and "bf16" not in name
-    }
-    assert [name for name, c in planned.items() if c not in reached] == []
-
-
-def launch_all(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
-    """Every kernel that serves the shape, on tensors without data."""
-    g, gram = torch.empty((), device="meta"), form == "gram"
-    h = torch.empty(shape, dtype=dtype, device="meta")
-    for covariance in (True, False):
-        weights = kernels.Weights(ALPHA, BETA, 1.0, 1e-4, covariance=covariance)
-        kept = kernels.forward([h], weights, gram)[3]
-        kernels.backward([h], kept, kernels.Incoming(g, None, None), weights, gram, [True])
-    kernels.scale_(h, g)
+    reached = configurations(arch, [(*case, dtype) for case in CASES for dtype in (torch.float32, torch.float16)])
+    on_hopper_only = {name for name in aot.tables() if "HOPPER" in name} | {"gram.TILES[tf32x3, 128]"}
+    expected = {name for name in aot.tables() if "bf16" not in name} - (on_hopper_only if arch == 80 else set())
+    assert reached == expected
 
 
 def test_cases_run_every_configuration():
-    """In full precision the first or the last of those that fit a shape, in half precision the first."""
-    full, half = set(), set()
-    with launch.recording(90) as launches:
-        for at, shape, form in CASES:
-            before = len(launches)
-            launch_all(shape, form, torch.float32)
-            full |= {id(made.configs[at]) for made in launches[before:]}
-        before = len(launches)
-        for shape in HALF_SHAPES:
-            launch_all(shape, "gram" if shape[0] < shape[2] else "covariance", torch.float16)
-        half |= {id(made.configs[0]) for made in launches[before:]}
-    missed = []
-    for name, configs in aot.tables().items():
-        here = [id(c) for c in configs if 90 in c.archs]
-        if "[tf32," in name:
-            missed += [name] if here and here[0] not in half else []
-        elif "bf16" not in name:
-            missed += [f"{name}, {i}" for i, c in enumerate(here) if c not in full]
-    assert missed == []
+    full = configurations(90, [(*case, torch.float32) for case in CASES])
+    shapes = [(shape, "gram" if shape[0] < shape[2] else "covariance") for shape in HALF_SHAPES]
+    half = configurations(90, [(*case, torch.float16) for case in shapes])
+    names = {name for name in aot.tables() if "bf16" not in name}
+    not_split = {name for name in names if "[tf32," in name} | {"gradient.COVARIANCE[64]"}
+    assert names - not_split <= full
+    assert not_split <= half
+
+
+def configurations(arch: int, cases: Sequence[tuple[tuple[int, ...], str, torch.dtype]]) -> set[str]:
+    """The names of those that these shapes, forms and dtypes would be launched in."""
+    with aot.recording(arch) as launches:
+        for shape, form, dtype in cases:
+            aot.call_launchers(torch.empty(shape, dtype=dtype, device="meta"), form == "gram")
+    names = {id(config): name for name, config in aot.tables().items()}
+    return {names[id(made.config)] for made in launches}
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the interpreter's, which compiles nothing")
-def test_ahead_of_time_compilation_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["aot"])
-    monkeypatch.delitem(sys.modules, aot.__name__)  # runpy would warn of it
-    with pytest.raises(SystemExit) as exit:
-        runpy.run_module(aot.__name__, run_name="__main__")
-    assert exit.value.code == 2
-    assert "TRITON_INTERPRET" in capsys.readouterr().err
+def test_ahead_of_time_compilation_is_refused():
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET"):
+        aot.compile_all([90], 1)
 
 
 # -- Numbers --------------------------------------------------------------------------------------------------------
@@ -304,27 +251,18 @@ def test_ahead_of_time_compilation_is_refused(monkeypatch, capsys):
 
 @pytest.mark.usefixtures("guarded")
 class TestNumbers:
-    @pytest.mark.parametrize(
-        ("configuration", "shape", "form"), [*CASES, *later(*LARGER_CASES)], indirect=["configuration"]
-    )
-    @pytest.mark.usefixtures("configuration")
+    @pytest.mark.parametrize(("shape", "form"), [*CASES, *later(*LARGER_CASES)])
     def test_float32(self, shape, form):
         assert_agrees(random(*shape), form)
 
     @pytest.mark.parametrize(
-        ("configuration", "shape"),
+        "shape",
         [
-            *[(FIRST, (65, 1, 144)), (LAST, (65, 1, 144)), (FIRST, (161, 1, 20)), (FIRST, (70, 1, 33))],
-            *later(
-                *itertools.product(
-                    (FIRST,) if INTERPRETED else (FIRST, LAST),
-                    [(97, 1, 130), (161, 1, 162), (257, 1, 272), (70, 2, 33), (140, 1, 65), (300, 1, 100)],
-                )
-            ),
+            *[(65, 1, 144), (161, 1, 20), (70, 1, 33)],
+            *later(*(((n, 1, d),) for n, d in [(97, 130), (161, 162), (257, 272), (70, 33), (140, 65), (300, 100)])),
         ],
-        indirect=["configuration"],
     )
-    @pytest.mark.usefixtures("older", "configuration")
+    @pytest.mark.usefixtures("older")
     def test_float32_on_an_older_device(self, shape):
         assert_agrees(random(*shape))
 
@@ -402,20 +340,20 @@ class TestNumbers:
         "route, case, bad",
         ROUTES,
         [
-            ((4, 2, 6), "gram", "backward"),
-            ((161, 2, 6), "gram", "forward"),
-            ((8, 2, 3), "covariance", "forward"),
-            ((260, 2, 6), "covariance", "backward"),
+            ((4, 2, 6), "gram"),
+            ((161, 2, 6), "gram"),
+            ((8, 2, 3), "covariance"),
+            ((260, 2, 6), "covariance"),
         ],
         [(0, "nan"), (1, "nan"), (0, "-inf"), (1, "inf")],
     )
     @pytest.mark.usefixtures("route")
     def test_nan_and_inf_are_never_hidden(self, case, bad):
-        (shape, form, made), (row, value) = case, bad
+        (shape, form), (row, value) = case, bad
         h = random(*shape)
         h[row, 1, 0] = float(value)
         leaf = h.requires_grad_()
-        terms = fused(leaf, form=form, gradient=made)
+        terms = fused(leaf, form=form)
         assert all(term.isnan() for term in terms)
         for incoming in EACH[:3]:
             (gradient,) = gradients(terms, [leaf], incoming)
@@ -484,10 +422,10 @@ class TestLayouts:
             through_the_library(monkeypatch)
         assert_agrees(LAYOUTS[layout](random(9, 3, 11)), form)
 
-    @in_turns("order, made, dtype", [(0, 1, 2), (1, 0, 2)], MADE, [torch.float32, *HALF])
-    def test_the_gradient_lies_as_its_tensor(self, order, dtype, made):
+    @in_turns("order, dtype", [(0, 1, 2), (1, 0, 2)], [torch.float32, *HALF])
+    def test_the_gradient_lies_as_its_tensor(self, order, dtype):
         h = random(*WIDE, dtype=dtype).permute(order).contiguous().permute(order).requires_grad_()
-        (gradient,) = gradients(fused(h, gradient=made), [h], LOSS)
+        (gradient,) = gradients(fused(h), [h], LOSS)
         assert gradient.dtype == h.dtype
         assert gradient.stride() == h.stride()
 
@@ -498,9 +436,9 @@ class TestLayouts:
         right = judge(base.detach().expand(6, 4, 5)).gradients[0].sum(1, keepdim=True)
         assert relative(base.grad, right) <= tolerances.TF32X3
 
-    @in_turns("made, form, route", MADE, FORMS, ROUTES)
+    @in_turns("form, route", FORMS, ROUTES)
     @pytest.mark.usefixtures("route")
-    def test_a_sequence_is_its_concatenation(self, form, made):
+    def test_a_sequence_is_its_concatenation(self, form):
         parts = [
             placed(random(7, 2, 8, seed=1), (1, 0, 2)),
             random(7, 8, seed=2),
@@ -509,7 +447,7 @@ class TestLayouts:
         ]
         leaves = [part.requires_grad_() for part in parts]
         whole = torch.cat([part.detach().reshape(7, -1, 8) for part in parts], dim=1)
-        terms = fused(leaves, form=form, gradient=made)
+        terms = fused(leaves, form=form)
         expected = judge(whole)
         assert_terms(terms, expected, tolerances.TF32X3)
         for incoming in (LOSS, EACH[-1]):
@@ -532,43 +470,6 @@ def test_strides_beyond_32_bits(strides, form):
     assert_agrees(h.copy_(random(6, 6, 9)), form)
 
 
-# -- Choosing a configuration -----------------------------------------------------------------------------------------
-
-
-def test_a_choice_is_made_once_for_a_shape_class_a_precision_and_a_dtype(monkeypatch):
-    """And none while a graph is captured, which cannot be timed. The disk cache writes the key as JSON."""
-    first, second = configs = (launch.config(4, 3, 2, BK=32), launch.config(8, 2, 1, BK=64))
-    timed, capturing = [], [True]
-
-    class Tuner:
-        def __init__(self, kernel, choices, names):
-            self.names, self.best_config = names, triton.Config(dict(second.tiles), num_warps=8, num_stages=2)
-
-        def __getitem__(self, grid):
-            return lambda *args, **constants: timed.append(json.dumps({name: constants[name] for name in self.names}))
-
-    monkeypatch.setattr(launch, "_autotuned", Tuner)
-    monkeypatch.setattr(launch, "_choices", {})
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
-
-    def choose(dtype: torch.dtype = torch.float32, **constants: object) -> object:
-        h = torch.empty(4, dtype=dtype)
-        return launch._fastest(
-            "kernel", configs, lambda meta: 1, (h, 1), {"DTYPE": triton.language.float32, **constants}
-        )
-
-    assert choose(SHAPE=1, PRECISION="tf32") is first
-    assert not timed
-    capturing[0] = False
-    assert choose(SHAPE=1, PRECISION="tf32") is second
-    capturing[0] = True
-    assert choose(SHAPE=1, PRECISION="tf32") is second, "made before the capture"
-    capturing[0] = False
-    for others in ({"PRECISION": "tf32x3"}, {"SHAPE": 2}, {"HINGE": False}, {"dtype": torch.float16}):
-        choose(**{"SHAPE": 1, "PRECISION": "tf32", **others})
-    assert len(timed) == 5
-
-
 # -- What surrounds the numbers -------------------------------------------------------------------------------------
 
 
@@ -576,57 +477,60 @@ class TestBackward:
     @in_turns("route, form, dtype", ROUTES, FORMS, [torch.float32, *HALF])
     @pytest.mark.parametrize("shape", [(20, 5, 31), *later(((12, 7, 65),), ((40, 5, 33),))])
     @pytest.mark.usefixtures("guarded", "route")
-    def test_gradient_made_in_forward(self, shape, dtype, form):
-        """In blocks of time steps, not all of one size. Given away once: later ones, and those of other terms, are made
-        again."""
-        assert_agrees(random(*shape, dtype=dtype), form, "forward", incoming=[LOSS, LOSS, EACH[-1]])
+    def test_again(self, shape, dtype, form):
+        """A second time, and from other terms."""
+        assert_agrees(random(*shape, dtype=dtype), form, incoming=[LOSS, LOSS, EACH[-1]])
 
-    @pytest.mark.parametrize("made", MADE)
-    def test_float16_waits_for_its_loss_scale(self, made):
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_a_wish_for_the_gradient_in_forward(self, shape):
+        """It is accepted; the kernels compute the same in backward."""
+        runs = []
+        for made in ("forward", "backward", "auto"):
+            h = random(*shape).requires_grad_()
+            terms = fused(h, gradient=made)
+            runs.append((*terms, *gradients(terms, [h], LOSS)))
+        assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
+
+    def test_float16_waits_for_its_loss_scale(self):
         """Without it the gradient of so small a loss is zero."""
         h = random(*WIDE, dtype=torch.float16).requires_grad_()
-        loss = vcr_loss(h, alpha=ALPHA * 2**-20, beta=BETA * 2**-20, backend="triton", gradient=made).loss
+        loss = vcr_loss(h, alpha=ALPHA * 2**-20, beta=BETA * 2**-20, backend="triton").loss
         (gradient,) = torch.autograd.grad(loss * 2**20, h)
         assert_gradient(gradient, h, judge(h), (1.0, None, None), bounds(h.dtype)[1])
 
     def test_a_gradient_given_away_is_the_callers(self):
         h = random(*WIDE).requires_grad_()
-        loss = fused(h, gradient="forward").loss
+        loss = loss_of(h)
         (first,) = torch.autograd.grad(loss, h, retain_graph=True)
         kept = first.clone()
         first.zero_()
         assert relative(torch.autograd.grad(loss, h)[0], kept) <= tolerances.TF32X3
 
-    @in_turns("made, shape", MADE, [WIDE, TALL])
-    def test_no_gradient_is_made_that_nobody_wants(self, shape, made, monkeypatch):
-        calls = []
-        for module in (kernels.gram, kernels.covariance):
-            gradient = module.gradient
-            monkeypatch.setattr(module, "gradient", lambda *a, gradient=gradient: calls.append(0) or gradient(*a))
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_no_gradient_is_made_that_nobody_wants(self, shape, monkeypatch):
+        calls, gradient = [], kernels.gradient.gradient
+        monkeypatch.setattr(kernels.gradient, "gradient", lambda *given: calls.append(0) or gradient(*given))
         h = random(*shape)
-        assert not any(term.requires_grad for term in fused(h, gradient=made))
+        assert not any(term.requires_grad for term in fused(h))
         leaf = h.clone().requires_grad_()
         for context in (torch.no_grad, torch.inference_mode):
             with context():
-                terms = fused(leaf, gradient=made)
+                terms = fused(leaf)
             assert not any(term.requires_grad for term in terms)
+        loss = loss_of(leaf)
         assert calls == []
-        loss = fused(leaf, gradient=made).loss
-        assert len(calls) == (1 if made == "forward" else 0)
         loss.backward()
         assert len(calls) == 1
 
-    @pytest.mark.parametrize("made", MADE)
-    def test_one_tensor_of_a_sequence(self, made):
+    def test_one_tensor_of_a_sequence(self):
         h_x, h_y = random(*WIDE), random(*WIDE, seed=1).requires_grad_()
-        fused([h_x, h_y], gradient=made).loss.backward()
+        loss_of([h_x, h_y]).backward()
         right = judge(torch.cat([h_x, h_y.detach()], dim=1)).gradients[0][:, WIDE[1] :]
         assert h_x.grad is None
         assert relative(h_y.grad, right) <= tolerances.TF32X3
 
-    @pytest.mark.parametrize("made", MADE)
     @pytest.mark.parametrize("form", FORMS)
-    def test_double_backward(self, form, made):
+    def test_double_backward(self, form):
         """Squaring the loss couples the tensors: each gradient depends on the other through it."""
 
         def penalty(terms: Sequence[Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
@@ -637,61 +541,53 @@ class TestBackward:
         leaves = [h[:, :1].clone().requires_grad_(), h[:, 1:].clone().requires_grad_()]
         x = h.double().requires_grad_()
         (right,) = penalty(reference.vcr(x, ALPHA, BETA), [x])
-        ours = penalty(fused(leaves, form=form, gradient=made), leaves)
+        ours = penalty(fused(leaves, form=form), leaves)
         assert relative(torch.cat(ours, dim=1), right) <= tolerances.FLOAT32
 
     @pytest.mark.parametrize(
-        ("route", "made", "shape"),
+        ("route", "shape"),
         [
-            *[("kernels", "backward", (300, 1, 9)), ("library", "forward", (20, 1, 33))],
-            *([] if INTERPRETED else itertools.product(ROUTES, MADE, [(65, 3, 140), (300, 2, 20), (600, 2, 9)])),
+            *[("kernels", (300, 1, 9)), ("library", (20, 1, 33))],
+            *([] if INTERPRETED else itertools.product(ROUTES, [(65, 3, 140), (300, 2, 20), (600, 2, 9)])),
         ],
         indirect=["route"],
     )
     @pytest.mark.usefixtures("route")
-    def test_twice_the_same_bits(self, shape, made):
+    def test_twice_the_same_bits(self, shape):
         """The interpreter runs programs one after the other: there it is the tensors between that could differ."""
         runs = []
         for _ in range(2):
             h = random(*shape).requires_grad_()
-            terms = fused(h, gradient=made)
+            terms = fused(h)
             terms.loss.backward()
             runs.append((*terms, h.grad))
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
-    @pytest.mark.parametrize("made", MADE)
-    def test_nothing_outlives_the_loss(self, made):
+    def test_nothing_outlives_the_loss(self):
         """A cycle would hold memory until the collector comes by."""
         h = random(*WIDE).requires_grad_()
         inner = h * 1
-        terms, gone = fused(inner, gradient=made), weakref.ref(inner)
+        terms, gone = fused(inner), weakref.ref(inner)
         del inner
         assert gone() is not None
         del terms
         assert gone() is None
 
-    @pytest.mark.parametrize("made", MADE)
-    def test_a_change_in_between_is_noticed(self, made):
+    def test_a_change_in_between_is_noticed(self):
         h = random(*WIDE).requires_grad_()
-        loss = fused(h, gradient=made).variance
+        loss = fused(h).variance
         with torch.no_grad():
             h.mul_(2)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
-    @in_turns(
-        "route, shape, how",
-        ROUTES,
-        [WIDE, TALL],
-        list(zip([*MADE, *MADE, *MADE], [torch.float32, *HALF, torch.float32, *HALF], strict=True)),
-    )
+    @in_turns("route, shape, dtype", ROUTES, [WIDE, TALL], [torch.float32, *HALF])
     @pytest.mark.usefixtures("route")
-    def test_autocast_changes_no_bit(self, shape, how):
-        made, dtype = how
+    def test_autocast_changes_no_bit(self, shape, dtype):
         plain, under = (random(*shape, dtype=dtype).requires_grad_() for _ in range(2))
-        fused(plain, gradient=made).loss.backward()
+        loss_of(plain).backward()
         with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-            loss = fused(under, gradient=made).loss
+            loss = loss_of(under)
             loss.backward()
         assert loss.dtype == torch.float32
         assert torch.equal(under.grad, plain.grad)
@@ -713,32 +609,19 @@ class TestInterfaces:
         with pytest.raises(ValueError, match=r"N >= 2"):
             fused(random(*WIDE)[:1])
 
-    @in_turns(
-        "case, used",
-        [(False, True, True), (True, False, True), (True, True, False)],
-        [(False, True, True), (True, False, False)],
-    )
+    @in_turns("case, used", [(False, True), (True, False), (True, True)], [(False, True, True), (True, False, False)])
     def test_opcheck(self, case, used):
         """Schema, fake kernel and autograd agree with what the operators do. used: of the three values."""
-        gram, covariance, gradient = case
+        gram, covariance = case
         hs = [random(5, 2, 9), placed(random(5, 1, 9, seed=1), (1, 0, 2))]
         weights = (ALPHA, BETA, 1.0, 1e-4, gram, True, covariance)
-        arguments = ([h.clone().requires_grad_() for h in hs], *weights, [gradient, False])
+        arguments = ([h.clone().requires_grad_() for h in hs], *weights)
         assert set(torch.library.opcheck(torch.ops.vjvcr.vcr.default, arguments).values()) == {"SUCCESS"}
-        kept = ops.vcr(hs, *weights, [False, False])[3]
+        kept = ops.vcr(hs, *weights)[3]
         g = torch.tensor(2.0, device=DEVICE)
-        arguments = (hs, kept, *(g if one else None for one in used), *weights, [True, gradient])
+        arguments = (hs, kept, *(g if one else None for one in used), *weights, [True, gram])
         found = torch.library.opcheck(torch.ops.vjvcr.vcr_backward.default, arguments)
         assert set(found.values()) == {"SUCCESS"}
-
-    @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-    def test_opcheck_of_scale(self, dtype):
-        tensor, factor = random(5, 9, dtype=dtype), torch.tensor(2.0, device=DEVICE)
-        found = torch.library.opcheck(torch.ops.vjvcr.scale_.default, (tensor.clone(), factor))
-        assert set(found.values()) == {"SUCCESS"}
-        scaled = tensor.clone()
-        ops.scale_(scaled, factor)
-        assert torch.equal(scaled, tensor * 2)
 
 
 class TestCompiled:
@@ -854,16 +737,16 @@ def test_any_shape_layout_and_type(seed):
     h = random(n, draw.randint(1, 4), d, dtype=dtype, seed=seed)
     h = placed(h, draw.sample(range(3), 3), [draw.randint(1, 3) for _ in range(3)])
     form = draw.choice(["auto", *FORMS]) if dtype == torch.float32 else "auto"
-    made, incoming = draw.choice(MADE), [draw.choice(EACH)]
-    assert_agrees(h, form, made, incoming, threshold=draw.choice([0.7, 1.0, 3.0]), eps=draw.choice([1e-4, 1e-2]))
+    incoming = [draw.choice(EACH)]
+    assert_agrees(h, form, incoming, threshold=draw.choice([0.7, 1.0, 3.0]), eps=draw.choice([1e-4, 1e-2]))
 
 
 # -- On the device --------------------------------------------------------------------------------------------------
 
 
-def step(h: Tensor, made: str = "backward") -> tuple[Tensor, Tensor]:
+def step(h: Tensor) -> tuple[Tensor, Tensor]:
     """The loss and its gradient."""
-    loss = fused(h, gradient=made).loss
+    loss = loss_of(h)
     return loss.detach(), torch.autograd.grad(loss, h)[0]
 
 
@@ -889,14 +772,13 @@ class TestCuda:
         yield
         torch.backends.cuda.matmul.fp32_precision = before
 
-    @pytest.mark.usefixtures("tf32", "configuration")
+    @pytest.mark.usefixtures("tf32")
     @pytest.mark.parametrize(
         "shape", [(16, 2, 40), (32, 2, 70), (65, 2, 144), (160, 3, 512), (300, 2, 512), (300, 2, 100), (2000, 2, 256)]
     )
     def test_tf32(self, shape):
         assert_agrees(random(*shape))
 
-    @pytest.mark.usefixtures("configuration")
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("shape", [(160, 3, 512), (300, 2, 512), (2000, 2, 256), (1100, 1, 1200), (600, 2, 300)])
     def test_half_precision(self, shape, dtype):
@@ -920,20 +802,19 @@ class TestCuda:
         assert backends.resolve("auto", h) == "torch"
         assert relative(vcr_loss(h, alpha=ALPHA, beta=BETA).loss, judge(h).values[0]) <= tolerances.FLOAT64
 
-    @pytest.mark.parametrize("made", MADE)
     @pytest.mark.parametrize("shape", [(64, 5, 128), (300, 5, 64), (300, 2, 400)])
-    def test_graph_capture(self, shape, made):
+    def test_graph_capture(self, shape):
         """Captured once, replayed with other numbers."""
         h = random(*shape).requires_grad_()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                step(h, made)
+                step(h)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            loss, gradient = step(h, made)
+            loss, gradient = step(h)
         for seed in (1, 2):
             with torch.no_grad():
                 h.copy_(random(*shape, seed=seed))
@@ -943,27 +824,25 @@ class TestCuda:
             assert relative(loss, expected.values[0], expected.scales[0]) <= tolerances.TF32X3
             assert relative(gradient, expected.gradients[0]) <= tolerances.TF32X3
 
-    @pytest.mark.parametrize("made", MADE)
     @pytest.mark.parametrize("shape", [(64, 5, 128), (300, 5, 64), (300, 2, 400), (1100, 1, 1200)])
-    def test_never_waits_for_the_device(self, shape, made):
+    def test_never_waits_for_the_device(self, shape):
         h = random(*shape).requires_grad_()
-        step(h, made)
+        step(h)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         try:
-            step(h, made)
+            step(h)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
-    @pytest.mark.parametrize("made", MADE)
-    def test_peak_memory(self, made):
+    def test_peak_memory(self):
         """At CATER's shape, 131 MB."""
         h = torch.randn(160, 100, 2048, device=DEVICE, requires_grad=True)
-        step(h, made)
+        step(h)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(h, made)
+        step(h)
         torch.cuda.synchronize()
         above = torch.cuda.max_memory_allocated() - before - h.nbytes
         assert 0 <= above <= tolerances.CUDA_MEMORY_COPIES * h.nbytes
