@@ -3,15 +3,20 @@
     pytest benchmarks/bench_losses_cuda.py [--full]               checks and times
     pytest benchmarks/bench_losses_cuda.py --benchmark-disable    checks alone
 
-Every provider's loss and gradient, and after timing those of its graph, are checked against the reference in float64.
-Columns: `us` is the median time of a pass on the GPU, replayed as a CUDA graph (timing.py); where a provider cannot be
-captured the note says so, and its launches count. `over floor` is that over the time of two reads of h and a write at
-the bandwidth of a copy; `x eager` is the eager reference's time over the provider's, `x compiled` that of the faster
-of the compiled two; `copies` is the peak of memory beyond the input, gradient included, in copies of h. The file also
-has `launched_us`, passes launched from Python one after the other.
+The loss and gradient of every provider are checked against the reference in float64, and those of its CUDA graph again
+after timing. Columns:
 
-The shapes that have targets (records.py) are timed in all precisions, the README's others in float32 "highest". Cases
-that would begin after BUDGET seconds are left out, and the file says so; those with targets come first.
+    us           median time of a pass on the GPU, replayed as a CUDA graph (timing.py). If a provider cannot be
+                 captured, the note says so and the time of its launches counts.
+    over floor   us over the time of two reads of h and one write at the bandwidth of a copy
+    x eager      the eager reference's time over the provider's
+    x compiled   the time of the faster of the two compiled baselines over the provider's
+    copies       peak memory beyond the input, gradient included, in copies of h
+
+The file also has `launched_us`, passes launched from Python one after the other.
+
+Shapes with a target (records.py) are timed in all precisions, the README's others in float32 "highest". The shapes with
+targets come first. Cases that would begin after BUDGET seconds are left out, and the file says so.
 """
 
 import contextlib
@@ -44,9 +49,9 @@ from torch import Tensor
 from vjvcr_fast.losses import backends
 
 BUDGET = 150.0  # seconds
-SLACK = 10.0  # times our tolerance is plain PyTorch's: it also rounds variances to TF32, and all it has to bfloat16
-SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # of graphs
-LAUNCHED_ROUNDS, LAUNCHED_PASSES = 5, 8  # of launches
+SLACK = 10.0  # plain PyTorch may be off by this many times our tolerance: it also rounds variances and sums
+SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # for graphs
+LAUNCHED_ROUNDS, LAUNCHED_PASSES = 5, 8  # for launches
 
 TARGETED = [Case(160, (100,), 2048), Case(2_600_000, (1,), 64), Case(256, (26,), 2048), Case(256, (15,), 512)]
 OTHERS = [
@@ -60,18 +65,18 @@ OTHERS = [
     Case(64, (8,), 128),
     Case(4096, (1,), 64),
 ]
+Compiler = Callable[[Provider | str], Provider | str]
 Check = Callable[[Row, Outputs], bool]
-KERNELS = ("ours", "ours, gradient in forward", "ours compiled")
+KERNELS = ("ours", "ours compiled")
 
 
-def compared(case: Case, compiled: Callable[[Provider | str], Provider | str]) -> dict[str, Provider | str]:
+def compared(case: Case, compiled: Compiler) -> dict[str, Provider | str]:
     """Name to function, or to the reason why it is left out."""
     return {
         "eager reference": providers.eager_reference,
         "compiled reference": compiled(providers.eager_reference),
         "compiled gram form": compiled(providers.gram_form_of(case)),
         "ours": providers.ours,
-        "ours, gradient in forward": providers.ours_in_forward,
         "ours compiled": compiled(providers.ours),
         "ours in torch": providers.ours_in_torch,
     }
@@ -90,7 +95,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture(scope="module")
 def gpu(request: pytest.FixtureRequest, machine: dict[str, Any]) -> tuple[Device, Ceilings | None, float]:
-    """The device, its ceilings, which are put into the file, too, or None where nothing is timed; when it started."""
+    """The device; its ceilings, which also go to the file, or None if nothing is timed; and the start time."""
     started, device = time.monotonic(), Cuda()
     if request.config.getoption("benchmark_disable", False):
         return device, None, started
@@ -127,9 +132,9 @@ def compare(
     device: Device,
     found: Ceilings | None,
     seconds: float,
-    compiled: Callable[[Provider | str], Provider | str] = providers.compiled,
+    compiled: Compiler = providers.compiled,
 ) -> tuple[list[Row], list[str]]:
-    """(a row for each provider, what is wrong with any of them). Without ceilings nothing is timed."""
+    """Returns a row for each provider, and what is wrong with any of them. Without ceilings nothing is timed."""
     rows: dict[str, Row] = {}
     with precision(name) as dtype, device.stream():
         sets = _inputs(case, dtype, device)
@@ -152,7 +157,8 @@ def compare(
 
 
 def _inputs(case: Case, dtype: torch.dtype, device: Device) -> list[Parts]:
-    """Copies of h, each as its parts, that together do not fit the cache. The same numbers: one judge serves all."""
+    """Copies of h, each as its parts, that together do not fit the cache. All have the same numbers, so that one
+    reference result serves all."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
     like = {"generator": generator, "device": device.torch_device}
     parts = [(SIGMA * torch.randn(case.n, t, case.d, **like)).to(dtype) for t in case.steps]
@@ -161,11 +167,11 @@ def _inputs(case: Case, dtype: torch.dtype, device: Device) -> list[Parts]:
 
 
 def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, outputs: Outputs) -> bool:
-    """Puts the errors of outputs into row, and says there if they are too large."""
+    """Whether the errors of outputs are too large. Puts them into row, or a note that says so."""
     loss, gradient = providers.errors(outputs, *judge)
-    kernels = row["provider"] in KERNELS
-    plain = [SLACK * bound for bound in providers.tolerance(name, case.n)]
-    bounds = providers.TOLERANCES[name] if kernels else plain
+    bounds = [SLACK * bound for bound in providers.tolerance(name, case.n)]
+    if row["provider"] in KERNELS:
+        bounds = list(providers.TOLERANCES[name])
     if loss <= bounds[0] and gradient <= bounds[1]:
         row |= {"_loss_error": loss, "_gradient_error": gradient}
         return False
@@ -175,14 +181,14 @@ def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, output
 
 
 def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Row) -> bool:
-    """Whether function runs and is right; the reason why not, or errors and memory, are put into row."""
+    """Whether function runs and is right. Puts its errors and memory into row, or the reason why not."""
     try:
         providers.step(function, parts)  # compiles, tunes
         outputs, peak = peak_bytes(functools.partial(providers.step, function, parts), device)
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"
         return False
-    except Exception as error:  # of compilers and drivers, whose errors have no common class
+    except Exception as error:  # errors of compilers and drivers have no common class
         row |= {"note": _first_line(error), "_wrong": True}
         return False
     row["copies"] = peak / sum(part.nbytes for part in parts)
@@ -201,8 +207,8 @@ def _time_graphs(
     seconds: float,
     rows: dict[str, Row],
 ) -> None:
-    """Puts times of graphs into rows; where one cannot be captured its launches count, and the row says so, as it does
-    where a graph's outputs are wrong."""
+    """Puts the times of graphs into rows. If a provider cannot be captured, its launches are timed and the row says so;
+    it also says so if a graph's outputs are wrong."""
     regions, captured = {}, {}
     for provider, function in checked.items():
         try:
@@ -226,35 +232,35 @@ def _time_launches(checked: dict[str, Provider], sets: Sequence[Parts], device: 
 
 
 def _launched(function: Provider, sets: Sequence[Parts]) -> Region:
-    """LAUNCHED_PASSES passes one after the other, from Python."""
+    """LAUNCHED_PASSES passes, launched from Python one after the other."""
     passes = [sets[i % len(sets)] for i in range(LAUNCHED_PASSES)]
     return Region(functools.partial(_passes, function, passes), len(passes))
 
 
 def _passes(function: Provider, sets: Sequence[Parts]) -> Outputs:
-    """One pass over each copy; the last one's outputs."""
+    """One pass over each copy. Returns the outputs of the last one."""
     for parts in sets[:-1]:
-        providers.step(function, parts)
+        providers.step(function, parts)  # a list of all outputs would hold their memory
     return providers.step(function, sets[-1])
 
 
 def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: Ceilings, element_size: int) -> None:
-    """Ratios to the floor and to the baselines. In the file also the floors' own times."""
+    """Puts ratios to the floor and to the baselines into rows, and for the file the floors' own times."""
     shape = case.n, sum(case.steps), case.d
-    floor = 1e6 * records.floor_bytes(*shape, element_size) / found.copy
-    products = 1e6 * records.floor_flops(*shape) / found.products[name]
+    work = records.floor_bytes(*shape, element_size), records.floor_flops(*shape)
+    rates = found.copy, found.products[name]
+    floor, product = (1e6 * amount / rate for amount, rate in zip(work, rates, strict=True))
     eager = rows["eager reference"].get("us")
     plain = [rows[other]["us"] for other in records.COMPILED if "us" in rows[other]]
     for row in rows.values():
         if "us" not in row:
             continue
         row["over floor"] = row["us"] / floor
-        work = records.floor_bytes(*shape, element_size), records.floor_flops(*shape)
-        row |= records.achieved(1e-3 * row["us"], *work, found.copy, found.products[name])
+        row |= records.achieved(1e-3 * row["us"], *work, *rates)
         if eager:
             row["x eager"] = eager / row["us"]
         if plain:
             row["x compiled"] = min(plain) / row["us"]
-        row |= {"copies": row.pop("copies"), "_floor_us": floor, "_product_us": products}
+        row |= {"copies": row.pop("copies"), "_floor_us": floor, "_product_us": product}
         if "note" in row:
-            row["note"] = row.pop("note")
+            row["note"] = row.pop("note")  # the last column

@@ -1,15 +1,15 @@
-"""Whether this interpreter has what `make gpu` needs, which fetches nothing: exit status 1 and the reason if not."""
+"""Checks that this interpreter has what `make gpu` needs, which installs nothing. If not, says why and exits with 1."""
 
 import importlib.metadata
 import importlib.util
 import sys
 
 NEEDED = ("torch", "triton", "setuptools", "pip", "pytest", "pytest_benchmark", "hypothesis", "numpy")
-SETUPTOOLS = 77  # the first that reads pyproject.toml's licence
+SETUPTOOLS = 77  # the first version that reads the licence in pyproject.toml
 
 
 def obstacle() -> str | None:
-    """What is in the way; None if nothing is."""
+    """The reason why `make gpu` cannot run here, or None."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         return f"{sys.executable} has no {', '.join(missing)}; `make gpu` uses what is installed there"
