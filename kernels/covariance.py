@@ -5,7 +5,7 @@ For one time step with Z (N, d), centred over the batch, and A = Z'Z without its
     sum_{i != j} C_ij^2 = ||A||^2 / (N-1)^2
 
 `_covariance` reads h once. A program takes a part of the batch and subtracts the mean of a few samples, so that its
-sums are of the size of sigma; at its end it centres them. `_finish` (moments.py, with the table of the buffers in
+sums are of the size of sigma; at its end it centres them. `_finish` (finish.py, with the table of the buffers in
 between) adds the parts and what their means differ by. gradient.py has the gradient.
 """
 
@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, operand_dtype, precision, sizes, split
-from vjvcr_fast.kernels.moments import Forward, Parts, Weights, centred, finish, upper
+from vjvcr_fast.kernels.moments import centred
 
 MOST_FEATURES = 256  # beyond, the library's product of d x d matrices is the better one
 PANEL, SPLIT_PANEL = 128, 64  # features of A's panel at most; of split operands

@@ -17,8 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vjvcr_fast.kernels.finish import Kept, Weights
 from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, precision, sizes
-from vjvcr_fast.kernels.moments import Kept, Weights, centred
+from vjvcr_fast.kernels.moments import centred
 
 
 class Incoming(NamedTuple):
@@ -68,10 +69,11 @@ def _gradient(
     means += t * d
     first = tl.load(base + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(means + cols, mask=inside, other=0.0)
+    gradient = tl.zeros((BN, BD), tl.float32)
     if product is not None:
         product += t * (n if GRAM else d) * pitch
         if GRAM:
-            gradient = tl.zeros((BD, BN), tl.float32)
+            gradient = tl.trans(gradient)
             for k in range(0, n, BK):
                 ks = k + tl.arange(0, BK)
                 z = centred(base, ks, cols, stride_n, first, mean, (ks < n)[:, None] & inside[None, :])
@@ -85,7 +87,6 @@ def _gradient(
             A = tl.load(product + at, mask=inside[:, None] & inside[None, :], other=0.0)
             gradient = tl.dot(z.to(DTYPE), tl.trans(A), input_precision=PRECISION)
         else:
-            gradient = tl.zeros((BN, BD), tl.float32)
             for k in range(0, d, BK):
                 ks = k + tl.arange(0, BK)
                 there = ks < d
@@ -97,23 +98,19 @@ def _gradient(
                 A = tl.load(product + at, mask=inside[:, None] & there[None, :], other=0.0)
                 gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
     z = centred(base, rows, cols, stride_n, first, mean, mask)
-    if product is None and not HINGE:
-        gradient = z
-    else:
-        square = tl.load(squares + t * d + cols, mask=inside, other=1.0)
-        diagonal = tl.zeros((BD,), tl.float32)
-        if HINGE:
-            variance = square / (n - 1) + eps
-            # Squares are compared, with threshold's sign; this way round NaN stays NaN.
-            slope = tl.where(variance >= threshold * tl.abs(threshold), 0.0, tl.rsqrt(variance))
-            diagonal += slope * _coefficient(g_loss, g_variance, alpha, hinge_scale)
-        if product is None:
-            gradient = -diagonal[None, :] * z
-        else:
-            b = _coefficient(g_loss, g_covariance, beta, penalty_scale)
-            if GRAM:
-                diagonal += b * square
-            gradient = b * gradient - diagonal[None, :] * z
+    square = tl.load(squares + t * d + cols, mask=inside, other=1.0)
+    diagonal = tl.full((BD,), -1.0 if product is None and not HINGE else 0.0, tl.float32)
+    if HINGE:
+        variance = square / (n - 1) + eps
+        # Squares are compared, with threshold's sign; this way round NaN stays NaN.
+        slope = tl.where(variance >= threshold * tl.abs(threshold), 0.0, tl.rsqrt(variance))
+        diagonal += slope * _coefficient(g_loss, g_variance, alpha, hinge_scale)
+    if product is not None:
+        b = _coefficient(g_loss, g_covariance, beta, penalty_scale)
+        gradient *= b
+        if GRAM:
+            diagonal += b * square
+    gradient -= diagonal[None, :] * z
     to = out + t * out_t + rows.to(tl.int64)[:, None] * out_n + cols[None, :]
     tl.store(to, gradient.to(out.dtype.element_ty), mask=mask)
 

@@ -7,7 +7,7 @@ For one time step with Z (N, d), centred over the batch, and K = ZZ' (N, N):
 Each program of the first kernel reads some features of h, once, and writes their part of K and their moments. Up to 160
 samples that is `_whole`: a program sees all samples and centres them before it multiplies. Beyond, it is `_tiles`: a
 program sees two panels of samples and subtracts the time step's first sample; `_finish` then centres K by its sums over
-rows and columns. moments.py has `_finish` and the table of the buffers in between, gradient.py the gradient.
+rows and columns. finish.py has `_finish` and the table of the buffers in between, gradient.py the gradient.
 """
 
 from typing import get_args
@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import (
     Config,
     Mode,
@@ -29,7 +30,7 @@ from vjvcr_fast.kernels.launch import (
     sizes,
     split,
 )
-from vjvcr_fast.kernels.moments import Forward, Parts, Weights, centred, finish, upper
+from vjvcr_fast.kernels.moments import centred
 
 MOST_SAMPLES = 1024  # beyond, the library's product of N x N matrices is the better one
 
@@ -167,7 +168,8 @@ def gram(h: Tensor, weights: Weights) -> Forward:
     """K (T, N, pitch(N)) of h (N, T, d), N <= MOST_SAMPLES, zero beyond its N columns, and the moments."""
     n, steps, d = h.shape
     mode = mode_of(h)
-    hopper = architecture(h.device) >= 90 and d % 16 == 0
+    # 120 and later have no more shared memory than 86.
+    hopper = 90 <= architecture(h.device) < 120 and d % 16 == 0
     whole = WHOLE | HOPPER if hopper else WHOLE
     panels = next((p for m, p in whole if m == mode and n <= sum(p)), None)
     tile = min(panels[0], 64) if panels else 64 if mode == "tf32x3" and not hopper else 128

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.kernels import gradient as kernel
+from vjvcr_fast.kernels.finish import Forward, Kept, Weights
 from vjvcr_fast.kernels.gradient import Incoming
 from vjvcr_fast.kernels.launch import mode_of, operand_dtype
-from vjvcr_fast.kernels.moments import Forward, Kept, Weights, moments
+from vjvcr_fast.kernels.moments import moments
 
 
 def centred(h: Tensor, kept: Kept) -> Tensor:

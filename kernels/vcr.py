@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.kernels import covariance, gradient, gram, library
+from vjvcr_fast.kernels.finish import Forward, Kept, Weights, combine
 from vjvcr_fast.kernels.gradient import Incoming
-from vjvcr_fast.kernels.moments import Forward, Kept, Weights, combine, moments
+from vjvcr_fast.kernels.moments import moments
 
 __all__ = ["Incoming", "Weights", "backward", "forward", "like", "product_shape", "route"]
 

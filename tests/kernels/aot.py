@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from vjvcr_fast.kernels import covariance, gradient, gram, moments, vcr
+from vjvcr_fast.kernels import covariance, finish, gradient, gram, moments, vcr
 from vjvcr_fast.kernels.launch import INTERPRETED, Config
 
 # Of a multiprocessor: registers, threads, blocks, bytes of shared memory. A block may have BLOCK bytes of it: what is
@@ -41,7 +41,7 @@ BLOCK = {80: 99 << 10, 90: 227 << 10}
 # Bytes spilled. The configurations were chosen with 3.7; other versions' assemblers may miss by a register or two.
 TOLERATED = 0 if triton.__version__.startswith("3.7.") else 8
 
-MODULES = moments, gram, covariance, gradient
+MODULES = moments, gram, covariance, finish, gradient
 # dtype of h and torch's setting for float32 products.
 INPUTS = {
     "bf16": (torch.bfloat16, "ieee"),
