@@ -1,1 +1,1 @@
-"""GPU kernels, installed as `vjvcr_fast.kernels`. Launchers only; autograd lives above them."""
+"""GPU kernels in Triton, installed as `vjvcr_fast.kernels`. They know no autograd: losses/ops.py adds it."""

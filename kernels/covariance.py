@@ -15,7 +15,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, operand_dtype, precision, sizes, split
 from vjvcr_fast.kernels.moments import centred

@@ -1,4 +1,4 @@
-"""The end of forward in all forms: parts are joined, and the three scalars of the loss added up.
+"""The end of forward in all forms: joins the parts and adds up the three scalars of the loss.
 
 Forward is three launches on one stream. The first (gram._whole, gram._tiles, covariance._covariance or _moments) finds
 the moments and products of parts, `_finish` joins them, `_combine` adds up the scalars. These buffers lie in between.
@@ -9,11 +9,11 @@ S is N in Gram form and d in covariance form; a part is some features in Gram fo
 | part_products | parts, T, S, pitch | the first | `_finish` | both use tiles on and above the diagonal only |
 | sums | T, panels, parts * panels, tile | gram._tiles | `_finish` | each tile writes its rows and its columns once |
 | part_means, part_squares | sample parts, T, d | the first | `_finish` | each entry has one writer |
-| product, means, squares | see `Kept` | `_finish` | backward | a tile's writer also writes its mirror image |
-| hinges, norms | one number a program | `_finish` | `_combine` | added in a fixed order, in float64 |
+| product, means, squares | see `Kept` | `_finish` | backward | one writer for a tile and its mirror image |
+| hinges, norms | one number per program | `_finish` | `_combine` | each program writes its own |
 
-Whoever reads a buffer is launched after all who write it. There are no atomics and no counters, so results repeat bit
-by bit.
+A kernel that reads a buffer is launched after the one that writes it. Sums run in a fixed order, without atomics or
+counters, so results repeat bit by bit.
 
 Means are kept relative to the first sample of their time step, h[0, t, k], so that what is summed is of the size of
 sigma. Parts of the batch are joined by the rule of Chan, Golub and LeVeque (1983), in which nothing cancels.
@@ -25,7 +25,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vjvcr_fast.kernels.launch import Config, entry, launch
 
 
@@ -54,7 +53,8 @@ class Kept(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What kernels leave of parts of h for `_finish`; the table above has the shapes. rows: samples of a part."""
+    """What the first kernel found about parts of h, for `_finish`. The table above has the shapes. rows: samples of a
+    part."""
 
     part_means: Tensor
     part_squares: Tensor
@@ -72,7 +72,7 @@ class Forward(NamedTuple):
 
 
 MERGED = 256  # features whose parts a program joins
-AT_ONCE = tl.constexpr(8)  # parts that are loaded together: one after the other each load would wait for the last
+AT_ONCE = tl.constexpr(8)  # parts that are loaded together, so that their loads do not wait for each other
 
 
 # -- On the device --------------------------------------------------------------------------------------------------

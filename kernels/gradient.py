@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vjvcr_fast.kernels.finish import Kept, Weights
 from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, precision, sizes
 from vjvcr_fast.kernels.moments import centred

@@ -16,7 +16,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import (
     Config,

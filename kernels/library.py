@@ -8,7 +8,6 @@ as float32.
 
 import torch
 from torch import Tensor
-
 from vjvcr_fast.kernels import gradient as kernel
 from vjvcr_fast.kernels.finish import Forward, Kept, Weights
 from vjvcr_fast.kernels.gradient import Incoming

@@ -10,7 +10,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish
 from vjvcr_fast.kernels.launch import Config, entry, launch, sizes, split
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-
 from vjvcr_fast.kernels import covariance, gradient, gram, library
 from vjvcr_fast.kernels.finish import Forward, Kept, Weights, combine
 from vjvcr_fast.kernels.gradient import Incoming

@@ -28,7 +28,6 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-
 from vjvcr_fast.kernels import covariance, finish, gradient, gram, moments, vcr
 from vjvcr_fast.kernels.launch import INTERPRETED, Config
 

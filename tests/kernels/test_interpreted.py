@@ -1,6 +1,6 @@
-"""The Triton kernels without a GPU: test_triton.py on CPU tensors, in Triton's interpreter.
+"""The Triton kernels without a GPU: runs test_triton.py on CPU tensors in Triton's interpreter.
 
-The variable that asks for it is read when Triton is imported, hence a process of its own.
+It needs its own process, because Triton reads TRITON_INTERPRET when it is imported.
 """
 
 import os
@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-# Two processes of about the same length each, which may run beside each other.
+# Two processes that take about as long, so that they can run side by side.
 @pytest.mark.parametrize(
     ("part", "marker", "fewest"),
     [

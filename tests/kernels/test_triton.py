@@ -1,11 +1,11 @@
-"""The Triton kernels: terms and gradients against reference.py in float64, and what surrounds them.
+"""The Triton kernels: terms and gradients against reference.py in float64, then the operator and its surroundings.
 
 The same tests run on a CUDA device where there is one, and on CPU tensors in Triton's interpreter:
 
     TRITON_INTERPRET=1 pytest tests/kernels/test_triton.py
 
-which test_interpreted.py does. The interpreter rounds no product and hides no NaN: there the device is the judge, and
-the class at the end needs it.
+test_interpreted.py does that. The interpreter does not round products as tensor cores do, so the tests of that are in
+the class at the end, which needs a device.
 """
 
 import itertools
@@ -44,7 +44,7 @@ import aot  # noqa: E402
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 HALF = (torch.float16, torch.bfloat16)
 WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance form's
-# What the interpreter, a thousand times slower, leaves to the slow tests; a device takes all.
+# The interpreter is a thousand times slower and leaves these to the slow tests. A device runs all.
 LATER = (pytest.mark.slow,) if INTERPRETED else ()
 
 
@@ -53,8 +53,8 @@ def later(*cases: tuple[object, ...]) -> list[object]:
 
 
 def in_turns(names: str, *dimensions: Sequence[object]) -> pytest.MarkDecorator:
-    """All combinations. The interpreter takes one value of the last dimension for each combination of the others, by
-    turns, and leaves the rest for later."""
+    """All combinations. The interpreter takes turns: for each combination of the other dimensions it runs one value of
+    the last, and leaves the rest for later."""
     *others, last = dimensions
     cases = []
     for at in itertools.product(*map(range, map(len, others))):
@@ -66,8 +66,8 @@ def in_turns(names: str, *dimensions: Sequence[object]) -> pytest.MarkDecorator:
 
 
 ROUTES = ("kernels", "library")
-# (N, T, d): every configuration (a test says so), several parts of the features and of the batch, several panels, rows
-# that are multiples of 16 long and others, and sizes that fill no tile.
+# (N, T, d). They reach every configuration (there is a test for that), several parts of the features and of the batch,
+# several panels, rows whose length is a multiple of 16 and others, and sizes that fill no tile.
 SHAPES = {
     "gram": [
         *[(2, 1, 1), (2, 3, 5), (17, 2, 40), (40, 2, 9), (65, 2, 144), (97, 1, 20), (129, 1, 20), (129, 1, 48)],
@@ -87,7 +87,7 @@ LARGER = {
         *[(1100, 1, 5), (9, 2, 300)],
     ],
 }
-# In half precision, each in the form that is its own: the configurations for TF32.
+# For half precision, each in the form that "auto" takes: they reach the configurations for TF32.
 HALF_SHAPES = [
     *[(16, 2, 33), (17, 1, 20), (33, 1, 70), (65, 1, 66), (97, 1, 98), (129, 1, 130), (129, 1, 144), (193, 1, 194)],
     *[(9, 1, 3), (40, 2, 17), (66, 1, 33), (70, 1, 65)],
@@ -102,7 +102,8 @@ EACH: list[Incoming] = [LOSS, (None, 2.0, None), (None, None, -0.5), (0.5, -2.0,
 
 
 def bounds(dtype: torch.dtype) -> tuple[float, float]:
-    """Of terms and of gradients. The interpreter multiplies in float32: there only the gradient's rounding shows."""
+    """The bounds on terms and on gradients. The interpreter multiplies in float32, so only the gradient's own rounding
+    shows there."""
     exact = tolerances.TF32X3
     if INTERPRETED:
         last = {torch.float16: tolerances.FLOAT16, torch.bfloat16: tolerances.BFLOAT16}
@@ -119,8 +120,8 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 
 
 def placed(h: Tensor, order: Sequence[int] = (0, 1, 2), steps: Sequence[int] = (1, 1, 1)) -> Tensor:
-    """h with its dimensions in this order in memory, `steps` elements from one to the next; between them and around
-    them is NaN."""
+    """h with its dimensions in this order in memory and `steps` elements between neighbours. Everything between and
+    around them is NaN."""
     memory = torch.full([h.shape[i] * steps[i] + 2 for i in order], torch.nan, dtype=h.dtype, device=h.device)
     view = memory.permute([list(order).index(i) for i in range(3)])
     view = view[tuple(slice(1, 1 + size * step, step) for size, step in zip(h.shape, steps, strict=True))]
@@ -160,7 +161,7 @@ def assert_gradient(ours: Tensor, h: Tensor, expected: Judged, incoming: Incomin
 
 
 def assert_agrees(h: Tensor, form: str = "auto", incoming: Sequence[Incoming] = (LOSS,), **arguments: float) -> None:
-    """Terms of h (N, ..., d) and, for each of `incoming`, the gradient."""
+    """Checks the terms of h (N, ..., d) and, for each of `incoming`, the gradient."""
     leaf = h.detach().requires_grad_()
     terms = fused(leaf, form=form, **arguments)
     expected, (of_terms, of_gradients) = judge(h, **arguments), bounds(h.dtype)
@@ -174,7 +175,7 @@ def assert_agrees(h: Tensor, form: str = "auto", incoming: Sequence[Incoming] = 
 
 @pytest.fixture
 def guarded(monkeypatch) -> Iterator[None]:
-    """New memory holds NaN and lies in NaN: an element that nobody wrote shows, and one written beyond an end."""
+    """Fills new memory and its surroundings with NaN. Elements that nobody wrote show, and so do writes past an end."""
     margin, margins = 64, []
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
@@ -202,7 +203,7 @@ def older(monkeypatch) -> None:
 
 @pytest.fixture(params=ROUTES)
 def route(request, monkeypatch) -> None:
-    """Small shapes through our products, or through torch's, as large ones go."""
+    """Sends small shapes through our products, or through torch's, as large ones go."""
     if request.param == "library":
         through_the_library(monkeypatch)
 
@@ -214,7 +215,7 @@ def through_the_library(monkeypatch) -> None:
 
 @pytest.mark.parametrize("arch", [80, 90])
 def test_shapes_reach_every_configuration(arch):
-    """But for bfloat16's, which are chosen as those of the other types are."""
+    """bfloat16's are left out: they are chosen in the same way as those of the other types."""
     reached = configurations(arch, [(*case, dtype) for case in CASES for dtype in (torch.float32, torch.float16)])
     on_hopper_only = {name for name in aot.tables() if "HOPPER" in name} | {"gram.TILES[tf32x3, 128]"}
     expected = {name for name in aot.tables() if "bf16" not in name} - (on_hopper_only if arch == 80 else set())
@@ -232,7 +233,7 @@ def test_cases_run_every_configuration():
 
 
 def configurations(arch: int, cases: Sequence[tuple[tuple[int, ...], str, torch.dtype]]) -> set[str]:
-    """The names of those that these shapes, forms and dtypes would be launched in."""
+    """The names of the configurations that serve these shapes, forms and dtypes."""
     with aot.recording(arch) as launches:
         for shape, form, dtype in cases:
             aot.call_launchers(torch.empty(shape, dtype=dtype, device="meta"), form == "gram")
@@ -298,7 +299,7 @@ class TestNumbers:
         ("shape", "form"), [((19, 2, 33), "gram"), ((270, 1, 33), "gram"), ((600, 1, 33), "covariance")]
     )
     def test_large_means(self, shape, form, mean):
-        """Exactly as without: what the input's own rounding lost, the judge does not see either."""
+        """The error is as small as without. Both sides see the same rounded input."""
         signs = torch.tensor([1.0, -1.0, 0.5], device=DEVICE).repeat(11)
         assert_agrees(random(*shape) + mean * signs, form)
 
@@ -310,7 +311,7 @@ class TestNumbers:
     )
     @pytest.mark.usefixtures("route")
     def test_an_outlier(self, case, row):
-        """The first sample is what all others are shifted by."""
+        """All samples are shifted by the first one, so an outlier there matters most."""
         shape, form = case
         h = random(*shape)
         h[row] += 1e3
@@ -370,8 +371,8 @@ class TestNumbers:
     @pytest.mark.usefixtures("route")
     @pytest.mark.parametrize("form", FORMS)
     def test_a_term_that_nobody_uses_has_no_part_in_the_gradient(self, form):
-        """Without eps a constant feature's sigma has no slope; the covariance penalty's gradient does not see it. And
-        where its squares overflow, the hinge is still flat."""
+        """Without eps the sigma of a constant feature has an infinite slope, which must not reach the gradient of the
+        covariance penalty. And the hinge is flat where squares overflow."""
         h = random(*WIDE)
         h[:, 1, 0] = 1.0
         h.requires_grad_()
@@ -461,7 +462,7 @@ FAR = (1 << 29) + 7
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("strides", [(FAR, 100, 1), (10, FAR, 1)])
 def test_strides_beyond_32_bits(strides, form):
-    """On a CPU memory that nobody touches costs nothing."""
+    """On a CPU, memory that nobody touches costs nothing."""
     try:
         memory = torch.empty(5 * FAR + 4096, dtype=torch.float16, device=DEVICE)
     except RuntimeError:
@@ -478,7 +479,7 @@ class TestBackward:
     @pytest.mark.parametrize("shape", [(20, 5, 31), *later(((12, 7, 65),), ((40, 5, 33),))])
     @pytest.mark.usefixtures("guarded", "route")
     def test_again(self, shape, dtype, form):
-        """A second time, and from other terms."""
+        """Backward a second time, and from other terms."""
         assert_agrees(random(*shape, dtype=dtype), form, incoming=[LOSS, LOSS, EACH[-1]])
 
     @pytest.mark.parametrize("shape", [WIDE, TALL])
@@ -492,7 +493,7 @@ class TestBackward:
         assert all(torch.equal(a, b) for other in runs[1:] for a, b in zip(runs[0], other, strict=True))
 
     def test_float16_waits_for_its_loss_scale(self):
-        """Without it the gradient of so small a loss is zero."""
+        """Without the loss scale the gradient of so small a loss would round to zero."""
         h = random(*WIDE, dtype=torch.float16).requires_grad_()
         loss = vcr_loss(h, alpha=ALPHA * 2**-20, beta=BETA * 2**-20, backend="triton").loss
         (gradient,) = torch.autograd.grad(loss * 2**20, h)
@@ -554,7 +555,7 @@ class TestBackward:
     )
     @pytest.mark.usefixtures("route")
     def test_twice_the_same_bits(self, shape):
-        """The interpreter runs programs one after the other: there it is the tensors between that could differ."""
+        """The interpreter runs programs one after the other, so there only the buffers in between could differ."""
         runs = []
         for _ in range(2):
             h = random(*shape).requires_grad_()
@@ -564,7 +565,7 @@ class TestBackward:
         assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
     def test_nothing_outlives_the_loss(self):
-        """A cycle would hold memory until the collector comes by."""
+        """A reference cycle would hold memory until the garbage collector runs."""
         h = random(*WIDE).requires_grad_()
         inner = h * 1
         terms, gone = fused(inner), weakref.ref(inner)
@@ -625,7 +626,7 @@ class TestInterfaces:
 
 
 class TestCompiled:
-    """Under torch.compile(fullgraph=True): nothing breaks the graph and the numbers stay."""
+    """Under torch.compile(fullgraph=True) nothing breaks the graph and the numbers stay the same."""
 
     @pytest.fixture(autouse=True)
     def fresh(self):
@@ -633,7 +634,7 @@ class TestCompiled:
 
     @pytest.mark.parametrize("backend", ["aot_eager_decomp_partition", *later(("inductor",))])
     def test_whole_graph(self, backend):
-        """What other operations made, in layouts of the compiler's choice."""
+        """The inputs come from other operations, in layouts that the compiler chooses."""
 
         def step(x: Tensor, y: Tensor) -> Tensor:
             terms = fused([(x * 2).permute(2, 0, 1), y.sin().transpose(0, 1)])
@@ -701,7 +702,7 @@ class TestProperties:
     @few
     @drawn
     def test_a_constant_does_not_matter(self, shape, seed):
-        """A power of two above all entries, which are rounded to its last digit first: adding it is exact."""
+        """The constant is a power of two above all entries, which are first rounded so that adding it is exact."""
         h = random(*shape, seed=seed).mul(2**16).round().div(2**16)
         (terms, leaf), (moved, moved_leaf) = (
             (fused(x), x) for x in (h.requires_grad_(), (h.detach() + 64).requires_grad_())
@@ -723,7 +724,7 @@ class TestProperties:
         assert relative(other_gradient, gradient) <= tolerances.TF32X3
 
 
-# The interpreter: seven, and thirty-one that are slow; a device: forty, and 360.
+# The interpreter runs seven, and 31 as slow tests; a device runs forty, and 360 as slow tests.
 FEW, MANY = (8, 38) if INTERPRETED else (41, 400)
 SEEDS = [*range(1, FEW), *(pytest.param(seed, marks=pytest.mark.slow) for seed in (0, *range(FEW, MANY)))]
 
@@ -786,7 +787,7 @@ class TestCuda:
 
     @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
     def test_a_sorted_batch(self, dtype):
-        """The first samples are far from the rest of their part: no reason to round more."""
+        """The first samples are far from the rest of their part, which must not cost accuracy."""
         h = random(40_000, 1, 64) + torch.linspace(-3, 3, 40_000, device=DEVICE)[:, None, None]
         assert_agrees(h.to(dtype))
 
@@ -836,7 +837,7 @@ class TestCuda:
             torch.cuda.set_sync_debug_mode("default")
 
     def test_peak_memory(self):
-        """At CATER's shape, 131 MB."""
+        """At the shape of CATER, 131 MB."""
         h = torch.randn(160, 100, 2048, device=DEVICE, requires_grad=True)
         step(h)
         torch.cuda.synchronize()
@@ -849,7 +850,7 @@ class TestCuda:
 
     @pytest.mark.parametrize("shape", [(8, (1 << 18) + 1, 1024), ((1 << 20) + 1, 32, 64)])
     def test_more_elements_than_32_bits_count(self, shape):
-        """Terms against float64, a few time steps at once; gradients of the first and the last."""
+        """Checks terms against float64, a few time steps at once, and the gradients of the first and the last steps."""
         n, steps, d = shape
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info()[0] < 40 << 30:
