@@ -183,7 +183,7 @@ def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, output
 def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Row) -> bool:
     """Whether function runs and is right. Puts its errors and memory into row, or the reason why not."""
     try:
-        providers.step(function, parts)  # compiles, tunes
+        providers.step(function, parts)  # compiles
         outputs, peak = peak_bytes(functools.partial(providers.step, function, parts), device)
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"

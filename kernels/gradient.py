@@ -47,13 +47,13 @@ def _gradient(
     BK: tl.constexpr, GRAM: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HINGE: tl.constexpr,
 ):  # fmt: skip
-    """dZ for BN samples and BD features of one time step. Without a product, the hinge's part; without a hinge, too, Z
-    itself. Programs begin with the last time step, which forward left in the cache.
+    """dZ for BN samples and BD features of one time step. Without a product only the hinge's part; without a hinge as
+    well, Z itself. The first programs take the last time step, which forward left in the cache.
 
     The Gram form computes (Z'K)[BD, BN], so that Z, which needs arithmetic, is the operand that may lie in registers.
 
-    Bytes: h once from memory and, in Gram form N / BN times more, in covariance form d / BD times more from the cache,
-    unless one panel holds all features; the product from the cache; the gradient once.
+    Bytes: h once from memory, and N / BN (Gram form) or d / BD (covariance form) times more from the cache, unless one
+    panel holds all features; the product from the cache; the gradient once.
     """
     chunks, blocks = tl.cdiv(n, BN), tl.cdiv(d, BD)
     pid = tl.program_id(0)
@@ -96,7 +96,8 @@ def _gradient(
                 at = cols[:, None] * pitch + ks[None, :]
                 A = tl.load(product + at, mask=inside[:, None] & there[None, :], other=0.0)
                 gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
-    z = centred(base, rows, cols, stride_n, first, mean, mask)
+    if not ONE_PANEL:
+        z = centred(base, rows, cols, stride_n, first, mean, mask)
     square = tl.load(squares + t * d + cols, mask=inside, other=1.0)
     diagonal = tl.full((BD,), -1.0 if product is None and not HINGE else 0.0, tl.float32)
     if HINGE:
@@ -157,5 +158,5 @@ def gradient(h: Tensor, kept: Kept, out: Tensor, incoming: Incoming, weights: We
         **sizes(h), out_n=out.stride(0), out_t=out.stride(1), pitch=0 if product is None else product.shape[-1],
         alpha=weights.alpha, beta=weights.beta, threshold=weights.threshold, eps=weights.eps,
         hinge_scale=1 / (count * (n - 1)), penalty_scale=4 / (count * (n - 1) ** 2),
-        GRAM=gram, ONE_PANEL=d <= min(bd, bk), HINGE=weights.variance, **precision(mode),
+        GRAM=gram, ONE_PANEL=not gram and d <= min(bd, bk), HINGE=weights.variance, **precision(mode),
     )  # fmt: skip

@@ -284,7 +284,10 @@ class TestNumbers:
 
     @pytest.mark.usefixtures("route")
     @pytest.mark.parametrize("form", FORMS)
-    @pytest.mark.parametrize("arguments", [{"threshold": 0.5, "eps": 0.0}, {"threshold": 3.0, "eps": 0.1}])
+    @pytest.mark.parametrize(
+        "arguments",
+        [{"threshold": 0.5, "eps": 0.0}, {"threshold": 3.0, "eps": 0.1}, {"threshold": -3.0, "eps": 0.1}],
+    )
     def test_threshold_and_eps(self, arguments, form):
         assert_agrees(random(9, 2, 11), form, **arguments)
 
