@@ -29,21 +29,10 @@ from typing import Any
 import providers
 import pytest
 import records
+import timing
 import torch
 from providers import SIGMA, Case, Outputs, Parts, Provider
 from records import Row
-from timing import (
-    PRECISIONS,
-    Ceilings,
-    Cuda,
-    Device,
-    Region,
-    copies,
-    peak_bytes,
-    precision,
-    spread,
-    take_turns,
-)
 from torch import Tensor
 
 from vjvcr_fast.losses import backends
@@ -87,16 +76,16 @@ def compared(case: Case, compiled: Compiler) -> dict[str, Provider | str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--full")
-    wanted = [(case, name) for case in TARGETED for name in PRECISIONS]
-    wanted += [(case, name) for case in OTHERS for name in (PRECISIONS if full else PRECISIONS[:1])]
+    wanted = [(case, name) for case in TARGETED for name in timing.PRECISIONS]
+    wanted += [(case, name) for case in OTHERS for name in (timing.PRECISIONS if full else timing.PRECISIONS[:1])]
     ids = [f"{str(case).replace(', ', 'x')}-{name}" for case, name in wanted]
     metafunc.parametrize(("case", "name"), wanted, ids=ids)
 
 
 @pytest.fixture(scope="module")
-def gpu(request: pytest.FixtureRequest, machine: dict[str, Any]) -> tuple[Device, Ceilings | None, float]:
+def gpu(request: pytest.FixtureRequest, machine: dict[str, Any]) -> tuple[timing.Device, timing.Ceilings | None, float]:
     """The device; its ceilings, which also go to the file, or None if nothing is timed; and the start time."""
-    started, device = time.monotonic(), Cuda()
+    started, device = time.monotonic(), timing.Cuda()
     if request.config.getoption("benchmark_disable", False):
         return device, None, started
     machine["auto"] = backends.explain()["cuda"]
@@ -129,14 +118,14 @@ def test_vcr_loss(case, name, gpu, report, full):
 def compare(
     case: Case,
     name: str,
-    device: Device,
-    found: Ceilings | None,
+    device: timing.Device,
+    found: timing.Ceilings | None,
     seconds: float,
     compiled: Compiler = providers.compiled,
 ) -> tuple[list[Row], list[str]]:
     """Returns a row for each provider, and what is wrong with any of them. Without ceilings nothing is timed."""
     rows: dict[str, Row] = {}
-    with precision(name) as dtype, device.stream():
+    with timing.precision(name) as dtype, device.stream():
         sets = _inputs(case, dtype, device)
         check = functools.partial(_wrong, providers.judge(sets[0]), name, case)
         checked: dict[str, Provider] = {}
@@ -156,13 +145,13 @@ def compare(
     return list(rows.values()), wrong
 
 
-def _inputs(case: Case, dtype: torch.dtype, device: Device) -> list[Parts]:
+def _inputs(case: Case, dtype: torch.dtype, device: timing.Device) -> list[Parts]:
     """Copies of h, each as its parts, that together do not fit the cache. All have the same numbers, so that one
     reference result serves all."""
     generator = torch.Generator(device.torch_device).manual_seed(0)
     like = {"generator": generator, "device": device.torch_device}
     parts = [(SIGMA * torch.randn(case.n, t, case.d, **like)).to(dtype) for t in case.steps]
-    count = copies(sum(part.nbytes for part in parts), device.cache_bytes)
+    count = timing.copies(sum(part.nbytes for part in parts), device.cache_bytes)
     return [[part.clone().requires_grad_() for part in parts] for _ in range(count)]
 
 
@@ -180,11 +169,11 @@ def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, output
     return True
 
 
-def _run(function: Provider, parts: Parts, check: Check, device: Device, row: Row) -> bool:
+def _run(function: Provider, parts: Parts, check: Check, device: timing.Device, row: Row) -> bool:
     """Whether function runs and is right. Puts its errors and memory into row, or the reason why not."""
     try:
         providers.step(function, parts)  # compiles
-        outputs, peak = peak_bytes(functools.partial(providers.step, function, parts), device)
+        outputs, peak = timing.peak_bytes(functools.partial(providers.step, function, parts), device)
     except torch.OutOfMemoryError:
         row["note"] = "out of memory"
         return False
@@ -203,7 +192,7 @@ def _time_graphs(
     checked: dict[str, Provider],
     sets: Sequence[Parts],
     check: Check,
-    device: Device,
+    device: timing.Device,
     seconds: float,
     rows: dict[str, Row],
 ) -> None:
@@ -213,28 +202,30 @@ def _time_graphs(
     for provider, function in checked.items():
         try:
             replay, captured[provider] = device.capture(functools.partial(_passes, function, sets))
-            regions[provider] = Region(replay, len(sets))
+            regions[provider] = timing.Region(replay, len(sets))
         except RuntimeError as error:
             rows[provider]["note"] = f"not captured, so its launches count: {_first_line(error)}"
             regions[provider] = _launched(function, sets)
-    for provider, times in take_turns(device, regions, seconds, *ROUNDS).items():
-        found = spread([1e3 * x for x in times])
+    for provider, times in timing.take_turns(device, regions, seconds, *ROUNDS).items():
+        found = timing.spread([1e3 * x for x in times])
         rows[provider] |= {"us": found.median, "_least_us": found.least, "_iqr_us": found.iqr, "_rounds": len(times)}
     for provider, outputs in captured.items():
         if check(rows[provider], outputs):
             rows[provider]["note"] += ", in its graph"
 
 
-def _time_launches(checked: dict[str, Provider], sets: Sequence[Parts], device: Device, rows: dict[str, Row]) -> None:
+def _time_launches(
+    checked: dict[str, Provider], sets: Sequence[Parts], device: timing.Device, rows: dict[str, Row]
+) -> None:
     regions = {provider: _launched(function, sets) for provider, function in checked.items()}
-    for provider, times in take_turns(device, regions, 0.0, LAUNCHED_ROUNDS, LAUNCHED_ROUNDS).items():
-        rows[provider]["_launched_us"] = 1e3 * spread(times).median
+    for provider, times in timing.take_turns(device, regions, 0.0, LAUNCHED_ROUNDS, LAUNCHED_ROUNDS).items():
+        rows[provider]["_launched_us"] = 1e3 * timing.spread(times).median
 
 
-def _launched(function: Provider, sets: Sequence[Parts]) -> Region:
+def _launched(function: Provider, sets: Sequence[Parts]) -> timing.Region:
     """LAUNCHED_PASSES passes, launched from Python one after the other."""
     passes = [sets[i % len(sets)] for i in range(LAUNCHED_PASSES)]
-    return Region(functools.partial(_passes, function, passes), len(passes))
+    return timing.Region(functools.partial(_passes, function, passes), len(passes))
 
 
 def _passes(function: Provider, sets: Sequence[Parts]) -> Outputs:
@@ -244,7 +235,7 @@ def _passes(function: Provider, sets: Sequence[Parts]) -> Outputs:
     return providers.step(function, sets[-1])
 
 
-def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: Ceilings, element_size: int) -> None:
+def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: timing.Ceilings, element_size: int) -> None:
     """Puts ratios to the floor and to the baselines into rows, and for the file the floors' own times."""
     shape = case.n, sum(case.steps), case.d
     work = records.floor_bytes(*shape, element_size), records.floor_flops(*shape)
