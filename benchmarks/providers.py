@@ -70,7 +70,6 @@ def ours_with(**options: Any) -> Provider:
 
 
 ours = ours_with()
-ours_in_forward = ours_with(gradient="forward")
 ours_in_torch = ours_with(backend="torch")
 
 
