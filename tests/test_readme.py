@@ -1,4 +1,4 @@
-"""The code of the README and of docs/videos.md runs, its two ways agree, and the tables of all pages are those of the committed files."""
+"""The code of the README and of docs/videos.md runs, and the tables of all pages are those of the committed files."""
 
 import json
 import re
