@@ -195,7 +195,7 @@ PAGES: dict[Path, dict[str, Part]] = {
         "losses": benchmark("losses", LOSSES, by_shape),
         "training": benchmark("training", TRAINING, lambda rows: [r for r in rows if "ours" in r["provider"]]),
         "parts": benchmark("training", PARTS, lambda rows: [r for r in rows if r["provider"] == "parts"]),
-        "latents": benchmark("latents", LATENTS),
+        "latents": benchmark("latents", LATENTS, lambda rows: [r for r in rows if "heads" not in r["hidden, T_y x d"]]),
         "decode": benchmark("decode", DECODE, lambda rows: [r for r in rows if r["what"].endswith(("ours", "cache"))]),
         "busy": benchmark("busy", BUSY, lambda rows: pivot(rows, "busy", "how", "threads")),
     },
