@@ -100,14 +100,14 @@ data vjvcr_fast/data/video/clips.py test_clips test_processes
 - for k in count(step))
 + for k in count(step * world))
 data vjvcr_fast/data/cater.py test_cater
-- active[number[name], start:end] = True
-+ active[number[name], start : end + 1] = True
+- active[CLASSES.index(name), start:end] = True
++ active[CLASSES.index(name), start : end + 1] = True
 data vjvcr_fast/data/clevrer.py test_clevrer test_video_training
-- found["visible"][::stride], found["fastest"][::stride]
-+ found["visible"][::stride], found["fastest"]
+- facts["visible"][::stride], facts["fastest"][::stride]
++ facts["visible"][::stride], facts["fastest"]
 data vjvcr_fast/data/folder.py test_folder
-- count = -(-found["frames"] // stride)
-+ count = found["frames"] // stride
+- count = -(-facts["frames"] // stride)
++ count = facts["frames"] // stride
 data vjvcr_fast/data/video/cache.py test_clips test_fuzz_files
 - first = old.first if old is not None and old.frames == video.frames else self._next
 + first = old.first if old is not None else self._next
