@@ -7,8 +7,8 @@
 that renders (MovingMNIST) or decodes (CLEVRER) one video at a time. `compiled reference` has model and losses compiled,
 and bfloat16 autocast on a GPU. `ours` is what `vjvcr-fast train` does: eager on a CPU, compiled on a GPU. `ours
 compiled` is compiled on a CPU too. All start from the same weights, and before anything is timed we compare their
-losses on the same batch. With a sparse latent the weights have been trained for BEGUN steps, since z* under random
-weights is another problem than in all but the first steps of a training.
+losses on the same batch. With a sparse latent the weights have been trained for BEGUN steps, because inferring z* with
+random weights is not typical.
 
 `parts` is the share of our step's time that each part takes.
 """

@@ -1,1 +1,1 @@
-"""GPU kernels in Triton, installed as `vjvcr_fast.kernels`. They know no autograd: losses/ops.py adds it."""
+"""The losses as Triton kernels for GPUs, installed as `vjvcr_fast.kernels`. losses/ops.py makes them differentiable."""

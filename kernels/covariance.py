@@ -19,7 +19,7 @@ from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, operand_dtype, precision, sizes, split
 from vjvcr_fast.kernels.moments import centred
 
-MOST_FEATURES = 256  # beyond, the library's product of d x d matrices is the better one
+MOST_FEATURES = 256  # beyond, torch's product of d x d matrices is the better one
 PANEL, SPLIT_PANEL = 128, 64  # features of A's panel at most; of split operands
 # Samples of a part: tensor cores truncate their sums, and the bias grows with their length.
 MOST_SUMMED = 32768

@@ -1,4 +1,4 @@
-"""The gradient of the loss, in one kernel for all forms but the library's.
+"""The gradient of the loss, in one kernel for both forms. For larger matrices torch_product.py has it.
 
 For one time step with Z (N, d), centred over the batch, and K = ZZ' (N, N) or A = Z'Z without its diagonal (d, d):
 

@@ -31,7 +31,7 @@ from vjvcr_fast.kernels.launch import (
 )
 from vjvcr_fast.kernels.moments import centred
 
-MOST_SAMPLES = 1024  # beyond, the library's product of N x N matrices is the better one
+MOST_SAMPLES = 1024  # beyond, torch's product of N x N matrices is the better one
 
 # -- On the device --------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from vjvcr_fast.kernels import covariance, gradient, gram, library
+from vjvcr_fast.kernels import covariance, gradient, gram, torch_product
 from vjvcr_fast.kernels.finish import Forward, Kept, Weights, combine
 from vjvcr_fast.kernels.gradient import Incoming
 from vjvcr_fast.kernels.moments import moments
@@ -15,10 +15,10 @@ KEPT = len(Kept._fields)
 
 
 def route(n: int, d: int, use_gram: bool) -> str:
-    """The module that serves the penalty of N samples with d features: "gram", "covariance" or "library"."""
+    """The module that serves the penalty of N samples with d features: "gram", "covariance" or "torch_product"."""
     if use_gram:
-        return "gram" if n <= gram.MOST_SAMPLES else "library"
-    return "covariance" if covariance.serves(d) else "library"
+        return "gram" if n <= gram.MOST_SAMPLES else "torch_product"
+    return "covariance" if covariance.serves(d) else "torch_product"
 
 
 def product_shape(n: int, steps: int, d: int, use_gram: bool) -> tuple[int, int, int]:
@@ -44,7 +44,7 @@ def _forward(h: Tensor, weights: Weights, use_gram: bool) -> Forward:
     where = route(h.shape[0], h.shape[2], use_gram)
     if where == "gram":
         return gram.gram(h, weights)
-    return covariance.covariance(h, weights) if where == "covariance" else library.product(h, weights, use_gram)
+    return covariance.covariance(h, weights) if where == "covariance" else torch_product.product(h, weights, use_gram)
 
 
 def backward(
@@ -66,9 +66,9 @@ def backward(
         if not (weights.variance or weights.covariance):
             out.zero_()
         elif needed[i]:
-            by_library = weights.covariance and route(h.shape[0], h.shape[2], use_gram) == "library"
+            by_torch = weights.covariance and route(h.shape[0], h.shape[2], use_gram) == "torch_product"
             of = Kept(*kept[KEPT * i : KEPT * (i + 1)])
-            (library if by_library else gradient).gradient(h, of, out, incoming, weights, _count(hs), use_gram)
+            (torch_product if by_torch else gradient).gradient(h, of, out, incoming, weights, _count(hs), use_gram)
     return outs
 
 

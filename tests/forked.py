@@ -1,7 +1,7 @@
 """Runs of a table or sweep in forked processes, for tests.
 
 They fork from a process that has imported torch (tests/processes.py); a new process would need two seconds each. How
-the package itself starts them is tested in tests/paper/test_side_by_side.py.
+the package itself starts them is tested in tests/paper/test_jobs.py.
 """
 
 import os
@@ -13,12 +13,12 @@ from processes import _FORKED
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.data.digits import Digits, load_digits
-from vjvcr_fast.paper.side_by_side import Job
+from vjvcr_fast.paper.jobs import Job
 from vjvcr_fast.training import build
 
 
 class Started:
-    """The part of subprocess.Popen that `side_by_side.run_jobs` uses."""
+    """The part of subprocess.Popen that `jobs.run_jobs` uses."""
 
     def __init__(self, arguments: tuple[str, ...], log: Path) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ class Started:
 
 
 def start(job: Job, at_once: int) -> Started:
-    """Replaces `side_by_side._start`."""
+    """Replaces `jobs._start`."""
     return Started(job.arguments, job.log)
 
 

@@ -79,7 +79,7 @@ latents vjvcr_fast/latents/energies.py test_latents test_fuzz_latents test_opera
 latents vjvcr_fast/latents/kinds.py test_latents test_fuzz_latents test_operators
 - least, index = torch.where(finite, each, torch.inf).min(dim=1)
 + least, index = each.min(dim=1)
-latents vjvcr_fast/latents/kinds.py test_latents test_latent_training
+latents vjvcr_fast/latents/kinds.py test_latents test_calibration
 - module.training = training
 + module.training = True
 csrc csrc/latent_math.h test_operators test_fuzz_latents test_latents
@@ -114,7 +114,7 @@ data vjvcr_fast/data/video/cache.py test_clips test_fuzz_files
 training vjvcr_fast/training/loop.py test_training test_safety
 - self.history = [row.to(self.processes.device) for row in state["history"]]
 + self.history = []
-training vjvcr_fast/training/loop.py test_latent_training test_training
+training vjvcr_fast/training/loop.py test_calibration test_training
 - self.update.latents.weight = state.get("latent_weight", self.update.latents.weight)
 + self.update.latents.weight = self.config.latent.weight
 - range(0, config.train.validation_videos - batch + 1, batch)
@@ -122,7 +122,7 @@ training vjvcr_fast/training/loop.py test_latent_training test_training
 training vjvcr_fast/training/step.py test_training
 - if step <= settings.warmup:
 + if step < settings.warmup:
-training vjvcr_fast/training/safety.py test_safety
+training vjvcr_fast/training/nonfinite.py test_safety
 - torch.where(bad.bool(), old, buffer).view_as(buffer)
 + buffer
 training vjvcr_fast/training/chunked.py test_chunked test_video_training

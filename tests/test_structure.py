@@ -20,7 +20,7 @@ LAYERS = [
     ("settings",),
     ("config",),
     ("training",),
-    ("runs", "info", "options"),
+    ("runs", "cli_info", "cli_options"),
     ("evaluation",),
     ("paper",),
     ("cli",),

@@ -16,9 +16,9 @@ from typing import NamedTuple, NoReturn, get_args
 import torch
 
 from vjvcr_fast import __version__
+from vjvcr_fast.cli_options import add_fields, add_preset, config_of, config_of_run, overrides
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override, parse, resolve_device
-from vjvcr_fast.options import add_fields, add_preset, config_of, config_of_run, overrides
-from vjvcr_fast.paper.side_by_side import processes_for
+from vjvcr_fast.paper.jobs import processes_for
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, train
@@ -184,7 +184,7 @@ def _add_files(add: Callable[..., _Parser]) -> None:
     add_fields(sub, only=("data.decoder", "data.workers", "data.decode_timeout", "data.on_bad_video", "train.device"))
 
     sub = add(_simulate, f"{{{','.join(SIMULATED)}}} [OPTIONS]")
-    sub.add_argument("target", choices=[*SIMULATED], help="the data set whose format videos and annotations have")
+    sub.add_argument("target", choices=[*SIMULATED], help="the data set whose format to write")
     sub.add_argument("--videos", default="300", metavar="N", help="how many, a third for validation (default: 300)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for --data.root later")
     sub.add_argument("--seed", default="0", metavar="N", help="seed of all scenes (default: 0)")
@@ -342,7 +342,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
     where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
     at_once = processes_for(arguments.processes, config)
-    print(f"reproduce {arguments.target}: {where}; runs that exist go on or are kept", flush=True)
+    print(f"reproduce {arguments.target}: {where}; unfinished runs are resumed, finished ones are kept", flush=True)
     _use_one_thread(arguments, config)
     text = getattr(module, function)(config, out, seeds, at_once)
     files = getattr(module, f"{function.upper()}_FILES")
@@ -350,7 +350,7 @@ def _reproduce(arguments: argparse.Namespace) -> None:
 
 
 def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots: dict[str, str]) -> None:
-    from vjvcr_fast.paper.everything import PAGE, everything
+    from vjvcr_fast.paper.reproduce_all import PAGE, reproduce_all
 
     if arguments.preset or arguments.config:
         raise ConfigError("reproduce all has presets of its own: leave out --preset and --config")
@@ -359,13 +359,13 @@ def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots:
             raise ConfigError(f"--{name}={given}: no such folder")
     processes_for(arguments.processes, override(Config(), overrides(arguments)))  # wrong values fail now, not later
     out = arguments.out or Path("runs") / "all"
-    text = everything(out, seeds, overrides(arguments), roots, arguments.processes)
+    text = reproduce_all(out, seeds, overrides(arguments), roots, arguments.processes)
     print(f"\n{text}\nwrote {out / PAGE}")
 
 
 def _info(arguments: argparse.Namespace) -> None:
     """Show versions, devices, extras and digits, and what would be chosen: backends, decoder, preset."""
-    from vjvcr_fast.info import report
+    from vjvcr_fast.cli_info import report
 
     for name, text in report(arguments.root):
         print(f"{name:17} {text}")

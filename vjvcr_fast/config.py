@@ -60,7 +60,7 @@ class Config:
         need(conv or model.norm_scale == 1, "model.norm_scale", model.norm_scale, "1 where model.kind=simvp")
         need(conv or latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
         fits = latent.kind != "actions" or data.dataset == "cater"
-        need(fits, "latent.kind", "actions", f"another for {of_data}: cater has them")
+        need(fits, "latent.kind", "actions", f"another for {of_data}; only cater has actions")
         fits = latent.method != "newton" or latent.step_rule == "backtracking"
         allowed = "backtracking where latent.method=newton, which has no step size"
         need(fits, "latent.step_rule", latent.step_rule, allowed)
@@ -112,7 +112,7 @@ class Config:
 
 
 _PRESETS = (
-    # The paper's deterministic MovingMNIST, with its open choices as marked above.
+    # The paper's deterministic MovingMNIST, with its open choices as marked in settings.py.
     Config("moving-mnist"),
     # The same for five minutes on two CPU cores; all sizes are [ours]. N / d is as above: with fewer videos per feature
     # the covariance penalty's sampling noise would hold the features down.

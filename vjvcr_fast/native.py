@@ -1,4 +1,5 @@
-"""The compiled operators of csrc/. They are loaded once, on import, if they were built; call them as `torch.ops.vjvcr`.
+"""The compiled operators of csrc/, which infer z*. Importing this module loads them, if they were built, as
+`torch.ops.vjvcr`.
 
 All tensors are contiguous, on one device, and all float32 or all float64. Tensors that do not fit raise a RuntimeError.
 N is the number of samples, m the number of components of z, H the width of the hidden layers.

@@ -15,7 +15,7 @@ from vjvcr_fast.data.video.file import resize
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_model
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.calibration import Latents
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 

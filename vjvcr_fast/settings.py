@@ -5,7 +5,7 @@ project made; "[ours, studied]" means that docs/reproducing.md compares it with 
 Everything else is the paper's. `Train(lr="0.01")` converts the text; `Train(lr=0)` raises ConfigError "train.lr=0.0:
 must be above 0".
 
-The settings act elsewhere: training/build.py makes data and networks of them, training/latents.py infers z* and
+Where settings are used: training/build.py makes data and networks of them, training/calibration.py infers z* and
 calibrates the L1 weight, evaluation/probes.py has the speed probes.
 """
 
@@ -196,8 +196,8 @@ class Latent(Group):
     iterations: int = setting(50, "sparse, actions: most steps of one inference [ours]", at_least(1))
     method: Literal["fista", "ista", "newton"] = setting(
         "fista",
-        "sparse: fista is the paper's, ista has no momentum, newton is a faster quasi-Newton method [ours] that needs "
-        "a CPU and the built operators and is an error elsewhere",
+        "sparse: fista is the paper's; ista has no momentum; newton is a faster quasi-Newton method [ours], which "
+        "needs a CPU and the compiled operators and otherwise raises an error",
     )
     step_rule: Literal["backtracking", "fixed"] = setting("backtracking", "sparse, actions: choice of step size [ours]")
     step_size: float = setting(1.0, "sparse, actions: the first, or the fixed, step size [ours]", ABOVE_0)

@@ -98,8 +98,8 @@ def test_windows_start_anywhere(root: Path, made: list[Path], stride: int) -> No
 def test_short_videos_are_left_out_and_noted(root: Path) -> None:
     whole = load_split(root, None, 10, 10)
     assert len(whole) == 3
-    assert whole.notes[0].startswith("all: 2 shorter than 20 times 1 frames left out: ")
-    with pytest.raises(FolderError, match="5 videos for all, but none with 99 times 1 frames"):
+    assert whole.notes[0].startswith("all: 2 with fewer than 20 frames at stride 1 left out: ")
+    with pytest.raises(FolderError, match="5 videos for all, but none has 99 frames at stride 1"):
         load_split(root, None, 90, 9)
 
 

@@ -209,7 +209,7 @@ def test_errors(tmp_path: Path, run: Path, videos: Path, capsys: pytest.CaptureF
     (tmp_path / "empty").mkdir()
     assert "no videos" in fails(capsys, [str(run), str(tmp_path / "empty"), *out], 1)
     short = next(videos.glob("*.avi"))
-    assert "1 videos, but none with 5 times 1 frames" in fails(capsys, [str(run), str(short), *out], 1)
+    assert "1 videos, but none has 5 frames at stride 1" in fails(capsys, [str(run), str(short), *out], 1)
     assert "a folder; the name of a file is needed" in fails(capsys, [str(run), str(videos), "--out", str(tmp_path)], 2)
     assert not [*tmp_path.glob("*f.safetensors*")]
 

@@ -28,14 +28,14 @@ from vjvcr_fast.evaluation.probes import (
     standardised,
 )
 from vjvcr_fast.models.energy import ROWS, EnergyModel
-from vjvcr_fast.paper import figures, side_by_side
+from vjvcr_fast.paper import figures, jobs
 from vjvcr_fast.paper import table1 as paper
-from vjvcr_fast.paper.side_by_side import finish_run
+from vjvcr_fast.paper.jobs import finish_run
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import CheckpointError
-from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, train
 from vjvcr_fast.training.step import split_frames
 
@@ -443,7 +443,7 @@ def stopped_at_the_third(monkeypatch: pytest.MonkeyPatch, make: Callable[[], Any
         trained.append(run.name)
         train(config, run, probe)
 
-    monkeypatch.setattr(side_by_side, "train", counted)
+    monkeypatch.setattr(jobs, "train", counted)
     with pytest.raises(KeyboardInterrupt):
         make()
     return trained
@@ -488,7 +488,7 @@ def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     ):
         assert said in text
 
-    for owner, name in [(side_by_side, "train"), (probes, "extract")]:
+    for owner, name in [(jobs, "train"), (probes, "extract")]:
         monkeypatch.setattr(owner, name, fail)
     for owner, name in [(paper, "figure5"), (figures, "spectrum"), (figures, "probes")]:  # drawn before
         monkeypatch.setattr(owner, name, lambda *_: None)
@@ -498,7 +498,7 @@ def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -
 def test_a_table_is_of_one_config(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "vj-vcr-seed0"
     finish_run(tiny, run, paper.TABLE1)
-    monkeypatch.setattr(side_by_side, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     with pytest.raises(ConfigError, match=f"^{run} holds a run of another config .train.lr 0.001 -> 0.5.; choose ano"):
         paper.table1(override(tiny, {"train.lr": 0.5}), tmp_path, seeds=(0,))
     with pytest.raises(ConfigError, match=rf"^{run} has 12 steps, train\.steps=8; choose another --out"):
@@ -510,7 +510,7 @@ def test_other_probe_settings_evaluate_the_same_runs(
     tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     finish_run(tiny, tmp_path, paper.TABLE1)
-    monkeypatch.setattr(side_by_side, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     result = finish_run(override(tiny, {"evaluate.probe_epochs": 5}), tmp_path, paper.TABLE1)
     assert len(result["speed_mse_by_epoch"]) == 5
 

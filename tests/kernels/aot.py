@@ -161,7 +161,7 @@ def call_launchers(h: Tensor, use_gram: bool, used: Sequence[bool] = (True, Fals
         weights = vcr.Weights(alpha=25.0, beta=1.0, threshold=1.0, eps=1e-4, covariance=penalty)
         kept = vcr.forward([h], weights, use_gram)[3]
         vcr.backward([h], kept, vcr.Incoming(*(g if one else None for one in used)), weights, use_gram, [True])
-    vcr.library.centred(h, vcr.Kept(*kept))
+    vcr.torch_product.centred(h, vcr.Kept(*kept))
 
 
 def _tensors(label: str, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -14,13 +14,13 @@ from vjvcr_fast import reference
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, ConfigError, override, preset
 from vjvcr_fast.data.cater import CLASSES
+from vjvcr_fast.evaluation.latent_probes import actions_probe, spectrum
 from vjvcr_fast.evaluation.metrics import average_precision, mean_average_precision
 from vjvcr_fast.paper import actions as module
 from vjvcr_fast.paper import figures
-from vjvcr_fast.paper.latent_probes import actions_probe, spectrum
 from vjvcr_fast.training.build import build_data, build_model, build_videos
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import read_metrics
-from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import train
 from vjvcr_fast.training.step import actions, split_frames
 

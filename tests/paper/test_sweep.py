@@ -15,7 +15,7 @@ from conftest import TINY
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import ConfigError
-from vjvcr_fast.paper import side_by_side, sweep
+from vjvcr_fast.paper import jobs, sweep
 
 FIELDS = json.dumps(TINY)  # JSON is YAML
 
@@ -86,7 +86,7 @@ def test_wrong_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, argume
 def test_a_sweep_runs_fails_and_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(side_by_side, "_start", forked.start)
+    monkeypatch.setattr(jobs, "_start", forked.start)
     text = "list: {a: {}, b: {model.hidden: 8}, none: {data.root: /there/is/none}}\nseeds: [0, 1]"
     file, out = written(tmp_path, text), tmp_path / "out"
     asked = ["sweep", str(file), "--out", str(out), "--processes", "3"]
@@ -98,7 +98,7 @@ def test_a_sweep_runs_fails_and_goes_on(
     assert json.loads((out / "sweep.json").read_text())["settings"]["none"]["evaluations"] == []
 
     file.write_text(file.read_text().replace(", none: {data.root: /there/is/none}", ""))
-    monkeypatch.setattr(side_by_side, "_start", None)  # what is finished starts no process again
+    monkeypatch.setattr(jobs, "_start", None)  # what is finished starts no process again
     assert main(asked) == 0
     assert (out / "a-seed0" / "evaluation.json").stat().st_mtime_ns == before
     shown = capsys.readouterr().out

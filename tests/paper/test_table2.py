@@ -12,20 +12,20 @@ from tolerances import FLOAT32
 from torch import Tensor
 
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override
-from vjvcr_fast.evaluation import evaluate
-from vjvcr_fast.paper import figures, latent_probes, side_by_side, table2
-from vjvcr_fast.paper.latent_probes import (
+from vjvcr_fast.evaluation import evaluate, latent_probes
+from vjvcr_fast.evaluation.latent_probes import (
     adam_classifier,
     chance,
     converged_classifier,
     evaluate_latents,
     extract_codes,
 )
+from vjvcr_fast.paper import figures, jobs, table2
 from vjvcr_fast.paper.pages import spread
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import build_data, build_model, build_videos
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import CheckpointError
-from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, train
 from vjvcr_fast.training.step import split_frames
 
@@ -196,7 +196,7 @@ def test_table2_and_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch
     for said in ("blobs: 40 digits", "seeds 0, 3: mean ± standard deviation", "12 steps of 8", "calibrated"):
         assert said in text
 
-    monkeypatch.setattr(side_by_side, "train", fail)
+    monkeypatch.setattr(jobs, "train", fail)
     monkeypatch.setattr(latent_probes, "extract_codes", fail)
     assert table2.table2(tiny_stochastic, tmp_path, seeds=(0, 3)) == text
     check_figure3(tmp_path, tiny_stochastic, monkeypatch)

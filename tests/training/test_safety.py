@@ -26,7 +26,7 @@ from vjvcr_fast.training import step as one_step
 from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, train
-from vjvcr_fast.training.safety import skip_if_not_finite
+from vjvcr_fast.training.nonfinite import skip_if_not_finite
 from vjvcr_fast.training.telemetry import NAMES, Telemetry, statistics
 
 pytestmark = pytest.mark.usefixtures("digits", "one_thread")
@@ -110,7 +110,7 @@ def test_a_signal_leaves_a_checkpoint_and_a_code_of_its_own(
     for out in (run, whole):
         assert main(options(out, train__steps=step + 7)) == 0
     assert_same_run(run, whole)
-    assert said.endswith(f"vjvcr-fast: stopped at step {step} of 100000; the same command goes on from there\n")
+    assert said.endswith(f"vjvcr-fast: stopped at step {step} of 100000; run the same command again to continue\n")
 
 
 # -- Checkpoints ----------------------------------------------------------------------------------------------------

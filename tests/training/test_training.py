@@ -30,8 +30,8 @@ from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import build, checkpoint, loop
 from vjvcr_fast.training import step as one_step
 from vjvcr_fast.training.build import build_data, build_model, build_videos
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
-from vjvcr_fast.training.latents import Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
 
 ROOT = Path(__file__).parents[2]
@@ -385,7 +385,8 @@ def test_stopped_and_resumed_is_never_stopped(
     """Stopped after the first step, at a log line, between log lines (whose means go on) and at a validation."""
     config = override(probed, {"model.row": row})
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(StopRequestedError, match=f"stopped at step {step} of 12; the same command goes on from there"):
+    said = f"stopped at step {step} of 12; run the same command again to continue"
+    with pytest.raises(StopRequestedError, match=said):
         train(config, tmp_path / "stopped", Probe(step, send(number)))
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert checkpoint.load(tmp_path / "stopped" / "last.pt")["step"] == step
@@ -582,7 +583,7 @@ def test_a_process_stopped_by_a_signal(tmp_path: Path, tiny_options: list[str], 
         shown = process.stderr.read() if process.stderr else ""
     step = checkpoint.load(run / "last.pt")["step"]
     assert process.returncode == REQUEUE, shown
-    assert f"vjvcr-fast: stopped at step {step} of 1000000; the same command goes on from there" in shown
+    assert f"vjvcr-fast: stopped at step {step} of 1000000; run the same command again to continue" in shown
     assert "Traceback" not in shown
     assert json.loads((run / "config.json").read_text())["train"]["steps"] == 1_000_000
     for out in (run, whole):

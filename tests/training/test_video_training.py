@@ -13,9 +13,9 @@ from conftest import TINY_SIMVP
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, ConfigError, override, preset
+from vjvcr_fast.evaluation.latent_probes import evaluate_latents
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import table1 as paper
-from vjvcr_fast.paper.latent_probes import evaluate_latents
 from vjvcr_fast.training.build import build_data, build_model, build_videos, cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.loop import train

@@ -1,4 +1,7 @@
-"""Data: MNIST digits, MovingMNIST videos rendered on the device while training, and clips of your own video files."""
+"""Data sets: MovingMNIST, rendered while training; CLEVRER, CATER and any folder of videos, read from files.
+
+video/ reads video files. simulated/ makes videos in the formats of CLEVRER and CATER.
+"""
 
 from vjvcr_fast.data.digits import Digits, DigitsError, load_digits, split_digits
 from vjvcr_fast.data.folder import ClipFolder, FolderError

@@ -74,7 +74,7 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
             target, start = actions[None, :, :length].float(), torch.zeros(1, dtype=torch.int64)
             whole.sources.append(Source(video, name, actions.shape[1], start, target, stride))
     if not whole.sources:
-        raise CaterError(f"{folder}/videos: {len(items)} videos, but none with {length} times {stride} frames")
+        raise CaterError(f"{folder}/videos: {len(items)} videos, but none has {length} frames at stride {stride}")
     whole.notes = _mismatch_notes(mismatches, len(items), LISTS[split])
     return whole
 

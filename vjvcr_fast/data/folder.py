@@ -4,8 +4,8 @@
     ROOT/**                                          else: one video in ten is for validation, chosen by its name
 
 Videos are found by their suffix. Hidden files and folders, and `vjvcr-cache`, are left out. A video's split only
-depends on its name, so it does not change when other videos are added. A window may start at any frame. There is
-nothing to ask of it, so its target is 0.
+depends on its name, so it does not change when other videos are added. A window may start at any frame. There
+are no labels, so every target is 0.
 """
 
 import os
@@ -90,11 +90,12 @@ def load_split(
             short.append(name)
     if not whole.sources:
         raise FolderError(
-            f"{folder}: {len(items)} videos for {whole.name}, but none with {length} times {stride} frames"
+            f"{folder}: {len(items)} videos for {whole.name}, but none has {length} frames at stride {stride}"
         )
     if short:
         shown = ", ".join(short[:3]) + (" ..." if len(short) > 3 else "")
-        whole.notes = [f"{whole.name}: {len(short)} shorter than {length} times {stride} frames left out: {shown}"]
+        fewer = f"fewer than {length} frames at stride {stride}"
+        whole.notes = [f"{whole.name}: {len(short)} with {fewer} left out: {shown}"]
     return whole
 
 
@@ -134,7 +135,7 @@ def _of_split(folder: Path, split: str | None) -> list[Path]:
     found = videos_below(folder)
     if len(found) == 1:
         raise FolderError(
-            f"{folder}: one video alone, which cannot be for training and for validation; or use train/ and val/"
+            f"{folder}: only one video; training and validation need one each, or folders train/ and val/"
         )
     draws = {path: key(0, "split", path.relative_to(folder).as_posix()) for path in found}
     held_out = [path for path in found if draws[path] % HELD_OUT == 0]

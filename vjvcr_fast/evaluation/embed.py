@@ -47,8 +47,8 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     windows at a time. every: frames from one window to the next, counted with the stride; 0: windows do not overlap.
 
     Raises ConfigError if `out` is a folder or one of the videos; FolderError if there are no videos or no windows;
-    VideoError if a video cannot be read, except that with `data.on_bad_video` "skip" a video that is found bad before
-    the first window is embedded is left out; and as `load_run`.
+    VideoError if a video cannot be read; and as `load_run`. With `data.on_bad_video` "skip" bad videos are left out if
+    they are noticed before the first window is embedded.
     """
     need(batch >= 1, "--batch", batch, "at least 1")
     need(every >= 0, "--every", every, "at least 0")
@@ -120,7 +120,7 @@ def _clips(
         if len(starts):
             sources.append(Source(Path(name), name, count, starts, torch.zeros(len(starts)), stride))
     if not sources:
-        raise FolderError(f"{len(found)} videos, but none with {length} times {stride} frames")
+        raise FolderError(f"{len(found)} videos, but none has {length} frames at stride {stride}")
     size, backend = (data.canvas, data.canvas), data.decoder
     clips = VideoClips(
         sources, frames=length, size=size, seed=0, stream="embed", backend=backend, device=device, pool=pool

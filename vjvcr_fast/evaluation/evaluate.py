@@ -21,7 +21,7 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Data, VideoSource, build_data, build_decoder, build_videos
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.loop import check_data
 from vjvcr_fast.training.step import autocast, split_frames
 

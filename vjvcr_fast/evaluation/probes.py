@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from vjvcr_fast.config import Config
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.training.build import Data, VideoSource, build_videos
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.loop import DivergedError
 from vjvcr_fast.training.step import split_frames
 

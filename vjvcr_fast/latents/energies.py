@@ -1,4 +1,7 @@
-"""Energies that inference knows more about than their value: through an MLP, and through one of several last layers."""
+"""Energies whose form makes inference faster: of an MLP predictor, and of a predictor with several heads.
+
+The energy that a model is trained with is in models/energy.py.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -173,7 +173,8 @@ class SparseLatent(_Descended):
 
     Args:
         dim: components of z.
-        weight: of the L1 term, which is summed over z and not divided by anything.
+        weight: of the L1 term, which is summed over z and not divided by anything. In a run training/calibration.py
+            adapts it.
         steps: at most. Samples that are frozen earlier cost less in the compiled operators only.
         method: "fista"; "ista", the same without momentum; or "newton", the quasi-Newton method
             `reference.proximal_newton`. "newton" needs an energy in closed form (an MLP predictor without a pixel

@@ -1,6 +1,6 @@
 """The energy of VJ-VCR and of the generative baseline, equations (5) and (7), as one model.
 
-The four rows of Table 1 are four settings of it (`ROWS`).
+The four rows of Table 1 are four settings of it (`ROWS`). latents/energies.py has its closed forms for finding z*.
 """
 
 import copy

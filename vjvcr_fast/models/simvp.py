@@ -2,7 +2,7 @@
 
 Every frame is encoded on its own, by pairs of 3x3 convolutions with GroupNorm and SiLU. The second of each pair has
 stride 2. The last layer is a 1x1 convolution without normalisation, so that the scale of the representations can follow
-the variance hinge. No sample depends on the others of its batch. The paper does not state sizes [NS]; these are ours.
+the variance hinge. No sample depends on the others of its batch. The paper does not state sizes; these are ours.
 
 The representation of a frame is its map row by row, with the channels of a cell side by side: in channels_last a view.
 """

@@ -3,7 +3,7 @@
 As in SimVP's translator, the maps of all input frames are stacked in the channels, so that a token is one cell of the
 map with its whole past. Attention is within windows of cells, which every second block shifts. All target frames come
 out at once, as differences from the last input frame: without these a predictor takes long to let anything through.
-Depth, width, window and the differences are not stated in the paper [NS]; they are ours.
+Depth, width, window and the differences are not stated in the paper; they are ours.
 """
 
 import torch

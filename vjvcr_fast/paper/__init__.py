@@ -1,14 +1,15 @@
-"""The paper's tables and figures, ours beside theirs, and sweeps of settings.
+"""Makes the paper's tables and figures, with our numbers beside the paper's; runs sweeps.
 
 table1          Table 1 and figure 5
 table2          Table 2 and figure 3
 actions         figures 2 and 4
-latent_probes   the probes of z* for Table 2 and figure 2 (those of Table 1: evaluation/probes.py)
-everything      `reproduce all`
+reproduce_all   `reproduce all`
 sweep           `vjvcr-fast sweep`
-side_by_side    trains and evaluates the runs of a table, one after the other or several at once
+jobs            trains and evaluates the runs of a table, one after the other or several at once
 pages           writes Markdown and JSON
 figures         draws the figures
+
+What is measured on one run, the probes above all, is in evaluation/.
 """
 
 

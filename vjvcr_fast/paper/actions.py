@@ -11,11 +11,12 @@ import torch
 
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, ConfigError, override
+from vjvcr_fast.evaluation.latent_probes import evaluate_actions
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures, pages
-from vjvcr_fast.paper.latent_probes import ACTIONS
-from vjvcr_fast.paper.side_by_side import Results, Table, finish_rows
+from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
 
+ACTIONS = Evaluation(evaluate_actions, "actions.json")
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
 FIGURE4_FILES = ("figure4.md", "figure4.json", "figure4.png")
 

@@ -20,11 +20,11 @@ from vjvcr_fast.config import PRESETS, Config, differences, resolve_device
 from vjvcr_fast.data.files import cores, write_atomic
 from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder
 from vjvcr_fast.paper import figures
-from vjvcr_fast.paper.side_by_side import Results, Table
+from vjvcr_fast.paper.jobs import Results, Table
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training.build import VideoSource, build_data, build_videos
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import read_metrics
-from vjvcr_fast.training.latents import Latents
 
 
 def write_table(table: Table, name: str, title: str, lines: Sequence[str], notes: Sequence[str], **numbers: Any) -> str:

@@ -29,10 +29,11 @@ from typing import Any, NamedTuple
 from vjvcr_fast.config import Config, ConfigError, override, parse, preset
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.paper import SweepError, figures
-from vjvcr_fast.paper.latent_probes import ACTIONS, TABLE2
+from vjvcr_fast.paper.actions import ACTIONS
+from vjvcr_fast.paper.jobs import Evaluation, Job, finished, prepare, processes_for, run_jobs, train_run
 from vjvcr_fast.paper.pages import about, machine, named_seeds, spread, table_head, table_row
-from vjvcr_fast.paper.side_by_side import Evaluation, Job, finished, prepare, processes_for, run_jobs, train_run
 from vjvcr_fast.paper.table1 import COLUMNS, TABLE1
+from vjvcr_fast.paper.table2 import TABLE2
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.processes import speaks
 
@@ -134,7 +135,7 @@ def run_entry(sweep: Sweep, number: int, out: Path) -> dict[str, Any] | None:
 
     Under torchrun all processes train together. The first one evaluates, the others return None.
 
-    Raises ConfigError if there is no such entry; else as `side_by_side.finish_run`.
+    Raises ConfigError if there is no such entry; else as `jobs.finish_run`.
     """
     if not 0 <= number < len(sweep.entries):
         raise ConfigError(f"--entry={number}: must be between 0 and {len(sweep.entries) - 1}")

@@ -14,8 +14,8 @@ from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.evaluation.evaluate import evaluate_run
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures
+from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
 from vjvcr_fast.paper.pages import draw_curves, futures_of, spread, table_head, table_row, write_table
-from vjvcr_fast.paper.side_by_side import Evaluation, Results, Table, finish_rows
 from vjvcr_fast.training.step import split_frames
 
 TABLE1 = Evaluation(evaluate_run, "evaluation.json")

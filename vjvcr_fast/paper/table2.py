@@ -14,11 +14,12 @@ import torch
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos
 from vjvcr_fast.evaluation.evaluate import mean_psnr
+from vjvcr_fast.evaluation.latent_probes import evaluate_latents
 from vjvcr_fast.paper import figures, pages
-from vjvcr_fast.paper.latent_probes import TABLE2
-from vjvcr_fast.paper.side_by_side import Results, Table, finish_rows
+from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
 from vjvcr_fast.training.step import split_frames
 
+TABLE2 = Evaluation(evaluate_latents, "latents.json")
 TABLE2_FILES = ("table2.md", "table2.json", "latent-curves.png")
 FIGURE3_FILES = ("figure3.md", "figure3.json", "figure3.png")
 CLIPS = 2  # per direction, in figure 3

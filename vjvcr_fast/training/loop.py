@@ -18,7 +18,7 @@ handlers are in `vjvcr_fast.training.stop`.
 A loss that is not finite is noticed at the next log line or validation, when the host reads what the steps left on the
 device. What then happens is `train.on_nonfinite`: "stop" raises DivergedError, naming the step and the term;
 "rollback" goes back to the last checkpoint and on with the batch after the one that failed; "skip" leaves such updates
-out, which is decided on the device in every step (`vjvcr_fast.training.safety`).
+out, which is decided on the device in every step (`vjvcr_fast.training.nonfinite`).
 """
 
 import math
@@ -37,7 +37,7 @@ from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Data, VideoSource, build_data, build_videos
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.log import Log
 from vjvcr_fast.training.processes import Processes, joined
 from vjvcr_fast.training.step import Step, actions, autocast, split_frames
@@ -83,7 +83,8 @@ def train(config: Config, run: Path, probe: Probe | None = None, resume: Resume 
     Raises:
         ConfigError: `run` holds a run of another config or of other data, or `resume` forbids to go on or to begin.
         CheckpointError: all checkpoints are damaged, another version made them, or one cannot be written.
-        DivergedError, StopRequestedError, LostProcessError: see there. What `build_data` raises without usable data.
+        DivergedError, StopRequestedError, LostProcessError: see their docstrings.
+        The errors of `build_data`: there are no usable data.
     """
     with joined(config) as processes:
         claim(run, config, resume, writes=processes.main)
@@ -167,7 +168,7 @@ class _Training:
                     self._means()
                     self._save()
                     raise StopRequestedError(
-                        f"stopped at step {step} of {settings.steps}; the same command goes on from there"
+                        f"stopped at step {step} of {settings.steps}; run the same command again to continue"
                     )
 
     def _validate(self) -> None:

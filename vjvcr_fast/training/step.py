@@ -13,10 +13,10 @@ from vjvcr_fast.config import Config, ConfigError
 from vjvcr_fast.data.video.clips import Clips
 from vjvcr_fast.models.energy import Energy
 from vjvcr_fast.training.build import Batch, build_model
+from vjvcr_fast.training.calibration import DuringForward, Latents
 from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
-from vjvcr_fast.training.latents import DuringForward, Latents
+from vjvcr_fast.training.nonfinite import skip_if_not_finite
 from vjvcr_fast.training.processes import Processes
-from vjvcr_fast.training.safety import skip_if_not_finite
 
 
 class Step:

@@ -1,4 +1,7 @@
-"""What happens at Ctrl-C and SIGTERM: work stops between two steps, and a second signal stops it at once.
+"""What happens at Ctrl-C and SIGTERM: training stops after the current step. A second signal stops it at once.
+
+The loop then saves a checkpoint and raises StopRequestedError (loop.py). cli.py turns that into exit code 75, and a
+second signal into 130.
 
 with asked_to_stop() as stop:
     while not stop():

@@ -7,6 +7,8 @@ is only given to a decoder that reads it correctly:
 - H.264 with gradual refresh, and edit lists that start between keyframes, are refused (see `file`), because both
   decoders would return other frames without saying so.
 
+file.py reads what a file says about itself, such as sizes, edit lists and (one day) a rotation.
+
 "auto" on a CPU means decord, and torchcodec for what decord does not get. With one thread, on CLEVRER's files (480x320
 H.264 with one keyframe), opening one and reading 16 frames from a random place took 73 and 77 ms, and all 128 frames
 137 and 161 ms. "auto" on a CUDA device means DALI if it is installed, else a CPU decoder.

@@ -39,7 +39,7 @@ class Source(NamedTuple):
     frame i * stride of the file.
 
     path: the file. name: its path inside the data set. frames: how many it has. starts: (S,) int64, the first frames
-    of the S windows. targets: (S, ...), what is asked of each window. stride: every so many frames of the file count.
+    of the S windows. targets: (S, ...), the label of each window. stride: 2 uses every second frame of the file.
     """
 
     path: Path

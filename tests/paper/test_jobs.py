@@ -16,9 +16,9 @@ from conftest import TINY
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.models.energy import ROWS
-from vjvcr_fast.paper import figures, side_by_side
+from vjvcr_fast.paper import figures, jobs
 from vjvcr_fast.paper import table1 as paper
-from vjvcr_fast.paper.side_by_side import Job
+from vjvcr_fast.paper.jobs import Job
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = ["--preset", "moving-mnist-mini", *(f"--{name}={value}" for name, value in TINY.items())]
@@ -55,7 +55,7 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         return forked.Started((*job.arguments, *wrong), job.log)
 
     with monkeypatch.context() as patch:
-        patch.setattr(side_by_side, "_start", start)
+        patch.setattr(jobs, "_start", start)
         assert main(table(out, 2)) == 1
     shown = capsys.readouterr()
     log = out / RUNS[1] / "run.log"
@@ -69,10 +69,10 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     assert sum(line.startswith(f"| {terms.title} |") for terms in ROWS.values() for line in printed) == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(side_by_side, "_start", never)  # a single run needs no process of its own
+        patch.setattr(jobs, "_start", never)  # a single run needs no process of its own
         assert main(table(out, 2)) == 0
         assert {name: evaluations(out)[name] for name in done} == done
-        patch.setattr(side_by_side, "train", never)
+        patch.setattr(jobs, "train", never)
         capsys.readouterr()
         assert main(table(out, 2)) == 0
         assert "| model |" in capsys.readouterr().out
@@ -83,7 +83,7 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 def test_a_process_of_a_run(tmp_path: Path) -> None:
     """A job runs in its own session, with its share of the cores; its output is in its log."""
     job = Job(tmp_path, 1, ("info",), tmp_path / "new" / "run.log")
-    process = side_by_side._start(job, 1000)
+    process = jobs._start(job, 1000)
     assert os.getsid(process.pid) == process.pid
     assert process.wait(60) == 0
     assert ", 1 threads" in job.log.read_text()
@@ -94,7 +94,7 @@ def test_a_stop_reaches_every_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On SIGTERM the two running jobs write checkpoints and say at which step; the others do not start."""
-    monkeypatch.setattr(side_by_side, "_start", forked.start)
+    monkeypatch.setattr(jobs, "_start", forked.start)
     logs = [tmp_path / name / "metrics.jsonl" for name in RUNS[:2]]
 
     def stop() -> None:

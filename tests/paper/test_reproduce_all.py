@@ -15,32 +15,32 @@ import pytest
 from conftest import TINY
 
 from vjvcr_fast.cli import main
-from vjvcr_fast.paper import ReproduceError, everything, figures
-from vjvcr_fast.paper.everything import PARTS, Made, Part
+from vjvcr_fast.paper import ReproduceError, figures, reproduce_all
+from vjvcr_fast.paper.reproduce_all import PARTS, Made, Part
 
-ONE = ["--processes", "1"]  # at a time; several are those of tests/paper/test_side_by_side.py
+ONE = ["--processes", "1"]  # at a time; several are those of tests/paper/test_jobs.py
 OPTIONS = [f"--{name}={value}" for name, value in TINY.items()]
 OF_DIGITS = tuple(part for part in PARTS if not part.files)
 LACKING = tuple(part for part in PARTS if part.files == "cater")
 
 
 def in_this_process(command: Sequence[str], log: Path) -> Made:
-    """Replaces `everything._run`."""
+    """Replaces `reproduce_all._run`."""
     began = time.perf_counter()
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, contextlib.redirect_stdout(file):
         assert main(command) == 0
-    return everything._spent(log, time.perf_counter() - began, 51.0)
+    return reproduce_all._spent(log, time.perf_counter() - began, 51.0)
 
 
 @pytest.mark.usefixtures("digits", "one_thread")
-@pytest.mark.parametrize("run", [in_this_process, pytest.param(everything._run, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("run", [in_this_process, pytest.param(reproduce_all._run, marks=pytest.mark.slow)])
 def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], run: Any) -> None:
-    monkeypatch.setattr(everything, "_run", run)
+    monkeypatch.setattr(reproduce_all, "_run", run)
     for name in ("spectrum", "probes"):  # they take a second, and the page has them not
         monkeypatch.setattr(figures, name, lambda *_: None)
-    monkeypatch.setattr(everything, "PARTS", (OF_DIGITS[0], *LACKING))
-    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reproduce_all, "PARTS", (OF_DIGITS[0], *LACKING))
+    monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: None)
     out = tmp_path / "all"
     assert main(["reproduce", "all", "--out", str(out), "--seeds", "0,1", *ONE, *OPTIONS]) == 0
     page = (out / "summary.md").read_text()
@@ -65,10 +65,10 @@ def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 
 def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = Part("Broken", "table1", "moving-mnist", "broken", ())
-    monkeypatch.setattr(everything, "PARTS", (broken, LACKING[0]))
-    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(reproduce_all, "PARTS", (broken, LACKING[0]))
+    monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ReproduceError, match="1 of 2 parts failed"):
-        everything.everything(tmp_path, [0], {"data.root": "/there/is/none"}, {})
+        reproduce_all.reproduce_all(tmp_path, [0], {"data.root": "/there/is/none"}, {})
     page = (tmp_path / "summary.md").read_text()
     assert "| Broken | " in page
     assert "exit code 1" in page
@@ -76,21 +76,21 @@ def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
-    assert everything._data("cater", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
+    assert reproduce_all._data("cater", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
 
 
 def test_a_gpu_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(everything, "default_preset", lambda name: name)
-    assert everything._data("cater", tmp_path, {}, {}) == "left out: give the folder of its videos, --cater DIR"
+    monkeypatch.setattr(reproduce_all, "default_preset", lambda name: name)
+    assert reproduce_all._data("cater", tmp_path, {}, {}) == "left out: give the folder of its videos, --cater DIR"
 
 
 def test_videos_that_could_not_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed simulation counts as a failure, and the page shows what it took."""
-    monkeypatch.setattr(everything, "PARTS", LACKING)
-    monkeypatch.setattr(everything.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(everything.SIMULATED, "cater", ["--videos", "none"])
+    monkeypatch.setattr(reproduce_all, "PARTS", LACKING)
+    monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setitem(reproduce_all.SIMULATED, "cater", ["--videos", "none"])
     with pytest.raises(ReproduceError, match="1 of 3 parts failed"):
-        everything.everything(tmp_path, [0], {}, {})
+        reproduce_all.reproduce_all(tmp_path, [0], {}, {})
     page = (tmp_path / "summary.md").read_text()
     assert (
         "| videos in the format of cater | 0.0 min |" in page or "| videos in the format of cater | 0.1 min |" in page

@@ -20,8 +20,8 @@ import torch
 from vjvcr_fast.config import default_preset
 from vjvcr_fast.data.files import cores, one_line, write_atomic
 from vjvcr_fast.paper import ReproduceError
+from vjvcr_fast.paper.jobs import spawn
 from vjvcr_fast.paper.pages import checkout, processor
-from vjvcr_fast.paper.side_by_side import spawn
 from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop
 
 PAGE = "summary.md"
@@ -78,14 +78,14 @@ class Made(NamedTuple):
 Done = dict[str, Made | str]  # title -> what it took, or why it was left out
 
 
-def everything(
+def reproduce_all(
     out: Path, seeds: Sequence[int], options: Mapping[str, str], roots: Mapping[str, str], processes: str = "auto"
 ) -> str:
     """Makes all parts in the folder `out`, or what is missing of them. Returns the page, summary.md, as Markdown.
 
     seeds: for every part. options: {dotted field: value}, for every part; data.root and data.download are those of the
     digits. roots: the folders of "clevrer" and "cater". If one is missing, a mini preset's videos are simulated, if
-    MuJoCo is installed; else its parts are left out. processes: runs side by side, see `side_by_side.processes_for`.
+    MuJoCo is installed; else its parts are left out. processes: runs side by side, see `jobs.processes_for`.
 
     Raises ReproduceError if parts failed, after the page is written.
     """
@@ -147,7 +147,7 @@ def _run(command: Sequence[str], log: Path) -> Made:
                 process.terminate()  # it writes a checkpoint
                 process.wait()
                 _spent(log, time.perf_counter() - started, memory=0.0)
-                raise StopRequestedError("stopped; the same command goes on from there")
+                raise StopRequestedError("stopped; run the same command again to continue")
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # unlike poll(), it tells the peak memory
     code = os.waitstatus_to_exitcode(status)
     failed = f"exit code {code}; the same command goes on" if code else ""

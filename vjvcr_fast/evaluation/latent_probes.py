@@ -19,9 +19,8 @@ from vjvcr_fast.data.moving_mnist import DIRECTIONS
 from vjvcr_fast.evaluation.evaluate import Subject, measured_once
 from vjvcr_fast.evaluation.metrics import mean_average_precision
 from vjvcr_fast.models.energy import EnergyModel
-from vjvcr_fast.paper.side_by_side import Evaluation
 from vjvcr_fast.training.build import build_model
-from vjvcr_fast.training.latents import Latents
+from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.loop import DivergedError
 from vjvcr_fast.training.step import actions, split_frames
 
@@ -48,10 +47,6 @@ def evaluate_actions(run: Path, config: Config | None = None) -> dict[str, Any]:
     Raises DivergedError if z* is not finite; else as `measured_once`.
     """
     return measured_once(run, config, "actions.json", _measure_actions)
-
-
-TABLE2 = Evaluation(evaluate_latents, "latents.json")
-ACTIONS = Evaluation(evaluate_actions, "actions.json")
 
 
 # -- Probes ---------------------------------------------------------------------------------------------------------

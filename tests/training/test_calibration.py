@@ -18,7 +18,7 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint, loop
 from vjvcr_fast.training.build import build_data, build_model, build_videos
-from vjvcr_fast.training.latents import DEAD, GAIN, LEAST, MOST, NOISE, DuringForward, Latents
+from vjvcr_fast.training.calibration import DEAD, GAIN, LEAST, MOST, NOISE, DuringForward, Latents
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError, train
 from vjvcr_fast.training.step import split_frames
 

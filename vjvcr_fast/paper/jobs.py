@@ -204,7 +204,7 @@ def run_jobs(
         for process, _ in running.values():
             process.wait()
         if stop():
-            raise StopRequestedError("stopped; the same command goes on from there")
+            raise StopRequestedError("stopped; run the same command again to continue")
     return failed
 
 

@@ -1,4 +1,4 @@
-"""Larger matrices: the library's batched product, with our kernels before and after it.
+"""Larger matrices: torch's own batched product, with our kernels before and after it.
 
 With more than 1024 samples in Gram form, or more than 256 features in covariance form, torch's own product is as fast
 as any. One read of h gives the moments, a second one writes Z in the dtype it is multiplied in. The gradient is one
