@@ -98,7 +98,7 @@ gpu-paper: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, in pieces: the full 
 	@for what in table2 fig3; do \
 	  left=$$(($(PIECE) + $(started) - $$(date +%s))); test $$left -gt 0 || left=1; \
 	  timeout --signal=INT $$left $(GPU) -m vjvcr_fast reproduce $$what --preset moving-mnist-stochastic $(ARGS); code=$$?; \
-	  if test $$code -eq 124; then echo "make gpu-paper: not done yet; the same command goes on from there"; fi; \
+	  if test $$code -eq 124; then echo "make gpu-paper: not done yet; run the same command again"; fi; \
 	  test $$code -eq 0 || exit $$code; \
 	done
 

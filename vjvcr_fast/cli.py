@@ -24,7 +24,7 @@ from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, train
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: the command stopped at once
-REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written, the same command goes on from it
+REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written; the same command continues from it
 # The formats to simulate videos in (modules of vjvcr_fast.data.simulated), and what to `reproduce` with the videos.
 SIMULATED = {"clevrer": "table1 --dataset clevrer", "cater": "fig2"}
 
@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> int:
         _say(str(error), to_all=not isinstance(error, DivergedError))
         return 1
     except KeyboardInterrupt:
-        print("\nvjvcr-fast: stopped; the same command goes on from what is there", file=sys.stderr)
+        print("\nvjvcr-fast: stopped; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
     return 0
 

@@ -128,7 +128,7 @@ def test_what_is_wrong_with_a_folder(tmp_path: Path, made: list[Path]) -> None:
     says(tmp_path / "empty", r"no videos; of files named \*\.avi, ")
     (tmp_path / "one").mkdir()
     shutil.copy(made[0], tmp_path / "one")
-    says(tmp_path / "one", "one video alone, which cannot be for training and for validation", "train")
+    says(tmp_path / "one", "only one video; training and validation need one each", "train")
     assert len(load_split(tmp_path / "one", None, 2, 3)) == 1
 
 

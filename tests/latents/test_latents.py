@@ -527,6 +527,28 @@ class NoSynchronisation(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class NoTransfers(TorchDispatchMode):
+    """Raises if a tensor is made on a CPU, to be copied to the device later."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        assert not isinstance(out, Tensor) or out.is_meta, func
+        return out
+
+
+@pytest.mark.parametrize(
+    "latent",
+    [DiscreteLatent(DIM, check=False), SparseLatent(DIM, 2e-3, 3, check=False), ContinuousLatent((DIM,), 3, 1.0)],
+    ids=name,
+)
+def test_nothing_is_copied_to_the_device(latent: Any) -> None:
+    """On the meta device, which has no numbers."""
+    latent = dataclasses.replace(latent, check=False)
+    with NoTransfers():
+        found = latent.infer(lambda z: z.square().sum(dim=1), 4, device="meta", dtype=torch.float32)
+    assert found.z.shape == (4, DIM)
+
+
 @pytest.mark.parametrize("row", ["vj-vcr", "generative"])
 @pytest.mark.parametrize(
     "latent",

@@ -70,6 +70,8 @@ def test_it_is_the_specification_of_every_sample(size: dict[str, int], options: 
         assert found.steps[i] == steps
         assert (found.z[i] == 0).equal(z == 0)
         assert relative(found.z[i], z) < LATENT_PLAIN
+    right = energy.to(torch.float64)(found.z) + 1e-2 * found.z.abs().sum(dim=1)
+    assert relative(found.energy, right) < LATENT_PLAIN
 
 
 @needs_operators

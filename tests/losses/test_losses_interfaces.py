@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tolerances
 import torch
+import torch.utils.checkpoint
 from tolerances import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -317,3 +318,21 @@ def test_peak_memory(shape):
     assert done.returncode == 0, done.stderr
     copies = float(done.stdout)
     assert 0.9 <= copies <= tolerances.MEMORY_COPIES  # the gradient is one copy: less would mean nothing was measured
+
+
+@pytest.mark.parametrize("shape", [WIDE, TALL, (160, 12, 1024)])
+def test_activation_checkpointing(shape):
+    """torch.utils.checkpoint unpacks each saved tensor once. The last shape is computed by blocks."""
+    leaf = random(*shape).requires_grad_()
+    torch.utils.checkpoint.checkpoint(loss_of, leaf, use_reentrant=False).backward()
+    assert relative(leaf.grad, reference_gradient(leaf)) <= tolerances.FLOAT32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_gradients_are_rounded_once(dtype):
+    """Whatever the incoming gradient is: rounding it too would scale all of the gradient."""
+    leaf = random(64, 16, 512).to(dtype).requires_grad_()
+    scale = 1.0 + 1.9 * torch.finfo(dtype).eps  # in the middle of two numbers
+    (scale * loss_of(leaf)).backward()
+    right = scale * reference_gradient(leaf)
+    assert abs((leaf.grad.double() * right).sum() / right.square().sum() - 1) <= 0.02 * torch.finfo(dtype).eps

@@ -159,7 +159,7 @@ def test_runs_resume_and_actions_need_cater(config: Config, tmp_path: Path) -> N
     states = [torch.load(tmp_path / run / "last.pt")["model"] for run in ("whole", "parts")]
     assert all(states[0][name].equal(states[1][name]) for name in states[0])
     assert [row for row in read_metrics(tmp_path / "whole" / "metrics.jsonl") if "validation_loss" in row]
-    with pytest.raises(ConfigError, match="cater has them"):
+    with pytest.raises(ConfigError, match="only cater has actions"):
         override(preset("clevrer-mini"), {"latent.kind": "actions"})
 
 

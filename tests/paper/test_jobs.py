@@ -107,7 +107,7 @@ def test_a_stop_reaches_every_run(
     thread.start()
     assert main([*table(tmp_path, 2), "--train.steps=100000", "--train.validate_every=50000"]) == 75
     thread.join()
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "run the same command again" in capsys.readouterr().err
     for log in logs:
         assert (log.parent / "last.pt").exists()
         assert "stopped at step" in (log.parent / "run.log").read_text()
@@ -127,7 +127,7 @@ def test_as_a_command(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
-    assert "the same command goes on" in error
+    assert "run the same command again" in error
     assert (first / "last.pt").exists()
     assert "stopped at step" in (first / "run.log").read_text()
     assert subprocess.run(command, env=environment, timeout=300).returncode == 0

@@ -138,5 +138,5 @@ def test_a_stop_goes_on(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
-    assert "the same command goes on" in error
+    assert "run the same command again" in error
     assert (run / "last.pt").exists()

@@ -154,7 +154,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
-    assert "the same command goes on" in error
+    assert "run the same command again" in error
     assert "stopped at step" in (out / "a-seed0" / "sweep.log").read_text()
 
 

@@ -175,9 +175,7 @@ def test_the_end_of_one_process_is_the_end_of_all(tmp_path: Path, victim: int) -
     run[victim].kill()
     code, said = finished(run[1 - victim], timeout=60)
     assert code == 1
-    message = (
-        f"rank {1 - victim}: another process of this run has ended; the same command goes on from the last checkpoint"
-    )
+    message = f"rank {1 - victim}: another process of this run has ended; run the same command again to continue"
     assert message in said
     assert "Traceback" not in said
     assert checkpoint.load(tmp_path / "last.pt")["step"] % 20 == 0

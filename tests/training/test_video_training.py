@@ -266,7 +266,7 @@ def test_ctrl_c_in_the_middle_of_caching_leaves_what_is_done(root: Path) -> None
     command = [sys.executable, "-c", INTERRUPTED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 130, done.stderr
-    assert done.stderr.rstrip().endswith("stopped; the same command goes on from what is there")
+    assert done.stderr.rstrip().endswith("stopped; run the same command again to continue")
     assert "Traceback" not in done.stderr
     config = override(preset("clevrer-mini"), TINY | {"data.root": str(root)})
     filled = fill_cache(config)

@@ -122,7 +122,7 @@ class DiscreteLatent(Latent):
         return (self.k,)
 
     def _search(self, energy: LatentEnergy, z0: Tensor) -> LatentResult:
-        n, values = len(z0), torch.eye(self.k).to(z0)
+        n, values = len(z0), torch.eye(self.k, device=z0.device, dtype=z0.dtype)
         with apart(values):
             if isinstance(energy, HeadEnergy):
                 require(energy.heads == self.k, f"k={self.k}: the predictor has {energy.heads} heads")

@@ -135,7 +135,8 @@ def terms(
             penalty = reduce(torch.sub, [s.square().sum(dtype=torch.float64) for s in squares], penalty)
         covariance = penalty / (count * (n - 1) ** 2)
     if total is not None:
-        variance, covariance = total(torch.stack([variance, covariance])).unbind()
+        both = total(torch.stack([variance, covariance]))
+        variance, covariance = both[0].clone(), both[1].clone()  # of views autograd forbids changes in place
     loss = torch.add(settings.alpha * variance, covariance, alpha=settings.beta)
     dtype = squares[0].dtype
     return loss.to(dtype), variance.to(dtype), covariance.to(dtype)
@@ -308,7 +309,8 @@ class VCR(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         settings: Settings = ctx.settings
-        hs, kept = ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+        hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
         incoming, needed = incoming[:3], ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # The gradient will be differentiated. What forward kept has no graph.

@@ -176,7 +176,7 @@ class _Reported(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         total = torch.stack(terms)
         dist.all_reduce(total, group=found.group)
-        return total.unbind()
+        return tuple(term.clone() for term in total)  # of views autograd forbids changes in place
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -106,7 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -
 
 
 def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
-    settings, hs, kept = ctx.settings, ctx.saved_tensors[: ctx.tensors], ctx.saved_tensors[ctx.tensors :]
+    settings, saved = ctx.settings, ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+    hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
     incoming, needed = incoming[:3], ctx.needed
     nothing = (None,) * len(settings)
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():

@@ -90,8 +90,9 @@ def vcr_loss(
         form: "gram" (N x N products), "covariance" (d x d products) or "auto", the smaller of the two. Both are exact;
             docs/math.md tells how they round.
         gradient: when to compute dloss/dh. "forward" computes it while h is still in the cache, "backward" waits. The
-            result is the same; only time and memory differ. "auto" is "forward". Tensors on a GPU, small inputs,
-            float16 and compiled graphs always wait. Nothing is computed if h needs no gradient.
+            result is the same, but "backward" takes one product more and less memory. "auto" is "forward". Tensors on a
+            GPU, small inputs, half precision and compiled graphs always wait, and with a group the routes "features"
+            and "covariance". Nothing is computed if h needs no gradient.
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
             this function, and backward too. All of them get the loss of the whole batch; the mean of their gradients,
@@ -226,9 +227,10 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
-    # Not in a compiled graph, which keeps what forward makes for long and may not change it in place. Not in float16,
-    # which would underflow before a loss scale reaches it.
-    early = gradient != "backward" and torch.is_grad_enabled() and not compiling and hs[0].dtype != torch.float16
+    # Not in a compiled graph, which keeps what forward makes for long and may not change it in place. Not in float16 and
+    # bfloat16: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
+    early = gradient != "backward" and torch.is_grad_enabled() and not compiling
+    early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
     made = [early and h.requires_grad for h in hs]
     if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
         # If no input needs a gradient, the compiler inlines `forward` and fails to match a variable number of tensors

@@ -150,7 +150,7 @@ def _run(command: Sequence[str], log: Path) -> Made:
                 raise StopRequestedError("stopped; run the same command again to continue")
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)  # unlike poll(), it tells the peak memory
     code = os.waitstatus_to_exitcode(status)
-    failed = f"exit code {code}; the same command goes on" if code else ""
+    failed = f"exit code {code}; run the same command again" if code else ""
     return _spent(log, time.perf_counter() - started, usage.ru_maxrss / 1024, failed)
 
 

@@ -54,8 +54,8 @@ def save_last(run: Path, state: dict[str, Any], keep: int) -> None:
     folder = run / EARLIER
     folder.mkdir(exist_ok=True)
     kept = folder / f"step-{state['step']:08d}.pt"
-    kept.unlink(missing_ok=True)
     try:
+        kept.unlink(missing_ok=True)
         os.link(run / LAST, kept)
     except OSError:  # a file system without links, or without room: then we try a copy, and do without if that fails
         with contextlib.suppress(OSError):

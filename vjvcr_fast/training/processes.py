@@ -179,9 +179,7 @@ def _device(config: Config) -> torch.device:
 
 def _lost(reason: str) -> str:
     what = "timed out" if "imed out" in reason or "imeout" in reason else "has ended"
-    return (
-        f"rank {dist.get_rank()}: another process of this run {what}; the same command goes on from the last checkpoint"
-    )
+    return f"rank {dist.get_rank()}: another process of this run {what}; run the same command again to continue"
 
 
 class _Heartbeat:
