@@ -183,6 +183,7 @@ def assert_serves(target: Path, tmp_path: Path) -> Path:
     if shutil.which("readelf"):
         needed = re.findall(r"NEEDED.*\[(.*)\]", run("readelf", "-d", library, cwd=tmp_path).stdout)
         assert not [name for name in needed if "python" in name or "cuda" in name]
+        assert "libtorch.so" in needed  # or the kernels find no libtorch_cuda.so
     return library
 
 
