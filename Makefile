@@ -17,7 +17,7 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help train test test-slow check format aot bench bench-compare gpu gpu-paper has-gpu clean
+.PHONY: help setup train test test-slow check format aot bench bench-compare gpu gpu-paper has-gpu clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,8 @@ $(VENV)/.train: $(SETUP)
 $(VENV)/.dev: $(VENV)/.train
 	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,dev]'
 	@touch $@
+
+setup: $(VENV)/.train  ## no more than the install that `make train` needs
 
 train: $(VENV)/.train  ## pre-train, probe, decode: Table 1 (MovingMNIST) and figure 5; 5 minutes on two CPU cores
 	@$(BIN)/vjvcr-fast reproduce table1 --dataset moving-mnist $(ARGS)

@@ -80,8 +80,8 @@ def extensions():
     home = cuda_home()
     sources, macros = sorted((ROOT / "csrc").glob("*.cpp")), [("TORCH_TARGET_VERSION", TORCH_TARGET)]
     sources = [path for path in sources if path.name != "native.cpp"]
-    # libtorch.so is what leads the loader to libtorch_cuda.so, if the torch at run time has it. No symbol of libtorch.so
-    # itself is used, so the linker would leave it out.
+    # libtorch.so leads the loader to libtorch_cuda.so, if the torch at run time has it. No symbol of libtorch.so itself
+    # is used, so the linker would leave it out.
     link, library_dirs = ["-Wl,--no-as-needed", "-ltorch"], []
     if home is not None:
         sources += sorted((ROOT / "csrc").glob("*.cu"))

@@ -121,7 +121,7 @@ def test_clips(sources: list[Source], tmp_path: Path, device: Device, full: bool
 
 
 def against(rows: list[Row], name: str, bounds: dict[str, float], frames: int) -> list[Row]:
-    """The rows with their ratio to the provider called `name`, and what was promised of it."""
+    """The rows with their ratio to the provider called `name`, and its goal."""
     (first,) = (row["_median_ms"] for row in rows if row["what"].endswith(name))
     for row in rows:
         row |= {f"x {name}": first / row["_median_ms"], "_frames_per_second": 1e3 * frames / row["_median_ms"]}

@@ -87,7 +87,7 @@ def by_shape(rows: list[Row]) -> list[Row]:
 
 
 def goal(row: Row) -> str:
-    """What we had promised of the ratio to the eager reference."""
+    """The goal for the ratio to the eager reference, and whether it is met."""
     ours = row["ours"]
     said = "met" if ours["met"] == "yes" else f"missed ({ours['x eager']:.2f}x)"
     return f"{ours['target']:g}x, {said}"

@@ -227,8 +227,8 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
-    # Not in a compiled graph, which keeps what forward makes for long and may not change it in place. Not in float16 and
-    # bfloat16: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
+    # Not in a compiled graph, which keeps what forward makes for long and may not change it in place. Not in half
+    # precision: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
     early = gradient != "backward" and torch.is_grad_enabled() and not compiling
     early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
     made = [early and h.requires_grad for h in hs]
