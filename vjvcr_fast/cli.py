@@ -143,7 +143,7 @@ def _add_experiments(add: Callable[..., _Parser]) -> None:
 
     sub = add(_evaluate, "RUN [OPTIONS]")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    add_fields(sub, only=("evaluate.", "data.root", "data.download", "train.device"))
+    add_fields(sub, only=("evaluate.", "data.root", "data.download", "train.device", "latent.method"))
 
     sub = add(_reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
     about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
@@ -185,7 +185,7 @@ def _add_files(add: Callable[..., _Parser]) -> None:
 
     sub = add(_simulate, f"{{{','.join(SIMULATED)}}} [OPTIONS]")
     sub.add_argument("target", choices=[*SIMULATED], help="the data set whose format to write")
-    sub.add_argument("--videos", default="300", metavar="N", help="how many, a third for validation (default: 300)")
+    sub.add_argument("--videos", default="300", metavar="N", help="how many, some 30%% for validation (default: 300)")
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for --data.root later")
     sub.add_argument("--seed", default="0", metavar="N", help="seed of all scenes (default: 0)")
     sub.add_argument("--size", metavar="W,H", help="width and height of frames, even (default: the data set's)")
@@ -239,7 +239,7 @@ def _use_one_thread(arguments: argparse.Namespace, config: Config) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Probe and decode a trained run.
 
-    Writes evaluation.json, or latents.json for a run with a latent, into the folder of the run.
+    Writes evaluation.json into the folder of the run; for a run with a latent latents.json or actions.json.
     """
     config = config_of_run(arguments.run, arguments)
     _use_one_thread(arguments, config)

@@ -16,7 +16,7 @@ from vjvcr_fast.losses import backends
 # The modules that each extra installs.
 EXTRAS = {
     "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm", "yaml"),
-    "video": ("av", "decord", "pebble"),
+    "video": ("av", "decord", "pebble", "safetensors"),
     "simulate": ("av", "mujoco", "pebble"),
     "torchcodec": ("torchcodec",),
     "dali": ("nvidia.dali",),

@@ -47,7 +47,7 @@ def test_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert "## Table 1, MovingMNIST, and figure 5" in page
     assert "| VJ-VCR with decoder | yes | yes | yes |" in page
     assert "± " in page
-    assert "left out: no mujoco, av to simulate videos: pip install 'vjvcr_fast[simulate,video]'" in page
+    assert "left out: no mujoco, av, pebble to simulate videos: pip install 'vjvcr_fast[simulate,video]'" in page
     assert "## Figure 2" not in page
     assert page in capsys.readouterr().out
     for image in ("figure5.png", "curves.png"):

@@ -65,7 +65,10 @@ def ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
         failure = error
     yield from waiting
     if failure is not None:
-        raise failure
+        try:
+            raise failure
+        finally:
+            del failure  # it refers to this frame, and this frame to it
 
 
 def load(module: str, extra: str) -> Any:

@@ -44,8 +44,11 @@ def evaluate_latents(run: Path, config: Config | None = None) -> dict[str, Any]:
 def evaluate_actions(run: Path, config: Config | None = None) -> dict[str, Any]:
     """Probes the z* of a CATER run for actions, and measures spectra; writes actions.json (see `measured_once`).
 
-    Raises DivergedError if z* is not finite; else as `measured_once`.
+    Raises ConfigError if the run's latent is no actions; DivergedError if z* is not finite; else as `measured_once`.
     """
+    asked = config or Config.load(run / "config.json")
+    if asked.latent.kind != "actions":
+        raise ConfigError(f"{run}: latent.kind={asked.latent.kind}: only actions can be probed for actions")
     return measured_once(run, config, "actions.json", _measure_actions)
 
 

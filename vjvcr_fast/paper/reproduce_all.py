@@ -112,7 +112,7 @@ def _data(name: str, out: Path, roots: Mapping[str, str], simulated: Done) -> st
         return roots[name]
     if not default_preset(name).endswith("-mini"):
         return f"left out: give the folder of its videos, --{name} DIR"
-    missing = [module for module in ("mujoco", "av") if importlib.util.find_spec(module) is None]
+    missing = [module for module in ("mujoco", "av", "pebble") if importlib.util.find_spec(module) is None]
     if missing:
         return f"left out: no {', '.join(missing)} to simulate videos: pip install 'vjvcr_fast[simulate,video]'"
     folder = out / f"{name}-videos"

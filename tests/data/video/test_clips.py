@@ -166,6 +166,45 @@ def test_ranks_share_the_batch_without_overlap(sources: list[Source]) -> None:
     assert torch.cat([part.target for part in parts]).equal(whole.target)
 
 
+def test_a_closed_loader_has_no_more_batches(sources: list[Source]) -> None:
+    loader = videos(sources).batches(step=0, n=4)
+    next(loader)
+    loader.close()
+    assert list(loader) == []
+
+
+def test_closing_a_pool_ends_what_waits_for_it(sources: list[Source]) -> None:
+    with Pool(1, timeout=30) as own:
+        loader = videos(sources, pool=own).batches(step=0, n=200)
+        tasks = [own.submit(sources[0].path, workers.decode, "auto", range(2), SIZE) for _ in range(20)]
+    with pytest.raises(RuntimeError, match="the processes that read videos have ended"):
+        tasks[-1].result()
+    loader.close()
+    for thread in loader._thread._threads:
+        thread.join(timeout=30)
+        assert not thread.is_alive()
+
+
+def test_the_interpreter_ends_without_the_batches_that_are_queued(made: Path) -> None:
+    """A loader that nobody closed, of which one batch is being prepared."""
+    script = f"""
+import atexit, time
+from pathlib import Path
+from vjvcr_fast.data.clevrer import load_split
+from vjvcr_fast.data.video.clips import ClipLoader, VideoClips
+sources = load_split(Path({str(made)!r}), "train", 2, 4).sources
+clips = VideoClips(sources, frames=6, size=(16, 16), seed=1, stream="train")
+prepared, load = [], clips.load
+clips.load = lambda *options: (prepared.append(time.sleep(0.2)) or batch for batch in load(*options))
+atexit.register(lambda: print(len(prepared)))
+loader = ClipLoader(clips, 2, prefetch=40)
+next(loader)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 5
+
+
 def test_a_loader_that_is_dropped_ends_its_thread(sources: list[Source]) -> None:
     before = threading.active_count()
     for _ in range(3):

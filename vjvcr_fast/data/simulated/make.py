@@ -96,10 +96,10 @@ def run(task: Callable[[Item], None], missing: Sequence[Item], total: int, proce
     if not missing:
         return
     environment = {"MUJOCO_GL": gl_backend(), "LP_NUM_THREADS": "0"}  # OSMesa's own threads would share our cores
-    done = total - len(missing)
+    done, processes = total - len(missing), min(processes or cores(), len(missing))
     with (
         progress(total=total, initial=done, desc="simulate", unit="video", disable=None) as bar,
-        contextlib.closing(in_parallel(task, missing, processes or cores(), environment)) as finished,
+        contextlib.closing(in_parallel(task, missing, processes, environment)) as finished,
     ):
         for _ in finished:
             bar.update()

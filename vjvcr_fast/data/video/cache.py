@@ -104,6 +104,8 @@ class FrameCache:
         """Reads frames first, ..., first + count - 1 of each (line, first): (N, count, 3, H, W) uint8 on the device."""
         rows = []
         for line, first in windows:
+            if not 0 <= first <= line.frames - count:
+                raise IndexError(f"{line.video}: frames {first} to {first + count - 1} of {line.frames}")
             if line not in self._checked:
                 if not self.is_whole(line):
                     raise CacheError(f"{self.folder}: damaged at {line.video}: `vjvcr-fast cache --verify` repairs it")

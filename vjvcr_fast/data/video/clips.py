@@ -5,6 +5,7 @@ order of its own, and draws a first frame from those allowed. Decoder, cache, wo
 a step number is enough to resume in the middle of an epoch.
 """
 
+import concurrent.futures.thread
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -245,11 +246,20 @@ class ClipLoader(Iterator[Clips]):
         starts = ((k * world + rank) * batch for k in count(step))
         self._batches = clips.load((clips.sampler.windows(start, batch) for start in starts), prefetch)
         self._thread = ThreadPoolExecutor(1)
-        self._ahead = deque(self._thread.submit(next, self._batches) for _ in range(prefetch))
+        self._ahead = deque(self._thread.submit(_next, self._batches) for _ in range(prefetch))
         self.close = weakref.finalize(self, self._thread.shutdown, cancel_futures=True)
 
     def __next__(self) -> Clips:
-        self._ahead.append(self._thread.submit(next, self._batches))
+        if not self.close.alive:
+            raise StopIteration
+        self._ahead.append(self._thread.submit(_next, self._batches))
         batch = self._ahead.popleft().result()
         self.step += 1
         return batch
+
+
+def _next(batches: Iterator[Clips]) -> Clips:
+    """The next batch; none if the interpreter is ending, which waits for all that was submitted."""
+    if getattr(concurrent.futures.thread, "_shutdown", False):
+        raise StopIteration
+    return next(batches)

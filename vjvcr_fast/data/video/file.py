@@ -242,9 +242,12 @@ def _refreshed_later(packet: bytes, header: bytes) -> bool:
 
 def _sei_number(unit: bytes, at: int) -> tuple[int, int]:
     """Reads a number coded as a sum of bytes, of which all but the last are 255. Returns it and where it ends."""
-    rest = unit[at:]
-    end = min(at + len(rest) - len(rest.lstrip(b"\xff")) + 1, len(unit))
-    return sum(unit[at:end]), end
+    number = 0
+    while at < len(unit):
+        number, at = number + unit[at], at + 1
+        if unit[at - 1] != 255:
+            break
+    return number, at
 
 
 def _stated_end(head: bytes) -> int:

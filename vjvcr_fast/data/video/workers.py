@@ -59,6 +59,7 @@ class Pool:
         self.workers = cores() if workers == -1 else workers
         self.timeout, self._environment = timeout, environment or {}
         self._pool: Any = None
+        self._unfinished: weakref.WeakSet[Future[Any]] = weakref.WeakSet()
         self._lock = threading.Lock()  # several loaders may share the pool, each from its own thread
 
     def submit(self, path: Path, function: Callable[..., Any], *arguments: Any) -> Task:
@@ -68,8 +69,10 @@ class Pool:
     def schedule(self, function: Callable[..., Any], *arguments: Any) -> "Future[Any]":
         """Runs function(*arguments) in a worker, for work that is not about a file."""
         if self.workers:
-            return self._started().schedule(function, args=arguments, timeout=self.timeout)
-        future: Future[Any] = Future()
+            future = self._started().schedule(function, args=arguments, timeout=self.timeout)
+            self._unfinished.add(future)
+            return future
+        future = Future()
         try:
             future.set_result(function(*arguments))
         except Exception as error:
@@ -77,7 +80,7 @@ class Pool:
         return future
 
     def close(self) -> None:
-        """Ends the workers at once. A later task starts new ones."""
+        """Ends the workers at once; tasks that are not done raise RuntimeError. A later task starts new workers."""
         if self._pool is not None:
             self._end()
             self._pool = None
@@ -94,7 +97,7 @@ class Pool:
                 pebble = load("pebble", "video")
                 settings = {"initializer": _prepare, "initargs": (self._environment,), "context": _Context()}
                 self._pool = pebble.ProcessPool(self.workers, **settings)
-                self._end = weakref.finalize(self, _stop, self._pool)
+                self._end = weakref.finalize(self, _stop, self._pool, self._unfinished)
             return self._pool
 
 
@@ -136,6 +139,9 @@ def _prepare(environment: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
 
 
-def _stop(pool: Any) -> None:
+def _stop(pool: Any, unfinished: "weakref.WeakSet[Future[Any]]") -> None:
     pool.stop()
     pool.join()
+    for future in list(unfinished):  # pebble leaves them pending, and somebody may wait for them
+        if not future.done():
+            future.set_exception(CancelledError("the pool was closed"))
