@@ -7,7 +7,8 @@ For one time step with Z (N, d), centred over the batch, and K = ZZ' (N, N) or A
 
     a = dL/dvariance / (T d (N-1)),   b = 4 dL/dcovariance / (T d (N-1)^2)
 
-The columns of dZ sum to zero, so it is the gradient for h, too.
+Both derivatives include what reaches a term through the loss. The columns of dZ sum to zero, so it is the gradient for
+h, too.
 """
 
 from typing import NamedTuple

@@ -11,9 +11,10 @@ at every log line, where the host reads the sums of the steps anyway:
     log w <- log w + GAIN (latent.zeros - fraction of zeros since the last line).
 
 The fraction reacts to log w at once, by less than 1 / GAIN per unit, so there is no oscillation. w is logged, stored in
-the checkpoint, and used in evaluation. `latent.calibrate false` keeps `latent.weight`.
+the checkpoint, and used in evaluation. `latent.weight` is its first value; with `latent.calibrate false` it stays.
 
-Weight decay of the predictor [ours]. Unit columns alone do not keep the scale of z: the penalty shrinks z*, the layers
+Weight decay of the predictor [ours]. The columns by which z enters the predictor are kept unit vectors (`project`).
+That alone does not keep the scale of z: the penalty shrinks z*, the layers
 behind learn to compensate, z* shrinks further, and w has to follow (500-fold in 1,000 steps of the mini preset; the
 direction was then read from z* with 64% instead of 91%). A weight decay of the predictor alone, `latent.decay`, stops
 this. The encoder's weights, which determine what z has to explain, do not decay.

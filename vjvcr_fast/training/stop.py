@@ -1,4 +1,5 @@
-"""What happens at Ctrl-C and SIGTERM: training stops after the current step. A second signal stops it at once.
+"""What happens at Ctrl-C and SIGTERM: training stops after the current step (with several
+processes one step later). A second signal stops it at once.
 
 The loop then saves a checkpoint and raises StopRequestedError (loop.py). cli.py turns that into exit code 75, and a
 second signal into 130.

@@ -1,7 +1,7 @@
 """One `open_video` for every decoder: decord and torchcodec on the CPU, DALI on the GPU.
 
-Frame i is the i-th displayed frame, and both CPU decoders return the same frames, bit for bit. That is why a video
-is only given to a decoder that reads it correctly:
+Frame i is the i-th displayed frame. Both CPU decoders return the same frames, bit for bit, unless the file asks for a
+rotation (see `file`), because a video is only given to a decoder that reads it correctly:
 - decord does not get HEVC and AV1 (it stops on many files) or open groups of pictures (after a seek it returns other
   frames); torchcodec reads these;
 - H.264 with gradual refresh, and edit lists that start between keyframes, are refused (see `file`), because both

@@ -5,8 +5,9 @@ all backends report the same faults, and decoders only get complete videos. Fram
 
 Where to add another kind of video:
 - what a file says about itself, such as a rotation or an edit list, is read and judged in `_facts`;
-- decoded frames are changed, for example turned upright, in `Video.frames`, right after `_read`, for all decoders.
-  Today no rotation is read: torchcodec turns frames by itself and then states their size, decord does not turn them.
+- decoded frames are changed, for example turned upright, in `Video.frames`, between `_read` and the check of their
+  shape. Today no rotation is read: torchcodec turns frames by itself and then states their size. decord does not turn
+  them, so such a video needs a turn for decord only.
 """
 
 import functools
@@ -66,7 +67,7 @@ class Video:
     """A complete video, opened by a backend. Do not share it between threads.
 
     path: the file. backend: its decoder. device: where frames are delivered. frame_count: how many there are. fps:
-    frames per second on average, 0 if the file does not say. height, width: in pixels, as displayed.
+    frames per second on average, 0 if the file does not say. height, width: in pixels, as the decoder displays them.
     """
 
     backend = ""
