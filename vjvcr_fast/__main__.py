@@ -1,8 +1,8 @@
 """The entry of `vjvcr-fast` and `python -m vjvcr_fast`. It sets environment variables that OpenMP reads with torch.
 
 An OpenMP thread that waits for the others spins. If another process is busy too, it spins for whole time slices, and a
-step of a small network takes up to 45 times as long. A short spin avoids this and costs nothing on a quiet machine
-(docs/benchmarks.md). Child processes, those of torchrun too, inherit the variables or set them themselves.
+step of a small network takes several times as long. A short spin avoids most of this and costs nothing on a quiet
+machine (docs/benchmarks.md). Child processes, those of torchrun too, inherit the variables or set them themselves.
 """
 
 import os

@@ -70,7 +70,8 @@ class Pool:
         """Runs function(*arguments) in a worker, for work that is not about a file."""
         if self.workers:
             future = self._started().schedule(function, args=arguments, timeout=self.timeout)
-            self._unfinished.add(future)
+            with self._lock:
+                self._unfinished.add(future)
             return future
         future = Future()
         try:
@@ -97,7 +98,7 @@ class Pool:
                 pebble = load("pebble", "video")
                 settings = {"initializer": _prepare, "initargs": (self._environment,), "context": _Context()}
                 self._pool = pebble.ProcessPool(self.workers, **settings)
-                self._end = weakref.finalize(self, _stop, self._pool, self._unfinished)
+                self._end = weakref.finalize(self, _stop, self._pool, self._unfinished, self._lock)
             return self._pool
 
 
@@ -139,9 +140,11 @@ def _prepare(environment: Mapping[str, str]) -> None:
     torch.set_num_threads(1)
 
 
-def _stop(pool: Any, unfinished: "weakref.WeakSet[Future[Any]]") -> None:
+def _stop(pool: Any, unfinished: "weakref.WeakSet[Future[Any]]", lock: threading.Lock) -> None:
     pool.stop()
     pool.join()
-    for future in list(unfinished):  # pebble leaves them pending, and somebody may wait for them
+    with lock:
+        futures = list(unfinished)
+    for future in futures:  # pebble leaves them pending, and somebody may wait for them
         if not future.done():
             future.set_exception(CancelledError("the pool was closed"))
