@@ -77,16 +77,19 @@ def kept(run: Path, config: Config, name: str) -> dict[str, Any] | None:
         return None
     before = json.loads((run / name).read_text())
     wanted = _made_from(run, config, checkpoint.load(run / "best.pt"), checkpoint.load(run / "last.pt"))
-    return before if wanted.items() <= before.items() else None
+    return before if all(before.get(key) == value for key, value in wanted.items()) else None
 
 
 def _made_from(run: Path, config: Config, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
+    method = config.latent.method
     return {
         "measures": MEASURES,
         "evaluate": dataclasses.asdict(config.evaluate),
         "best": checkpoint.digest(run / "best.pt"),
         "step": best["step"],
         "trained_steps": last["step"],
+        # If z* is found by another method than in training; None, as in older files, if not.
+        "method": None if method == Config.load(run / "config.json").latent.method else method,
     }
 
 
