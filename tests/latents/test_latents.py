@@ -680,7 +680,8 @@ def test_a_latent_that_the_predictor_does_not_have() -> None:
     ids=["sparse", "continuous"],
 )
 def test_compiled(latent: Any, row: str) -> None:
-    """There is one graph for all batches. With fullgraph nothing in it can wait for the host."""
+    """There is one graph for all batches. With fullgraph nothing in it can wait for the host. Where one operator makes
+    all steps, nothing is compiled."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     model = make_model(row)
@@ -689,4 +690,5 @@ def test_compiled(latent: Any, row: str) -> None:
         plain: LatentResult = latent.infer_from(model, h_x, h_y, y)
         found = type(latent)(**{**vars(latent), "compile": True}).infer_from(model, h_x, h_y, y)
         assert relative(found.energy, plain.energy) < COMPILED
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    fused = row == "vj-vcr" and native.MISSING is None
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (0 if fused else 1)

@@ -283,6 +283,15 @@ def test_inference_compiled():
     assert relative(compiled(mlp_energy.p), whole(mlp_energy.p)) <= tolerances.LATENT_PLAIN
 
 
+def test_compile_takes_the_operator_as_well():
+    """And compiles nothing, so it does not change a bit."""
+    settings = dataclasses.replace(RULES["fista"], compile=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", None)
+        found = infer(settings, mlp())
+    assert all(torch.equal(a, b) for a, b in zip(found, infer(RULES["fista"], mlp()), strict=True))
+
+
 # -- How it would be launched ---------------------------------------------------------------------------------------
 
 

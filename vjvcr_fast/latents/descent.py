@@ -20,7 +20,7 @@ The loop never waits for the device. The only synchronisation is at the end, to 
 
 There are three ways to run it. If the operators of csrc/ are built, all steps for an MLP predictor are one operator,
 `fista_mlp`, in which frozen samples cost nothing; for other energies the loop below uses `proximal_step`. If they are
-not built, the loop is in torch operations alone.
+not built, or if the loop is compiled, it is in torch operations alone.
 
 `SparseLatent(method="newton")` is another method, `reference.proximal_newton`. It is for energies that are nearly
 quadratic over the distance that z moves, and exists only as an operator, `newton_mlp`.
@@ -136,8 +136,9 @@ class _State(NamedTuple):
 def minimise(energy: LatentEnergy, z0: Tensor, rule: Rule, steps: int, compile_step: bool, check: bool) -> LatentResult:
     """argmin_z of the energy plus the rule's penalty, from z0 (N, *rule.shape), in at most `steps` steps.
 
-    compile_step: put the step through torch.compile. check: raise NonFiniteEnergyError; waits for the device.
-    Raises ValueError if `rule.newton` is set and the operator does not serve.
+    compile_step: put the loop's step through torch.compile, unless one operator makes all steps. check: raise
+    NonFiniteEnergyError; waits for the device. Raises ValueError if `rule.newton` is set and the operator does not
+    serve.
     """
     with apart(z0):
         z0 = rule.project(z0.flatten(1))
@@ -148,7 +149,7 @@ def minimise(energy: LatentEnergy, z0: Tensor, rule: Rule, steps: int, compile_s
         if rule.newton:
             why = newton_refusal(isinstance(inner, ExpandedMLPEnergy), z0.device)
             require(why is None, f"method='newton': {why}; choose method='fista'")
-        if isinstance(inner, ExpandedMLPEnergy) and not compile_step and _is_fused(inner, z0, rule):
+        if isinstance(inner, ExpandedMLPEnergy) and _is_fused(inner, z0, rule):
             found = _fused(inner, rule, z0, steps)
         else:
             at = _start(inner, rule, z0)

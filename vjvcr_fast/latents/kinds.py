@@ -184,7 +184,8 @@ class SparseLatent(_Descended):
         lr: the first step size, or the fixed one. "newton" does not use it.
         tolerance: relative, when a sample counts as converged; of z, for "newton" of the energy. With 0 it runs on
             until nothing moves.
-        compile: put the step through torch.compile(fullgraph=True); the energy must be traceable.
+        compile: put the step through torch.compile(fullgraph=True); the energy must be traceable. Where the compiled
+            operator `fista_mlp` makes all steps, nothing is left to compile, and it is used as with compile=False.
         bf16: products in bfloat16 if `fista_mlp` runs on a GPU, several times as fast; no effect elsewhere.
         check: raise NonFiniteEnergyError, which is the only synchronisation. If False, such samples keep z0.
     """
