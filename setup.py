@@ -23,11 +23,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest supported version
-ARCHITECTURES = ("80", "90a")
+# What nvcc makes of the CUDA kernels: machine code for 8.x (sm_80) and for 9.0 alone (sm_90a, for fista_mlp), and PTX,
+# which the driver compiles for newer GPUs.
+ARCHITECTURES = ("sm_80", "sm_90a", "compute_80")
 # Without fused multiply-adds, so that host and device round alike.
 CXX_FLAGS = ["-O3", "-std=c++20", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"]
 NVCC_FLAGS = ["-O3", "-std=c++20", "-fmad=false", "-Xptxas=-v"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+NVCC_FLAGS += [f"-gencode=arch=compute_{a.partition('_')[2]},code={a}" for a in ARCHITECTURES]
 
 
 def say(text):
@@ -78,7 +80,8 @@ def extensions():
     from torch.utils import cpp_extension
 
     home = cuda_home()
-    sources, macros = sorted((ROOT / "csrc").glob("*.cpp")), [("TORCH_TARGET_VERSION", TORCH_TARGET)]
+    facts = [("VJVCR_ARCHITECTURES", f'"{" ".join(ARCHITECTURES) if home else ""}"')]
+    sources, macros = sorted((ROOT / "csrc").glob("*.cpp")), [("TORCH_TARGET_VERSION", TORCH_TARGET), *facts]
     sources = [path for path in sources if path.name != "native.cpp"]
     # libtorch.so leads the loader to libtorch_cuda.so, if the torch at run time has it. No symbol of libtorch.so itself
     # is used, so the linker would leave it out.
@@ -108,7 +111,6 @@ def extensions():
     else:
         from pybind11.setup_helpers import Pybind11Extension
 
-        facts = [("VJVCR_ARCHITECTURES", f'"{" ".join(ARCHITECTURES) if home else ""}"')]
         found.append(
             Pybind11Extension(
                 "vjvcr_fast._native", ["csrc/native.cpp"], define_macros=facts, extra_compile_args=CXX_FLAGS[2:]

@@ -7,6 +7,8 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <string>
 
 #include "latent_math.h"
 
@@ -35,7 +37,7 @@ struct Plan {
   int latent_tiles = 0;          // tiles of 16 rows of W1z'
   int latent_steps = 0;          // k-steps in the product with W1z
   int shared_bytes = 0;
-  double cycles = 0;             // a step of the whole batch takes: a rough estimate, to choose by
+  int at_once = 0;               // clusters that run at the same time; the others wait for them
   // Offsets in shared memory. The resident fragments are at 0; Y follows X.
   int mailboxes = 0, x = 0, v = 0, scratch = 0, parts = 0, energy = 0, arrays = 0, states = 0, scalars = 0;
 
@@ -56,8 +58,8 @@ VJVCR_HOST_DEVICE int groups_of(int tiles, int steps) {
 }
 
 // The plan for a given cluster size and number of samples. `cluster` is 0 if it does not fit into `shared_limit` bytes.
-inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int samples, int multiprocessors,
-                    int shared_limit) {
+// `at_once` is left to launch_plan.
+inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int samples, int shared_limit) {
   const auto round_up = [](int x, int to) { return (x + to - 1) / to * to; };
   Plan plan;
   plan.bf16 = bf16, plan.hidden = hidden, plan.latent = latent, plan.samples = samples;
@@ -90,31 +92,69 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
     *offset += weights;
   }
   plan.shared_bytes = at + weights;
-
-  // Rough figures: shared memory delivers 128 bytes a cycle, L2 64 to a block and 3200 to all; an m16n8 product takes
-  // about 1.6 cycles, and waiting for the cluster a few hundred.
-  const int at_once = std::max(1, multiprocessors / cluster), waves = (plan.clusters + at_once - 1) / at_once;
-  const double n_tiles = samples / 8.0, pairs = (tiles + 1) / 2, k_steps = 3.0 * plan.steps;
-  const double moved = weights + k_steps * pairs * n_tiles * 256 + 6.0 * groups * tiles * n_tiles * kScratchTile * 8;
-  const double products = k_steps * 2 * pairs * n_tiles * (bf16 ? 1 : 3) * 1.6;
-  const double streamed = double(plan.fragments() - plan.resident) * kFragment;
-  const double from_l2 = std::min(64.0, 3200.0 / (cluster * std::min(plan.clusters, at_once)));
-  const double waiting = 2500 + (cluster == 1 ? 0 : 4.0 * (300 + 20 * cluster));
-  plan.cycles = waves * (std::max({moved / 128, products, streamed / from_l2}) + waiting);
   return plan;
 }
 
-// The plan with the least estimated time. Its cluster is 0 if no plan serves these sizes.
-inline Plan launch_plan(int n, int hidden, int latent, bool bf16, int multiprocessors, int shared_limit) {
-  Plan best;
+// How many cycles a step of the whole batch takes if `at_once` clusters run at the same time. Rough figures, to choose
+// by: shared memory delivers 128 bytes a cycle, L2 64 to a block and 3200 to all; an m16n8 product takes about 1.6
+// cycles, and waiting for the cluster a few hundred.
+inline double cycles_of(const Plan& plan) {
+  const int tiles = plan.tiles(), groups = groups_of(tiles, plan.steps);
+  const double n_tiles = plan.samples / 8.0, pairs = (tiles + 1) / 2, k_steps = 3.0 * plan.steps;
+  const double weights = double(plan.resident) * kFragment;
+  const double moved = weights + k_steps * pairs * n_tiles * 256 + 6.0 * groups * tiles * n_tiles * kScratchTile * 8;
+  const double products = k_steps * 2 * pairs * n_tiles * (plan.bf16 ? 1 : 3) * 1.6;
+  const double streamed = double(plan.fragments() - plan.resident) * kFragment;
+  const double waiting = 2500 + (plan.cluster == 1 ? 0 : 4.0 * (300 + 20 * plan.cluster));
+  const auto wave = [&](int clusters) {
+    const double from_l2 = std::min(64.0, 3200.0 / (plan.cluster * clusters));
+    return std::max({moved / 128, products, streamed / from_l2}) + waiting;
+  };
+  const int full = plan.clusters / plan.at_once, last = plan.clusters % plan.at_once;
+  return full * wave(plan.at_once) + (last > 0 ? wave(last) : 0);
+}
+
+// What a plan needs to know of a GPU. capacity: how many clusters of a plan run at the same time, which depends on its
+// kernel, its cluster size and its shared memory; 0 if none can.
+struct Gpu {
+  int multiprocessors, shared_limit;
+  std::function<int(const Plan&)> capacity;
+};
+
+// Is assumed where there is no GPU. Not every multiprocessor can be in a cluster of 8: 15 clusters were seen at once.
+inline Gpu h100() {
+  return {132, 227 << 10, [](const Plan& plan) { return plan.cluster == 8 ? 15 : 132 / plan.cluster; }};
+}
+
+// The plan with the least estimated time. If no plan serves, its cluster is 0 and refusal_of says why.
+inline Plan launch_plan(int n, int hidden, int latent, bool bf16, const Gpu& gpu) {
+  Plan best, refused;
   if (latent > kMostLatents) return best;
   for (int cluster : {1, 2, 4, 8}) {
     for (int samples : {8, 16, 32}) {
-      const Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, multiprocessors, shared_limit);
-      if (plan.cluster > 0 && (best.cluster == 0 || plan.cycles < best.cycles)) best = plan;
+      Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, gpu.shared_limit);
+      if (plan.cluster == 0) continue;
+      // Small blocks can share a multiprocessor. They then share its time, so they count as if they waited.
+      plan.at_once = std::min(gpu.capacity(plan), gpu.multiprocessors / cluster);
+      if (plan.at_once == 0) {
+        refused.shared_bytes = plan.shared_bytes;
+      } else if (best.cluster == 0 || cycles_of(plan) < cycles_of(best)) {
+        best = plan;
+      }
     }
   }
-  return best;
+  return best.cluster == 0 ? refused : best;
+}
+
+// On a GPU. In csrc/fista_mlp_cuda.cu, if the build has CUDA kernels.
+Plan plan_on(int device, int n, int hidden, int latent, bool bf16);
+
+// Why launch_plan found no plan.
+inline std::string refusal_of(const Plan& plan) {
+  return plan.shared_bytes == 0
+             ? "at most " + std::to_string(kMostLatents) + " latents, and no more of both than fits into shared memory"
+             : "CUDA says that no cluster of thread blocks with " + std::to_string(plan.shared_bytes) +
+                   " bytes of shared memory each can run on this GPU";
 }
 
 }  // namespace vjvcr

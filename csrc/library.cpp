@@ -1,5 +1,41 @@
-// The operators' schemas, as `torch.ops.vjvcr` shows them. vjvcr_fast/native.py says what the arguments mean.
+// The operators' schemas, as `torch.ops.vjvcr` shows them, and what one can ask about the build. vjvcr_fast/native.py
+// says what the arguments mean.
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "launch_plan.h"
+
+namespace vjvcr {
+namespace {
+
+std::string architectures() { return VJVCR_ARCHITECTURES; }
+
+std::tuple<std::vector<int64_t>, std::string> fista_plan(int64_t n, int64_t hidden, int64_t latent, bool bf16,
+                                                         int64_t device) {
+  STD_TORCH_CHECK(n >= 1 && hidden >= 1 && latent >= 1, "fista_plan: n=", n, ", hidden=", hidden, ", latent=", latent,
+                  ": positive numbers are needed");
+  const int sizes[] = {static_cast<int>(n), static_cast<int>(hidden), static_cast<int>(latent)};
+#ifdef USE_CUDA
+  const Plan plan = device >= 0 ? plan_on(static_cast<int>(device), sizes[0], sizes[1], sizes[2], bf16)
+                                : launch_plan(sizes[0], sizes[1], sizes[2], bf16, h100());
+#else
+  STD_TORCH_CHECK(device < 0, "fista_plan: the operators were built without CUDA kernels");
+  const Plan plan = launch_plan(sizes[0], sizes[1], sizes[2], bf16, h100());
+#endif
+  std::vector<int64_t> found;
+  if (plan.cluster > 0) {
+    found = {plan.cluster,  plan.clusters,    plan.at_once,     plan.samples,
+             plan.resident, plan.fragments(), plan.shared_bytes};
+  }
+  return {found, plan.cluster > 0 ? "" : refusal_of(plan)};
+}
+
+}  // namespace
+}  // namespace vjvcr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
   m.def(
@@ -13,4 +49,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
       "newton_mlp(Tensor z0, Tensor p, Tensor w1z, Tensor w2, Tensor b2, Tensor gram, Tensor u0, Tensor r, Tensor start, "
       "Tensor B, float scale, float weight, float low, float tolerance, int steps, int sweeps, float settled, "
       "float damped, float least, float most) -> (Tensor z, Tensor energy, Tensor step, Tensor steps, Tensor lost)");
+  m.def("architectures() -> str");
+  m.def("fista_plan(int n, int hidden, int latent, bool bf16, int device) -> (int[] plan, str refusal)");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vjvcr, CompositeExplicitAutograd, m) {
+  m.impl("architectures", TORCH_BOX(&vjvcr::architectures));
+  m.impl("fista_plan", TORCH_BOX(&vjvcr::fista_plan));
 }

@@ -31,11 +31,13 @@ void proximal_step(Tensor z, Tensor v, Tensor gradient, Tensor step, Tensor mome
                    double upper) {
   check_proximal_step(z, v, gradient, step, momentum);
   if (z.numel() == 0) return;
-  const torch::stable::accelerator::DeviceGuard guard(z.get_device_index());
+  const int device = z.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
   const int64_t blocks = std::min((z.numel() + kThreads - 1) / kThreads, kMostBlocks);
   by_type(z, [&](auto zero) {
     using T = decltype(zero);
-    proximal_step_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(z)>>>(
+    load(reinterpret_cast<const void*>(&proximal_step_kernel<T>), device, "proximal_step");
+    proximal_step_kernel<T><<<static_cast<unsigned>(blocks), kThreads, 0, current_stream(device)>>>(
         mutable_data<T>(z), mutable_data<T>(v), data<T>(gradient), data<T>(step), data<T>(momentum), z.size(0),
         z.numel() / z.size(0), T(weight), T(lower), T(upper));
   });

@@ -24,10 +24,20 @@ newton_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, B, scale, weight, low, tolera
            least, most) -> (z, energy, step, steps, lost)
     All steps of `reference.proximal_newton` for an MLP predictor, on a CPU only. B: (m, m), the first one, for all
     samples. Returns the same as fista_mlp; step is 1 / b.
+
+architectures() -> str
+    For which GPUs nvcc compiled the operators: "sm_80" is machine code for 8.0 and later 8.x, "sm_90a" for 9.0 alone,
+    "compute_80" is PTX, which the driver compiles for 8.0 and everything newer. Empty if the build had no nvcc.
+
+fista_plan(n, hidden, latent, bf16, device) -> (plan, refusal)
+    The plan as numbers: cluster, clusters, at_once, samples, resident fragments, fragments, shared_bytes; `plan` says
+    what they are. device: a GPU's index; -1 stands for an H100. refusal: why the list is empty.
+
+In a CUDA graph: on a GPU, call fista_mlp and proximal_step once with the same sizes and dtype before the capture. The
+first call loads kernels, and fista_mlp's also asks CUDA how many clusters run at once, which a capture does not allow;
+a first call inside one raises a RuntimeError that says so.
 """
 
-import functools
-import importlib
 from pathlib import Path
 from typing import Any
 
@@ -43,14 +53,14 @@ def _load() -> str | None:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"built for another torch: {str(error).splitlines()[0]}"
-    return None
+    return None if hasattr(torch.ops.vjvcr, "fista_plan") else "built from older sources: install or build again"
 
 
 MISSING = _load()
-_HAS_CUDA = False
+ARCHITECTURES = ""  # the operator's result
 
 if MISSING is None:
-    _HAS_CUDA = torch._C._dispatch_has_kernel_for_dispatch_key("vjvcr::fista_mlp", "CUDA")
+    ARCHITECTURES = torch.ops.vjvcr.architectures()
 
     @torch.library.register_fake("vjvcr::proximal_step")
     def _(z, v, gradient, step, momentum, weight, lower, upper):  # type: ignore[no-untyped-def]
@@ -63,74 +73,97 @@ if MISSING is None:
         return torch.empty_like(z0), torch.empty_like(start), torch.empty_like(start), steps, lost
 
 
+def runs(code: str, capability: tuple[int, int]) -> bool:
+    """True if this code, one of ARCHITECTURES, runs on a GPU of this compute capability."""
+    kind, number = code.split("_")
+    compiled_for = divmod(int(number.rstrip("a")), 10)
+    if number.endswith("a"):  # uses what only this capability has
+        return capability == compiled_for
+    return capability >= compiled_for and (kind == "compute" or capability[0] == compiled_for[0])
+
+
+def _refusal(device: int | None, fista: bool = False) -> str | None:
+    """Why the operators, or fista_mlp, do not serve a GPU; None if they do. fista_mlp's kernels are empty in code for
+    GPUs older than 9.0."""
+    if not ARCHITECTURES:
+        return "the operators were built without an nvcc"
+    capability = torch.cuda.get_device_capability(device)
+    this = "this GPU has compute capability {}.{}".format(*capability)
+    if fista and capability != (9, 0):
+        return f"{this}, fista_mlp needs 9.0"
+    for code in ARCHITECTURES.split():
+        if runs(code, capability) and ("_90" in code or not fista):
+            return None
+    return f"{this}, the operators were built for {ARCHITECTURES}"
+
+
 def serves(tensor: torch.Tensor) -> bool:
     """True if there are operators for tensors of this device and dtype. `serves_fista` also looks at their sizes."""
     if MISSING is not None or tensor.dtype not in (torch.float32, torch.float64):
         return False
-    if tensor.device.type == "cpu":
-        return True
-    return tensor.is_cuda and _HAS_CUDA and torch.cuda.get_device_capability(tensor.get_device())[0] in (8, 9)
+    return tensor.device.type == "cpu" or (tensor.is_cuda and _refusal(tensor.get_device()) is None)
 
 
 def serves_fista(z: torch.Tensor, hidden: int, bf16: bool) -> bool:
-    """True if `fista_mlp` can infer z (N, m) through hidden layers of this width."""
-    if not serves(z) or not z.is_cuda:
+    """True if `fista_mlp` can infer z (N, m) through hidden layers of this width. Raises: as `plan`."""
+    if not z.is_cuda:
         return serves(z)
-    if z.dtype != torch.float32 or torch.cuda.get_device_capability(z.get_device())[0] != 9:
+    if MISSING is not None or z.dtype != torch.float32 or _refusal(z.get_device(), fista=True) is not None:
         return False
-    if torch.compiler.is_compiling():  # the compiler cannot look into `plan`; these sizes always fit
+    if torch.compiler.is_compiling():  # the compiler cannot look into `fista_plan`; these sizes always fit
         return hidden <= 1024 and z.shape[1] <= 128
-    return bool(_plan(hidden, len(z), z.shape[1], bf16, z.get_device()))
+    found, _ = torch.ops.vjvcr.fista_plan(len(z), hidden, z.shape[1], bf16, z.get_device())
+    return bool(found)
 
 
-def plan(
-    hidden: int, n: int = 256, latent: int = 20, bf16: bool = True, device: int | None = None
-) -> dict[str, Any] | None:
-    """How `fista_mlp` would be launched on a GPU.
+def plan(hidden: int, n: int = 256, latent: int = 20, bf16: bool = True, device: int | None = None) -> dict[str, Any]:
+    """How `fista_mlp` is launched on a GPU. The operator takes the same plan.
 
     device: which GPU; None is the current one, or an H100 if there is no GPU.
 
-    Returns cluster (blocks that share `samples` samples), clusters (how many), samples, resident (the fraction of the
-    weights that stays in shared memory) and shared_bytes (of a block). Returns {} if it does not serve these sizes or
-    this GPU, and None if the build had no pybind11, so that we cannot know.
+    Returns cluster (blocks that share `samples` samples), clusters (how many), at_once (how many of them the GPU runs
+    at the same time), samples, resident (the fraction of the weights that stays in shared memory), shared_bytes (of a
+    block), and refusal: None, or why fista_mlp does not serve. Then there is nothing else.
+
+    Raises RuntimeError if these sizes are asked for first while a CUDA graph is captured.
     """
-    try:
-        module = importlib.import_module("vjvcr_fast._native")
-    except ImportError:
-        return None
-    multiprocessors, shared = 132, 227 << 10
-    if torch.cuda.is_available():
-        found: Any = torch.cuda.get_device_properties(device)
-        if found.major != 9:
-            return {}
-        multiprocessors, shared = found.multi_processor_count, found.shared_memory_per_block_optin
-    return module.launch_plan(n, hidden, latent, bf16, multiprocessors, shared)
-
-
-_plan = functools.cache(plan)
+    here = torch.cuda.is_available()
+    refusal = MISSING or (_refusal(device, fista=True) if here else None)
+    if refusal:
+        return {"refusal": refusal}
+    at = -1 if not here else torch.cuda.current_device() if device is None else device
+    found, refusal = torch.ops.vjvcr.fista_plan(n, hidden, latent, bf16, at)
+    if refusal:
+        return {"refusal": refusal}
+    cluster, clusters, at_once, samples, resident, fragments, shared_bytes = found
+    return {
+        "cluster": cluster,
+        "clusters": clusters,
+        "at_once": at_once,
+        "samples": samples,
+        "resident": resident / fragments,
+        "shared_bytes": shared_bytes,
+        "refusal": None,
+    }
 
 
 def explain_plan() -> str:
-    """How fista_mlp would be launched here: a line for `vjvcr-fast info`."""
-    here = torch.cuda.is_available()
-    if here and (capability := torch.cuda.get_device_capability())[0] != 9:
-        return f"not served: this GPU has compute capability {'.'.join(map(str, capability))}, 9.0 is needed"
+    """How fista_mlp is launched here, or why it is not: a line for `vjvcr-fast info`."""
     words = []
     for hidden in (256, 512, 1024):
         found = plan(hidden)
-        if not found:
-            return "not served" if found == {} else "not known: pybind11 was not there when the operators were built"
-        layout = f"{found['clusters']} clusters of {found['cluster']} blocks, {found['samples']} samples each"
-        words.append(f"hidden {hidden}: {layout}, {found['resident']:.0%} of the weights on the chip")
-    return f"{'this GPU' if here else 'an H100'}, N = 256, bf16: {'; '.join(words)}"
+        if found["refusal"]:
+            return f"not served: {found['refusal']}"
+        layout = "{clusters} clusters of {cluster} blocks ({at_once} run at once), {samples} samples each"
+        words.append(f"hidden {hidden}: {layout.format_map(found)}, {found['resident']:.0%} of the weights on the chip")
+    where = "this GPU" if torch.cuda.is_available() else "an H100"
+    return f"{where}, N = 256, bf16: {'; '.join(words)}"
 
 
 def explain() -> str:
-    """What was built: a line for `vjvcr-fast info`."""
+    """What was built, or why this GPU is not served: a line for `vjvcr-fast info`."""
     if MISSING is not None:
         return MISSING
-    try:
-        architectures = importlib.import_module("vjvcr_fast._native").architectures
-    except ImportError:
-        return "CPU; what else was built is not known: pybind11 was not there"
-    return f"CPU, CUDA for {architectures}" if architectures else "CPU; no nvcc when they were built"
+    if torch.cuda.is_available() and (why := _refusal(None)):
+        return f"CPU only: {why}"
+    return f"CPU, CUDA for {ARCHITECTURES}" if ARCHITECTURES else "CPU; no nvcc when they were built"

@@ -4,6 +4,7 @@ The tests marked cuda, at the end, check what only a GPU has: the instructions t
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import sys
@@ -284,7 +285,23 @@ def test_weights_that_are_not_finite_lose_all(emulator):
 
 # -- Plans ------------------------------------------------------------------------------------------------------------
 
-SMALL, H100 = (60, 166912), (132, 232448)  # multiprocessors, bytes of shared memory that a block may have
+
+class Gpu(NamedTuple):
+    multiprocessors: int
+    shared: int  # bytes of shared memory that a block may have
+    capacity: tuple[int, int, int, int]  # how many clusters of 1, 2, 4 and 8 blocks run at once
+
+
+H100, SMALL = Gpu(132, HOPPER, (132, 66, 33, 15)), Gpu(60, 166912, (60, 30, 14, 6))
+GPUS = [
+    H100,
+    SMALL,
+    H100._replace(capacity=(132, 66, 33, 16)),
+    H100._replace(capacity=(132, 66, 31, 13)),
+    H100._replace(capacity=(132, 60, 16, 1)),
+    H100._replace(capacity=(132, 66, 33, 0)),
+    H100._replace(capacity=(264, 132, 66, 30)),  # small blocks, two on a multiprocessor
+]
 
 
 class Plan(NamedTuple):
@@ -295,37 +312,63 @@ class Plan(NamedTuple):
     resident: int  # fragments in shared memory
     fragments: int
     bytes: int
+    at_once: int
+    cycles: dict[tuple[int, int], float]  # of all plans that serve, by cluster and samples
+
+    @property
+    def waves(self) -> int:
+        return -(-self.blocks // (self.cluster * self.at_once))
 
 
-def plan_of(emulator: ctypes.CDLL, n: int, hidden: int, latent: int, bf16: bool, gpu: tuple[int, int]) -> Plan:
-    found = (ctypes.c_int * 7)()
-    emulator.launch_plan(n, hidden, latent, ctypes.c_bool(bf16), *gpu, found)
-    return Plan(*found)
+def plan_of(emulator: ctypes.CDLL, n: int, hidden: int, latent: int, bf16: bool, gpu: Gpu) -> Plan:
+    found, cycles = (ctypes.c_int * 8)(), (ctypes.c_double * 12)()
+    capacity = (ctypes.c_int * 4)(*gpu.capacity)
+    emulator.launch_plan(n, hidden, latent, ctypes.c_bool(bf16), *gpu[:2], capacity, found, cycles)
+    layouts = itertools.product((1, 2, 4, 8), (8, 16, 32))
+    return Plan(*found, {layout: of for layout, of in zip(layouts, cycles, strict=True) if of > 0})
 
 
-@pytest.mark.parametrize("gpu", [SMALL, H100])
+@pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("bf16", [False, True])
-@pytest.mark.parametrize("latent", [1, 20, 64])
 @pytest.mark.parametrize("hidden", [1, 100, 256, 512])
-@pytest.mark.parametrize("n", [1, 256, 1000])
-def test_every_usual_shape_has_a_plan(emulator, n, hidden, latent, bf16, gpu):
-    plan = plan_of(emulator, n, hidden, latent, bf16, gpu)
-    assert plan.cluster in (1, 2, 4, 8)
-    assert plan.samples in (8, 16, 32)
-    assert plan.cluster * plan.rows >= hidden
-    assert plan.blocks // plan.cluster * plan.samples >= n
-    assert 0 <= plan.resident <= plan.fragments
-    assert plan.bytes <= gpu[1]
+def test_every_usual_shape_has_the_best_plan(emulator, hidden, bf16, gpu):
+    for n, latent in itertools.product((1, 256, 1000), (1, 20, 64)):
+        plan = plan_of(emulator, n, hidden, latent, bf16, gpu)
+        assert plan.cluster * plan.rows >= hidden
+        assert plan.blocks // plan.cluster * plan.samples >= n
+        assert 0 <= plan.resident <= plan.fragments
+        assert plan.bytes <= gpu.shared
+        assert 1 <= plan.at_once <= gpu.capacity[(1, 2, 4, 8).index(plan.cluster)]
+        assert plan.at_once * plan.cluster <= gpu.multiprocessors
+        assert plan.cycles[plan.cluster, plan.samples] == min(plan.cycles.values())
+
+
+@pytest.mark.parametrize("gpu", [gpu for gpu in GPUS if gpu.multiprocessors == 132])
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("hidden", [256, 512])
+def test_there_is_no_second_wave_for_256_samples(emulator, hidden, bf16, gpu):
+    """It would double the time. For hidden 1024 it can pay, because larger clusters read less from L2."""
+    assert plan_of(emulator, 256, hidden, 20, bf16, gpu).waves == 1
 
 
 def test_the_plans_for_the_issues_shapes(emulator):
+    """15 clusters of 8 run at once on an H100. With 16, hidden 512 and 1024 would be 16 clusters of 8."""
     small, middle, large = (plan_of(emulator, 256, hidden, 20, True, H100) for hidden in (256, 512, 1024))
-    assert small.blocks == middle.blocks == large.blocks == 128
+    assert [plan[:3] for plan in (small, middle, large)] == [(4, 8, 128), (8, 32, 64), (4, 16, 64)]
     assert small.resident == small.fragments
-    assert middle[:2] == (8, 16)
+    full = H100._replace(capacity=(132, 66, 33, 16))
+    middle, large = (plan_of(emulator, 256, hidden, 20, True, full) for hidden in (512, 1024))
+    assert middle[:3] == large[:3] == (8, 16, 128)
     assert middle.resident > 0.6 * middle.fragments
     assert plan_of(emulator, 256, 256, 129, True, H100).cluster == 0
     assert plan_of(emulator, 256, 4096, 20, False, H100).cluster == 0  # does not fit
+
+
+@pytest.mark.parametrize("runs", [(0, 0, 0, 0), (132, 0, 0, 0), (0, 0, 33, 0)])
+def test_a_plan_of_which_no_cluster_runs_is_not_served(emulator, runs):
+    plan = plan_of(emulator, 256, 512, 20, True, H100._replace(capacity=runs))
+    assert plan.cluster == (4 if runs[2] else 1 if runs[0] else 0)
+    assert all(runs[(1, 2, 4, 8).index(cluster)] > 0 for cluster, _ in plan.cycles)
 
 
 # -- The real launch --------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -292,35 +294,44 @@ def test_compile_takes_the_operator_as_well():
     assert all(torch.equal(a, b) for a, b in zip(found, infer(RULES["fista"], mlp()), strict=True))
 
 
-# -- How it would be launched ---------------------------------------------------------------------------------------
+# -- Which GPUs are served, and how it is launched there ------------------------------------------------------------
 
 
 def test_the_launch_plan_of_an_h100():
-    """It has no more blocks than the GPU has multiprocessors."""
-    pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
+    """It has no more clusters than run at once: a second wave would double the time."""
     for hidden in (256, 512, 1024):
         for bf16 in (True, False):
             found = native.plan(hidden, bf16=bf16)
             assert found["cluster"] * found["clusters"] <= 132
             assert found["clusters"] * found["samples"] >= 256
             assert found["shared_bytes"] <= 227 << 10
-    assert native.plan(512)["cluster"] * native.plan(512)["clusters"] == 128
+            assert found["clusters"] <= found["at_once"] or (hidden, bf16) == (1024, False)  # there is no such plan
     assert native.plan(256)["resident"] == 1
-    assert native.plan(512, latent=128)
-    assert native.plan(512, latent=129) == {}
-    assert "hidden 512: 16 clusters of 8 blocks" in native.explain_plan()
+    assert native.plan(512, latent=128)["refusal"] is None
+    assert native.plan(512, latent=129) == {
+        "refusal": "at most 128 latents, and no more of both than fits into shared memory"
+    }
+    assert "hidden 512: 8 clusters of 8 blocks (15 run at once), 32 samples each" in native.explain_plan()
 
 
-def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    """As if there were a GPU of this compute capability, and operators that were built with nvcc."""
-    properties = SimpleNamespace(
-        major=capability[0], multi_processor_count=132, shared_memory_per_block_optin=227 << 10
-    )
-    patch.setattr(native, "_HAS_CUDA", True)
-    patch.setattr(native, "_plan", native.plan)  # without its cache
+@pytest.mark.parametrize(("n", "hidden", "latent"), [(0, 8, 4), (8, 0, 4), (8, 8, 0)])
+def test_a_plan_needs_sizes(n, hidden, latent):
+    with pytest.raises(RuntimeError, match=f"n={n}, hidden={hidden}, latent={latent}: positive numbers are needed"):
+        native.plan(hidden, n, latent)
+
+
+BUILT = "sm_80 sm_90a compute_80"  # what setup.py asks of nvcc
+
+
+def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int], built: str = BUILT) -> None:
+    """As if there were a GPU of this compute capability with the clusters of an H100, and operators that were built for
+    these architectures."""
+    plan = torch.ops.vjvcr.fista_plan
+    patch.setattr(native, "ARCHITECTURES", built)
+    patch.setattr(torch.ops.vjvcr, "fista_plan", lambda *sizes: plan(*sizes[:-1], -1))
     patch.setattr(torch.cuda, "is_available", lambda: True)
+    patch.setattr(torch.cuda, "current_device", lambda: 0)
     patch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    patch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
 
 
 class OnAGPU(SimpleNamespace):
@@ -336,27 +347,107 @@ class OnAGPU(SimpleNamespace):
 
 
 @pytest.mark.parametrize(
-    ("capability", "step", "fista"),
+    ("built", "capability", "step", "fista"),
     [
-        ((7, 5), False, False),
-        ((8, 0), True, False),
-        ((8, 9), True, False),
-        ((9, 0), True, True),
-        ((10, 0), False, False),
+        (BUILT, (7, 5), False, False),
+        (BUILT, (8, 0), True, False),
+        (BUILT, (8, 6), True, False),
+        (BUILT, (8, 9), True, False),
+        (BUILT, (9, 0), True, True),
+        (BUILT, (10, 0), True, False),
+        (BUILT, (12, 0), True, False),
+        ("sm_80 sm_90a", (9, 0), True, True),
+        ("sm_80 sm_90a", (10, 0), False, False),
+        ("sm_80 sm_90a", (12, 0), False, False),
+        ("sm_90a", (8, 0), False, False),
+        ("sm_90a", (9, 0), True, True),
+        ("sm_86", (8, 0), False, False),
+        ("sm_86", (8, 9), True, False),
+        ("sm_86 compute_86", (9, 0), True, False),  # fista_mlp's kernels are empty in it
+        ("compute_90a", (9, 0), True, True),
+        ("compute_90a", (10, 0), False, False),
+        ("sm_100 sm_120", (10, 3), True, False),
+        ("", (8, 0), False, False),
+        ("", (9, 0), False, False),
     ],
 )
-def test_the_compute_capability_decides(capability, step, fista, monkeypatch):
-    """Kernels were compiled for 8.x and 9.0; fista_mlp needs the clusters of 9.0."""
-    pytest.importorskip("vjvcr_fast._native", reason="pybind11 was not there when the operators were built")
-    on_a_gpu(monkeypatch, capability)
+def test_what_was_built_decides(built, capability, step, fista, monkeypatch):
+    """Machine code serves its own major version from its minor version on, "a" one capability alone, PTX all newer
+    ones; fista_mlp needs code for 9.0."""
+    on_a_gpu(monkeypatch, capability, built)
     assert native.serves(OnAGPU()) is step
     assert native.serves_fista(OnAGPU(), 512, True) is fista
     assert not native.serves(OnAGPU(dtype=torch.float16))
     assert not native.serves_fista(OnAGPU(dtype=torch.float64), 512, True)
     assert not native.serves_fista(OnAGPU(shape=(256, 129)), 512, True)
-    assert bool(native.plan(512)) is fista
+
+    this = f"this GPU has compute capability {capability[0]}.{capability[1]}, "
+    no_code = f"{this}the operators were built for {built}" if built else "the operators were built without an nvcc"
+    assert native.explain() == (f"CPU, CUDA for {built}" if step else f"CPU only: {no_code}")
+    refusal = None if fista else f"{this}fista_mlp needs 9.0" if built and capability != (9, 0) else no_code
+    assert native.plan(512)["refusal"] == refusal
     said = native.explain_plan()
-    if fista:
-        assert said.startswith("this GPU, N = 256, bf16: hidden 256: ")
-    else:
-        assert said == f"not served: this GPU has compute capability {capability[0]}.{capability[1]}, 9.0 is needed"
+    assert said.startswith("this GPU, N = 256, bf16: hidden 256: ") if fista else said == f"not served: {refusal}"
+
+
+def test_no_plan_is_served_if_cuda_says_that_none_runs(monkeypatch):
+    on_a_gpu(monkeypatch, (9, 0))
+    why = "CUDA says that no cluster of thread blocks with 1000 bytes of shared memory each can run on this GPU"
+    monkeypatch.setattr(torch.ops.vjvcr, "fista_plan", lambda *sizes: ([], why))
+    assert not native.serves_fista(OnAGPU(), 512, True)
+    assert native.serves(OnAGPU())
+    assert native.plan(512) == {"refusal": why}
+    assert native.explain_plan() == f"not served: {why}"
+
+
+def test_operators_of_older_sources_are_not_used(monkeypatch):
+    monkeypatch.setattr(torch.ops, "vjvcr", SimpleNamespace())
+    assert native._load() == "built from older sources: install or build again"
+
+
+# -- In a CUDA graph ------------------------------------------------------------------------------------------------
+
+CAPTURE = """if True:
+    import sys
+    import torch
+    from vjvcr_fast import native
+    z, v, gradient = (torch.ones(4, 3, device="cuda") for _ in range(3))
+    p, w2, one = (torch.ones(shape, device="cuda") for shape in ((4, 8), (8, 8), 4))
+    limits, step_rule = (0.0, -9.0, 9.0), (-1.0, True, 1.0, 0.0)
+
+    def proximal_step():
+        torch.ops.vjvcr.proximal_step(z, v, gradient, one, one, *limits)
+
+    def fista_mlp():
+        tensors = (z, p, w2[:, :3].contiguous(), w2, w2[0].contiguous(), w2, p, p, one)
+        torch.ops.vjvcr.fista_mlp(*tensors, 1.0, *limits, *step_rule, 3, True)
+
+    def capture():
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        graph.replay()
+        torch.cuda.synchronize()
+
+    call = {"proximal_step": proximal_step, "fista_mlp": fista_mlp}[sys.argv[1]]
+    torch.cuda.synchronize()
+    try:
+        capture()
+    except RuntimeError as error:
+        print(error)
+    call()
+    capture()
+    print("captured")
+"""
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["proximal_step", "fista_mlp"])
+def test_a_first_call_in_a_capture_says_what_to_do(name):
+    """In a process of its own, where nothing is loaded yet."""
+    if name == "fista_mlp" and (why := native.plan(8, 4, 3)["refusal"]):
+        pytest.skip(why)
+    done = subprocess.run([sys.executable, "-c", CAPTURE, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"{name}: this is its first call with these sizes on this GPU, inside the capture" in done.stdout
+    assert done.stdout.endswith("captured\n")

@@ -57,6 +57,9 @@ class Latent(ABC):
         device, dtype: of z; float32 or float64.
         z0: where to start, of z's shape; None is 0. A discrete latent ignores it.
 
+        In a CUDA graph: set check=False, and infer once with the same sizes before the capture, in which no kernel can
+        be loaded. The compiled operators raise a RuntimeError if that was forgotten.
+
         Raises: ValueError for a wrong n, dtype, z0 or shape of the energy, and if method="newton" does not serve;
             NonFiniteEnergyError, unless check=False.
         """

@@ -1,7 +1,9 @@
 // The kernels on a CPU, to be called through ctypes; see emulator.h. All arrays are copied to memory where an access
 // beyond their end is a fault.
 #include "emulator.h"
-//
+
+#include <bit>
+
 #include "../../../csrc/fista_mlp.cuh"
 
 namespace vjvcr {
@@ -47,7 +49,7 @@ extern "C" const char* fista_mlp(const float* z0, const float* p, const float* w
                          unsigned seed, int skip, float* z, float* energy, float* step, int64_t* taken, bool* lost,
                          int* fragments) {
   using namespace vjvcr;
-  const Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, 132, shared_limit);
+  const Plan plan = plan_of(n, hidden, latent, bf16, cluster, samples, shared_limit);
   if (plan.cluster == 0) return "this does not fit";
   fragments[0] = plan.resident, fragments[1] = plan.fragments();
   const size_t nh = size_t(n) * hidden, nm = size_t(n) * latent, hh = size_t(hidden) * hidden;
@@ -72,14 +74,25 @@ extern "C" const char* fista_mlp(const float* z0, const float* p, const float* w
 
 // The bytes of shared memory into which everything fits but the weights.
 extern "C" int least_shared(int n, int hidden, int latent, bool bf16, int cluster, int samples) {
-  const vjvcr::Plan plan = vjvcr::plan_of(n, hidden, latent, bf16, cluster, samples, 132, 1 << 30);
+  const vjvcr::Plan plan = vjvcr::plan_of(n, hidden, latent, bf16, cluster, samples, 1 << 30);
   return plan.shared_bytes - plan.resident * vjvcr::kFragment;
 }
 
+// The plan for a GPU on which capacity[i] clusters of 2^i blocks run at once. cycles: 12 numbers, the estimate of each
+// cluster size and number of samples, or 0 if such a plan is not served. Writes 0 to found[0] if no plan is.
 extern "C" void launch_plan(int n, int hidden, int latent, bool bf16, int multiprocessors, int shared_limit,
-                            int* found) {
-  const vjvcr::Plan plan = vjvcr::launch_plan(n, hidden, latent, bf16, multiprocessors, shared_limit);
-  const int of[] = {plan.cluster,  plan.samples,     plan.blocks(),    plan.rows,
-                    plan.resident, plan.fragments(), plan.shared_bytes};
+                            const int* capacity, int* found, double* cycles) {
+  using namespace vjvcr;
+  const auto at_once = [&](const Plan& plan) { return capacity[std::countr_zero(unsigned(plan.cluster))]; };
+  const Plan plan = vjvcr::launch_plan(n, hidden, latent, bf16, {multiprocessors, shared_limit, at_once});
+  const int of[] = {plan.cluster,  plan.samples,     plan.blocks(),     plan.rows,
+                    plan.resident, plan.fragments(), plan.shared_bytes, plan.at_once};
   std::copy(std::begin(of), std::end(of), found);
+  for (int cluster : {1, 2, 4, 8}) {
+    for (int samples : {8, 16, 32}) {
+      Plan other = plan_of(n, hidden, latent, bf16, cluster, samples, shared_limit);
+      other.at_once = std::min(capacity[std::countr_zero(unsigned(cluster))], multiprocessors / cluster);
+      *cycles++ = other.cluster > 0 && other.at_once > 0 ? cycles_of(other) : 0;
+    }
+  }
 }
