@@ -1,4 +1,4 @@
-"""Helpers for tests on generated examples (few by default, many under `-m slow`), with damaged JSON and files."""
+"""Helpers for tests on generated examples (few by default, many under `-m slow`): strides, damaged JSON and files."""
 
 import inspect
 from collections.abc import Callable
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 SLOW_EXAMPLES = [HealthCheck.too_slow, HealthCheck.large_base_example, HealthCheck.data_too_large]
 
@@ -35,6 +37,33 @@ def fuzz(few: int, many: int, **strategies: st.SearchStrategy[Any]) -> Callable[
         return pytest.mark.parametrize("examples", [pytest.param(few, id="few"), many_are_slow])(run)
 
     return decorate
+
+
+# -- Strides --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def layouts(draw: st.DrawFn, h: Tensor, alike: bool = True) -> Tensor:
+    """h with other strides: permuted, with steps, behind an offset.
+
+    alike: it may also be a tensor of h's shape with some of h's numbers, each in several places: one repeated by a
+    stride of 0, or overlapping windows.
+    """
+    what = draw(st.sampled_from(("repeated", "windows", "", "", "", "") if alike else ("",)))
+    if what == "repeated":
+        dim = draw(st.integers(1 if h.ndim > 2 else 0, h.ndim - 1))
+        return h.narrow(dim, 0, 1).expand_as(h)
+    if what == "windows":
+        largest = (h.numel() - 1) // max(1, sum(h.shape) - h.ndim)  # stride, so that they end within h
+        return h.contiguous().as_strided(h.shape, draw(st.tuples(*[st.integers(0, largest)] * h.ndim)))
+    order = draw(st.permutations(range(h.ndim)))
+    steps = draw(st.lists(st.integers(1, 3), min_size=h.ndim, max_size=h.ndim))
+    offset = draw(st.integers(0, 3))
+    fill = torch.nan if h.is_floating_point() else 1
+    room = torch.full([h.shape[i] * steps[i] + offset for i in order], fill, dtype=h.dtype)
+    room = room.permute([order.index(i) for i in range(h.ndim)])
+    view = room[tuple(slice(offset, None, step) for step in steps)]
+    return view[tuple(slice(size) for size in h.shape)].copy_(h)
 
 
 # -- JSON -----------------------------------------------------------------------------------------------------------

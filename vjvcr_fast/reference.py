@@ -288,7 +288,7 @@ def proximal_newton(
 
     z = z0.detach().clamp(min=low)
     energy, gradient = _penalised(smooth, z, weight)
-    B, b = with_ridge(curvature), 1.0
+    B, b = with_ridge(curvature.detach()), 1.0
     for taken in range(1, steps + 1):
         v = model_minimum(z, gradient, b * B, weight, low)
         energy_v, gradient_v = _penalised(smooth, v, weight)

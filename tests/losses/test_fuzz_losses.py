@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import tolerances
 import torch
-from fuzz import fuzz
+from fuzz import fuzz, layouts
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
@@ -33,21 +33,6 @@ FORMS = st.sampled_from(("auto", "gram", "covariance"))
 
 
 # -- Inputs ---------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def layouts(draw: st.DrawFn, h: Tensor) -> Tensor:
-    """h, or a part of it that is repeated, with other strides: permuted, with steps, behind an offset."""
-    if draw(st.integers(0, 4)) == 0:
-        dim = draw(st.integers(1 if h.ndim > 2 else 0, h.ndim - 1))
-        return h.narrow(dim, 0, 1).expand_as(h)
-    order = draw(st.permutations(range(h.ndim)))
-    steps = draw(st.lists(st.integers(1, 3), min_size=h.ndim, max_size=h.ndim))
-    offset = draw(st.integers(0, 3))
-    room = torch.full([h.shape[i] * steps[i] + offset for i in order], torch.nan, dtype=h.dtype)
-    room = room.permute([order.index(i) for i in range(h.ndim)])
-    view = room[tuple(slice(offset, None, step) for step in steps)]
-    return view[tuple(slice(size) for size in h.shape)].copy_(h)
 
 
 class Case(NamedTuple):

@@ -141,7 +141,7 @@ def minimise(energy: LatentEnergy, z0: Tensor, rule: Rule, steps: int, compile_s
     serve.
     """
     with apart(z0):
-        z0 = rule.project(z0.flatten(1))
+        z0 = rule.project(z0.flatten(1)).contiguous()  # as the operators need it; the loop keeps it so
         inner: LatentEnergy | ExpandedMLPEnergy = energy
         if isinstance(energy, MLPEnergy):
             energy = energy.to(z0.dtype)

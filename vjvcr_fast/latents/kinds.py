@@ -55,7 +55,7 @@ class Latent(ABC):
             torch.func, unless z is discrete. Autocast is off while it runs. Tensors that it closes over may require
             gradients; they get none.
         device, dtype: of z; float32 or float64.
-        z0: where to start, of z's shape; None is 0. A discrete latent ignores it.
+        z0: where to start, of z's shape, with any strides; None is 0. A discrete latent ignores it.
 
         In a CUDA graph: set check=False, and infer once with the same sizes before the capture, in which no kernel can
         be loaded. The compiled operators raise a RuntimeError if that was forgotten.
