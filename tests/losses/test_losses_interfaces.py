@@ -5,8 +5,10 @@ Also what must never happen: waiting for the GPU, a d x d matrix if N < d, work 
 
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tolerances
 import torch
@@ -44,6 +46,9 @@ def reference_gradient(h: Tensor) -> Tensor:
     return torch.autograd.grad(reference.vcr(x, ALPHA, BETA)[0], x)[0]
 
 
+H = random(*WIDE)
+
+
 class Recorder(TorchDispatchMode):
     """Records the name of every operation inside the context, and the size of the largest result."""
 
@@ -62,6 +67,27 @@ class Recorder(TorchDispatchMode):
 
     def products(self) -> int:
         return sum(name in ("mm", "bmm", "addmm", "addmm_", "baddbmm", "baddbmm_") for name in self.names)
+
+
+# Calls with one of their numbers.
+NUMBERS = {
+    "alpha": [lambda v: vcr_loss(H, alpha=v, beta=1.0).loss, lambda v: VCRLoss(v, 1.0)(H).loss],
+    "beta": [lambda v: vcr_loss(H, alpha=1.0, beta=v).loss, lambda v: VCRLoss(1.0, v)(H).loss],
+    "threshold": [
+        lambda v: variance_hinge(H, threshold=v),
+        lambda v: vcr_loss(H, alpha=1.0, beta=1.0, threshold=v).loss,
+        lambda v: VCRLoss(1.0, 1.0, threshold=v)(H).loss,
+    ],
+    "eps": [
+        lambda v: variance_hinge(H, eps=v),
+        lambda v: vcr_loss(H, alpha=1.0, beta=1.0, eps=v).loss,
+        lambda v: VCRLoss(1.0, 1.0, eps=v)(H).loss,
+        lambda v: VICRegLoss(eps=v)(H, H),
+    ],
+    "lambda_param": [lambda v: VICRegLoss(lambda_param=v)(H, H)],
+    "mu_param": [lambda v: VICRegLoss(mu_param=v)(H, H)],
+    "nu_param": [lambda v: VICRegLoss(nu_param=v)(H, H)],
+}
 
 
 class TestErrors:
@@ -96,6 +122,47 @@ class TestErrors:
         for call in (lambda: vcr_loss(h, alpha=1, beta=1, eps=-1.0), lambda: variance_hinge(h, eps=-1.0)):
             with pytest.raises(ValueError, match=r"eps=-1.0"):
                 call()
+
+    @pytest.mark.parametrize("name", NUMBERS)
+    @pytest.mark.parametrize(
+        ("value", "error", "says"),
+        [
+            (float("nan"), ValueError, "=nan"),
+            (float("-inf"), ValueError, "=-inf"),
+            (10**400, ValueError, "=1000"),
+            ("1.0", TypeError, "='1.0'"),
+            (None, TypeError, "=None"),
+            (1j, TypeError, "=1j"),
+            (torch.ones(2), TypeError, r" has shape \(2,\) and dtype torch.float32"),
+        ],
+        ids=lambda value: str(value)[:8],
+    )
+    def test_what_is_no_number(self, name, value, error, says):
+        for call in NUMBERS[name]:
+            with pytest.raises(error, match=f"^{name}{says}.*: a finite number is needed$"):
+                call(value)
+
+    @pytest.mark.parametrize("name", NUMBERS)
+    def test_a_weight_that_is_to_be_learned(self, name):
+        """Its gradient would be None, or zero. With the terms there is one."""
+        weight = torch.nn.Parameter(torch.tensor(0.5))
+        for call in NUMBERS[name]:
+            with pytest.raises(
+                TypeError, match=rf"^{name} .* a gradient.*alpha \* terms.variance \+ beta \* terms.cov"
+            ):
+                call(weight)
+            with pytest.raises(TypeError, match=f"^{name} .* requires a gradient"):
+                torch.func.grad(call)(torch.tensor(0.5))
+        terms = vcr_loss(random(*WIDE), alpha=1.0, beta=1.0)
+        (weight * terms.variance).backward()
+        assert weight.grad == terms.variance
+
+    @pytest.mark.parametrize("make", [torch.tensor, np.float32, np.array, Fraction, lambda half: torch.tensor([half])])
+    def test_other_numbers(self, make):
+        h, half = random(*WIDE), make(0.5)
+        same = vcr_loss(h, alpha=half, beta=half, threshold=half, eps=half)
+        assert same == vcr_loss(h, alpha=0.5, beta=0.5, threshold=0.5, eps=0.5)
+        assert VICRegLoss(half, half, half, eps=half)(h, h + 1) == VICRegLoss(0.5, 0.5, 0.5, eps=0.5)(h, h + 1)
 
 
 class TestInterfaces:

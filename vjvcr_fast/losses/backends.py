@@ -1,9 +1,12 @@
 """Which backend computes the loss of a tensor, and why the others cannot."""
 
 import importlib.util
+import math
 import os
+import reprlib
+import sys
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ BACKENDS = get_args(Backend)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_LARGEST = sys.float_info.max
 OLDEST = (8, 0)  # the lowest compute capability for which the kernels are written and compiled
 
 
@@ -20,6 +24,33 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises ValueError if the argument `name` has a value that is not one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}={value!r}: choose one of {', '.join(choices)}")
+
+
+def check_number(name: str, value: Any) -> Any:
+    """`value` of the argument `name`, as a float or int. A tensor of one element stays a tensor: to read it would wait.
+
+    Raises TypeError if it is no real number or requires a gradient, ValueError if it is not finite.
+    """
+    if (type(value) is float or type(value) is int) and -_LARGEST <= value <= _LARGEST:  # in every call
+        return value
+    if isinstance(value, Tensor):
+        if value.requires_grad:
+            raise TypeError(
+                f"{name} is a tensor that requires a gradient, and would get none: a number is needed. To learn "
+                "weights, weigh the terms: loss = alpha * terms.variance + beta * terms.covariance"
+            )
+        if value.numel() != 1 or value.is_complex():
+            raise TypeError(f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}: a finite number is needed")
+        return value.reshape(())
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a large int
+        finite = False
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}={reprlib.repr(value)}: a finite number is needed") from None
+    if not finite:
+        raise ValueError(f"{name}={reprlib.repr(value)}: a finite number is needed")
+    return float(value)
 
 
 def resolve(backend: str, h: Tensor) -> str:

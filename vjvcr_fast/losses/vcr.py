@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vjvcr_fast import reference
 from vjvcr_fast.losses import analytic, distributed, ops
 from vjvcr_fast.losses.analytic import Settings
-from vjvcr_fast.losses.backends import Backend, check_choice, resolve
+from vjvcr_fast.losses.backends import Backend, check_choice, check_number, resolve
 from vjvcr_fast.losses.distributed import Route
 
 Form = Literal["auto", "gram", "covariance"]
@@ -48,7 +48,7 @@ def variance_hinge(
     Var is the unbiased variance over N. Arguments and errors: see `vcr_loss`. Returns a scalar.
     """
     hs = as_slices(h)
-    _check_eps(eps)
+    threshold, eps = check_number("threshold", threshold), check_eps(eps)
     settings = Settings(1.0, 0.0, threshold, eps, gram=False, covariance=False)
     return _evaluate(hs, settings, resolve(backend, hs[0])).loss
 
@@ -82,7 +82,7 @@ def vcr_loss(
     Args:
         h: (N, d), (N, ..., d), or a sequence of such tensors with the same N and d. N >= 2. float16, bfloat16, float32
             or float64, any strides. (For the Triton kernels h is copied if its features are not adjacent in memory.)
-        alpha, beta: weights of the two terms.
+        alpha, beta: weights of the two terms, numbers. To learn them, weigh the terms: they are differentiable.
         threshold: the paper's tau.
         eps: added to the variance before the square root, >= 0.
         backend: "triton" (fused CUDA kernels), "torch" (plain operations with an analytic gradient), "reference"
@@ -107,17 +107,19 @@ def vcr_loss(
 
     Raises:
         ValueError: if N < 2, h has fewer than two dimensions, or a tensor or the sequence is empty; if the tensors
-            differ in N, d or device; if eps < 0; if backend, form, gradient or route is unknown; if the backend does
-            not support h. With a group: if this process is not in it, if the processes differ in T, d or dtype, if
-            `samples` does not fit, or if form or backend rule out the route.
-        TypeError: if h is not a tensor or a sequence of tensors, if a dtype is not one of the four, or if the tensors
-            differ in dtype.
+            differ in N, d or device; if alpha, beta, threshold or eps is not finite, or eps < 0; if backend, form,
+            gradient or route is unknown; if the backend does not support h. With a group: if this process is not in
+            it, if the processes differ in T, d or dtype, if `samples` does not fit, or if form or backend rule out the
+            route.
+        TypeError: if h is not a tensor or a sequence of tensors, if a dtype is not one of the four, if the tensors
+            differ in dtype, or if alpha, beta, threshold or eps is no number, or a tensor that requires a gradient.
     """
     hs = as_slices(h, least=2 if group is None else 1)
     check_choice("form", form, FORMS)
     check_choice("gradient", gradient, MADE)
     check_choice("route", route, ROUTES)
-    _check_eps(eps)
+    alpha, beta = check_number("alpha", alpha), check_number("beta", beta)
+    threshold, eps = check_number("threshold", threshold), check_eps(eps)
     chosen = resolve(backend, hs[0])
 
     def alone(hs: list[Tensor]) -> VCRTerms:
@@ -146,7 +148,8 @@ class VCRLoss(nn.Module):
         route: Route = "auto",
     ) -> None:
         super().__init__()
-        self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
+        self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
+        self.threshold, self.eps = check_number("threshold", threshold), check_eps(eps)
         self.backend: Backend = backend
         self.form: Form = form
         self.gradient: Made = gradient
@@ -207,9 +210,12 @@ def _described(name: str, tensor: Tensor) -> str:
     return f"{name} has shape {tuple(tensor.shape)} and dtype {tensor.dtype} on {tensor.device}"
 
 
-def _check_eps(eps: float) -> None:
-    if eps < 0:
+def check_eps(eps: float) -> float:
+    """eps, if it is a finite number >= 0. Raises TypeError or ValueError if not."""
+    number: float = check_number("eps", eps)
+    if number < 0:
         raise ValueError(f"eps={eps}: must be >= 0, it is added to the variance before the square root")
+    return number
 
 
 def _use_gram(form: str, hs: Sequence[Tensor]) -> bool:

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.losses import analytic, distributed
-from vjvcr_fast.losses.backends import check_choice
-from vjvcr_fast.losses.vcr import Samples, as_slices, vcr_loss
+from vjvcr_fast.losses.backends import check_choice, check_number
+from vjvcr_fast.losses.vcr import Samples, as_slices, check_eps, vcr_loss
 
 
 class VICRegLoss(nn.Module):
@@ -29,8 +29,9 @@ class VICRegLoss(nn.Module):
         covariance_divisor: "d", or "d(d-1)", the mean over off-diagonal entries, as in eb_jepa.
         samples: with gather_distributed, how many samples each process holds; see `vcr_loss`.
 
-    Raises: ValueError if variance_branches or covariance_divisor is unknown, or if gather_distributed is set and this
-    torch has no torch.distributed.
+    Raises: ValueError if variance_branches or covariance_divisor is unknown, if a weight or eps is not finite, if
+    eps < 0, or if gather_distributed is set and this torch has no torch.distributed; TypeError if a weight or eps is no
+    number, or a tensor that requires a gradient.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class VICRegLoss(nn.Module):
         check_choice("covariance_divisor", covariance_divisor, ("d", "d(d-1)"))
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed=True needs a torch built with torch.distributed")
-        self.lambda_param, self.mu_param, self.nu_param = lambda_param, mu_param, nu_param
-        self.gather_distributed, self.eps, self.samples = gather_distributed, eps, samples
+        self.lambda_param = check_number("lambda_param", lambda_param)
+        self.mu_param, self.nu_param = check_number("mu_param", mu_param), check_number("nu_param", nu_param)
+        self.gather_distributed, self.eps, self.samples = gather_distributed, check_eps(eps), samples
         self.variance_branches, self.covariance_divisor = variance_branches, covariance_divisor
 
     def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
