@@ -71,7 +71,8 @@ VJVCR_DEVICE void send(T* place, T value, uint64_t* box, int rank) {
   }
 }
 
-// Waits until all `bytes` of the round have arrived.
+// Waits until all `bytes` of the round have arrived. st.async counts them with release semantics at the scope of the
+// cluster, so the wait must acquire at the same scope; its default is the block.
 VJVCR_DEVICE void receive(uint64_t* box, int bytes, int round) {
   const uint32_t at = shared_address(box);
   if (threadIdx.x == 0) {  // bytes may arrive before this: the round stays open until it is announced
@@ -79,7 +80,8 @@ VJVCR_DEVICE void receive(uint64_t* box, int bytes, int round) {
   }
   uint32_t done = 0;
   while (done == 0) {
-    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}"
                  : "=r"(done)
                  : "r"(at), "r"(round & 1)
                  : "memory");
