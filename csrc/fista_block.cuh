@@ -56,7 +56,9 @@ struct FistaBlock {
   VJVCR_DEVICE char* x() const { return memory + plan.x; }
   VJVCR_DEVICE char* y() const { return memory + plan.x + plan.operand_bytes(); }
   VJVCR_DEVICE float* v() const { return reinterpret_cast<float*>(memory + plan.v); }
-  VJVCR_DEVICE float* parts() const { return reinterpret_cast<float*>(memory + plan.parts); }
+  VJVCR_DEVICE float* parts(int rank, int sample) const {
+    return reinterpret_cast<float*>(memory + plan.parts) + (rank * kSamples + sample) * plan.part_row();
+  }
   VJVCR_DEVICE float* energy() const { return reinterpret_cast<float*>(memory + plan.energy); }
   VJVCR_DEVICE float* state(int which, int sample) const {
     return reinterpret_cast<float*>(memory + plan.states) + (which * kSamples + sample) * plan.latent;

@@ -183,7 +183,7 @@ VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& i
   const float* origin = at.state(kOrigin, i);
   const auto part = [&](int k) {
     float sum = 0;
-    for (int rank = 0; rank < at.plan.cluster; ++rank) sum += at.parts()[(rank * 8 * kTiles + i) * (m + 1) + k];
+    for (int rank = 0; rank < at.plan.cluster; ++rank) sum += at.parts(rank, i)[k];
     return sum;
   };
 
@@ -200,7 +200,7 @@ VJVCR_DEVICE bool update(const FistaBlock<Mode, kTiles>& at, const FistaInput& i
     z2 += z[k] * z[k];
   }
   for (float* sum : {&penalty, &bent, &changed2, &moved2, &x2, &z2}) *sum = team_sum(*sum);
-  const float value = at.scalars(i).start + in.scale * part(m) + rule.weight * penalty;
+  const float value = at.scalars(i).start + in.scale * part(at.plan.even_latent()) + rule.weight * penalty;
 
   Sample<float> sample = at.scalars(i).sample;
   hw::warp_barrier();  // all lanes have read the scalars, which one lane writes below
@@ -306,22 +306,22 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
       }
     }
 
-    // W1z' X: this block's parts of gradient and energy are sent to all.
+    // W1z' X: this block's parts of gradient and energy are sent to all, two numbers at a time.
     at.template multiply<Tf32x3>(back, tiles * plan.latent_steps, plan.latent_tiles, at.x());
 #pragma unroll 1
-    for (int i = at.thread; i < kSamples * (m + 1); i += kThreads) {
-      const int sample = i % kSamples, k = i / kSamples;
-      float part = 0;
-      if (k < m) {
-        float both[2];
-        at.result(both, back, sample, k / 2 * 2);
-        part = k % 2 == 0 ? both[0] : both[1];
-      } else {
-        for (int j = sample; j < at.units() / 4; j += kSamples) part += at.energy()[j];
+    for (int i = at.thread / kTeam; i < kSamples; i += kThreads / kTeam) {
+#pragma unroll 1
+      for (int k = at.thread % kTeam * 2; k <= plan.even_latent(); k += 2 * kTeam) {
+        float part[2] = {0, 0};
+        if (k < plan.even_latent()) {
+          at.result(part, back, i, k);
+        } else {
+          for (int j = i; j < at.units() / 4; j += kSamples) part[0] += at.energy()[j];
+        }
+        at.send(kOfParts, reinterpret_cast<float2*>(at.parts(rank, i) + k), float2{part[0], part[1]});
       }
-      at.send(kOfParts, at.parts() + (rank * kSamples + sample) * (m + 1) + k, part);
     }
-    hw::receive(at.mailbox(kOfParts), plan.cluster * kSamples * (m + 1) * 4, iteration);
+    hw::receive(at.mailbox(kOfParts), plan.cluster * kSamples * (plan.even_latent() + 2) * 4, iteration);
 
     bool active = false;
 #pragma unroll 1

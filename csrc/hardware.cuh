@@ -23,7 +23,7 @@ VJVCR_DEVICE int block() { return blockIdx.x; }
 VJVCR_DEVICE int blocks() { return gridDim.x; }
 
 VJVCR_DEVICE char* shared_memory() {
-  extern __shared__ __align__(16) char memory[];
+  extern __shared__ __align__(32) char memory[];
   return memory;
 }
 

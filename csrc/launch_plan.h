@@ -47,6 +47,9 @@ struct Plan {
   VJVCR_HOST_DEVICE int outer_fragments() const { return tiles() * latent_steps + latent_tiles * (rows / 8); }
   VJVCR_HOST_DEVICE int fragments() const { return outer_fragments() + 3 * steps * tiles(); }
   VJVCR_HOST_DEVICE int operand_bytes() const { return samples * steps * 32; }  // of X or Y
+  // A block's parts for a sample: its gradient, made even, and its energy. A row of them is a multiple of 32 bytes.
+  VJVCR_HOST_DEVICE int even_latent() const { return (latent + 1) / 2 * 2; }
+  VJVCR_HOST_DEVICE int part_row() const { return (even_latent() + 9) / 8 * 8; }
   VJVCR_HOST_DEVICE int blocks() const { return cluster * clusters; }
 };
 
@@ -73,12 +76,12 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
                              groups_of(plan.latent_tiles, plan.rows / 8) * plan.latent_tiles});
 
   int at = 0;
-  const auto place = [&](int& offset, int bytes) { offset = at, at += round_up(bytes, 16); };
+  const auto place = [&](int& offset, int bytes) { offset = at, at += round_up(bytes, 32); };
   place(plan.mailboxes, kMailboxes * 8);
   place(plan.x, 2 * plan.operand_bytes());
   place(plan.v, samples * plan.latent_steps * 32);
   place(plan.scratch, sums * (samples / 8) * kScratchTile * 8);
-  place(plan.parts, cluster * samples * (latent + 1) * 4);
+  place(plan.parts, cluster * samples * plan.part_row() * 4);
   place(plan.energy, plan.rows * plan.element() / 32 * samples * 4);
   place(plan.arrays, kArrays * samples * plan.rows * 4);
   place(plan.states, kStates * samples * latent * 4);
