@@ -18,13 +18,21 @@ enum { kOfA, kOfD, kOfQ, kOfParts };                                    // mailb
 enum { kP, kA, kC, kU, kR };                                            // arrays
 enum { kZ, kGradient, kPrevious, kProximal, kTrial, kSlope, kOrigin };  // states
 
-// How a block's warps share a product of `tiles` by `steps` fragments. Each warp takes a pair of tiles; if there are
-// more warps than pairs, it takes a part of the k-steps. Computed once, because it divides.
+// A warp's share of a product of `tiles` by `steps` fragments, which start at fragment `start`, a k-step every `apart`.
+// A warp takes a pair of tiles. If there are more warps than pairs, `groups` of warps share the k-steps in turn.
+// Computed once, because it divides.
 struct Work {
-  int tiles, steps, pairs, groups, group, pair;
-  VJVCR_DEVICE Work(int tiles, int steps, int warp)
-      : tiles(tiles), steps(steps), pairs((tiles + 1) / 2), groups(groups_of(tiles, steps)), group(warp / pairs),
-        pair(warp % pairs) {}
+  int tiles, pairs, groups, group, pair;
+  int first, stride;       // the fragment at which the group's first k-step starts, and how far apart its k-steps are
+  int resident, streamed;  // how many of its k-steps have their weights in shared memory, and how many in L2
+  VJVCR_DEVICE Work(const Plan& plan, int tiles, int steps, int start, int apart, int warp)
+      : tiles(tiles), pairs(tiles / 2), groups(groups_of(tiles, steps)), group(warp / pairs), pair(warp % pairs),
+        first(start + group * apart), stride(groups * apart) {
+    if (group >= groups) group = 0, pair = pairs, steps = 0;  // no work
+    const auto share = [&](int all) { return (all - group + groups - 1) / groups; };
+    resident = share(min(steps, max(0, plan.resident - start) / apart));
+    streamed = share(steps) - resident;
+  }
 };
 
 // A block and its shared memory. One thread's view.
@@ -67,10 +75,6 @@ struct FistaBlock {
     return *reinterpret_cast<Scalars*>(memory + plan.scalars + sample * kScalarBytes);
   }
 
-  VJVCR_DEVICE uint4 fragment(int f) const {
-    return (f < plan.resident ? reinterpret_cast<const uint4*>(memory) : streamed)[f * 32 + lane];
-  }
-
   VJVCR_DEVICE uint64_t* mailbox(int which) const {
     return reinterpret_cast<uint64_t*>(memory + plan.mailboxes) + which;
   }
@@ -87,27 +91,49 @@ struct FistaBlock {
     send(which, reinterpret_cast<uint2*>(operand + rank * (units() * 8)) + at.index, Mode::pack(x));
   }
 
-  // scratch [group of warps][tile][8 samples] <- weights times activations. The weights start at fragment `first`, and
-  // a k-step is `stride` fragments. Ends with a barrier.
-  template <typename Product>
-  VJVCR_DEVICE void multiply(const Work& work, int first, int stride, const char* activations) const {
-    for (int pair = work.pair; pair < work.pairs && work.group < work.groups; pair += kWarps) {
-      const int tile[2] = {2 * pair, min(2 * pair + 1, work.tiles - 1)};
-      float sum[2][kTiles][4] = {};
-      sum_products<Product, kTiles>(
-          sum, work.group, work.groups, work.steps,
-          [&](int k, int i) { return fragment(first + k * stride + tile[i]); },
-          [&](int k, int j) { return reinterpret_cast<const uint2*>(activations)[(k * kTiles + j) * 32 + lane]; });
+  // Starts to load the weights that a product streams for a pair of tiles, `at` fragments behind its first.
+  template <int kSteps>
+  VJVCR_DEVICE void prefetch(Stream<kSteps>& stream, const Work& work, int pair, int at) const {
+    stream.start(streamed + (work.first + work.resident * work.stride + 2 * pair + at) * 32 + lane, work.stride * 32,
+                 work.streamed);
+  }
+
+  // scratch [group of warps][tile][8 samples] <- weights times activations. `stream` was started for work.pair. Ends
+  // with a barrier.
+  template <typename Product, int kSteps>
+  VJVCR_DEVICE void multiply(Stream<kSteps>& stream, const Work& work, int at, const char* activations) const {
+    const int stride = work.stride * 32, step = work.groups * kTiles * 32;
+#pragma unroll 1
+    for (int pair = work.pair; pair < work.pairs; pair += kWarps) {
+      if (pair != work.pair) prefetch(stream, work, pair, at);
+      const uint4* weights = reinterpret_cast<const uint4*>(memory) + (work.first + 2 * pair + at) * 32 + lane;
+      const uint2* operand = reinterpret_cast<const uint2*>(activations) + work.group * kTiles * 32 + lane;
+      Sums<Product, kTiles> sums;
+      int left = work.resident;
+      if constexpr (kSteps > 1) {
+#pragma unroll 1
+        for (; left >= kSteps; left -= kSteps) sums.template add_resident<kSteps>(weights, stride, operand, step);
+      }
+#pragma unroll 1
+      for (; left > 0; --left) sums.template add_resident<1>(weights, stride, operand, step);
+      sums.add_streamed(stream, work.streamed, operand, step);
 #pragma unroll
       for (int i = 0; i < 2 * kTiles; ++i) {
-        const float(&of)[4] = sum[i / kTiles][i % kTiles];
-        const int at = (work.group * work.tiles + tile[i / kTiles]) * kTiles + i % kTiles;
-        float2* to = scratch() + at * kScratchTile + lane / 4;
+        const float(&of)[4] = sums.of[i / kTiles][i % kTiles];
+        const int tile = work.group * work.tiles + 2 * pair + i / kTiles;
+        float2* to = scratch() + (tile * kTiles + i % kTiles) * kScratchTile + lane / 4;
         to[lane % 4 * 20] = {of[0], of[2]};
         to[lane % 4 * 20 + 10] = {of[1], of[3]};
       }
     }
     hw::barrier();
+  }
+
+  // A product with W1z or W1z': a warp has a k-step or two, mostly in shared memory.
+  VJVCR_DEVICE void multiply_outer(const Work& work, const void* activations) const {
+    Stream<1> stream;
+    prefetch(stream, work, work.pair, 0);
+    multiply<Tf32x3>(stream, work, 0, static_cast<const char*>(activations));
   }
 
   // Reads kRows adjacent rows of a sample from multiply's result, summed over the groups of warps.
@@ -116,6 +142,7 @@ struct FistaBlock {
     const float2* from = scratch() + (row / 16 * kTiles + sample / 8) * kScratchTile + sample % 8 * 10 + row % 16 / 2;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) x[i] = 0;
+#pragma unroll 4
     for (int group = 0; group < work.groups; ++group, from += work.tiles * kTiles * kScratchTile) {
 #pragma unroll
       for (int i = 0; i < kRows / 2; ++i) x[2 * i] += from[i].x, x[2 * i + 1] += from[i].y;

@@ -8,7 +8,7 @@
 // These are five products. Each is of a change since z0, so that the rounding of bfloat16 is small against the change.
 // The two products with W1z have float32 accuracy in both modes.
 //
-// A cluster of C blocks works on S samples for all steps. Each block has H / C rows of W2, G and W2'. As many fragments
+// A cluster of C blocks works on S samples for all steps. Each block has H / C rows of W2, G and W2'. As many k-steps
 // of these as fit stay in its shared memory; the others come from L2 in every step. After a product each block sends
 // its rows of the result to all blocks. The latents are updated by every block alike, so no block waits for another's
 // decision, and no sum depends on the order of arrival. A step waits for 4 mailboxes and 7 barriers within the block.
@@ -47,9 +47,12 @@
 //
 // What a step moves, per block, with e bytes a number: 3 e H^2 / C of weights; 3 e S H H / (32 C) of activations out of
 // shared memory and 3 e S H into it, from the cluster; partial sums, 6 * 640 bytes for every tile of 16 rows, 8 samples
-// and group of warps. For N = 256, H = 512, bfloat16, C = 8, S = 16 (128 blocks): 192 KB of weights, of which about 75
-// KB from L2, 96 KB of activations, 120 KB of sums, 59 KB from the cluster, 768 instructions m16n8k16. We estimate from
-// this, and have not measured, 4 to 6 us a step, and 3 to 4 us at H = 256.
+// and group of warps. For N = 256, H = 512, bfloat16, C = 8, S = 16 (128 blocks): 192 KB of weights, of which 78 KB
+// from L2, 96 KB of activations, 120 KB of sums, 59 KB from the cluster, 768 instructions m16n8k16. With each of these
+// nvcc 13 issues 1.9 others where the weights are in shared memory and 2.9 where they are streamed
+// (tests/kernels/test_aot.py): some 650 cycles, beside about 3000 for what is moved. What a block streams first is on
+// its way while it waits for a mailbox. We estimate from this, and have not measured, 4 to 6 us a step, and 3 to 4 us
+// at H = 256.
 #pragma once
 
 #include "fista_block.cuh"
@@ -97,7 +100,7 @@ VJVCR_DEVICE uint4 packed(const float* matrix, int row, int k, int rows, int col
     }
     both[i] = Mode::pack(x);
   }
-  return {both[0].x, both[0].y, both[1].x, both[1].y};
+  return {both[0].x, both[1].x, both[0].y, both[1].y};
 }
 
 template <typename Mode>
@@ -232,16 +235,18 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
   const int rank = hw::block() % plan.cluster, first = hw::block() / plan.cluster * kSamples;
   const FistaBlock<Mode, kTiles> at{plan, made.fragments + int64_t(rank) * plan.fragments() * 32, hw::shared_memory(),
                                     hw::thread(), hw::thread() % 32, rank};
-  const int tiles = plan.tiles(), m = plan.latent, outer = plan.outer_fragments(), warp = at.thread / 32;
-  const Work into(tiles, plan.latent_steps, warp), large(tiles, plan.steps, warp);
-  const Work back(plan.latent_tiles, plan.rows / 8, warp);
+  const int tiles = plan.tiles(), m = plan.latent, warp = at.thread / 32;
+  const Work into(plan, tiles, plan.latent_steps, 0, tiles, warp);
+  const Work back(plan, plan.latent_tiles, plan.rows / 8, tiles * plan.latent_steps, plan.latent_tiles, warp);
+  const Work large(plan, tiles, plan.steps, plan.outer_fragments(), 3 * tiles, warp);
+  Stream<kAhead> stream;
   if (at.thread < kMailboxes) hw::open_mailbox(at.mailbox(at.thread));
   load(at, in, made, first);
   hw::cluster_barrier();  // all mailboxes are open
 
   for (int iteration = 0;; ++iteration) {
     // W1z (v - z0): a. Its change since z0 is sent as X.
-    at.template multiply<Tf32x3>(into, 0, tiles, reinterpret_cast<char*>(at.v()));
+    at.multiply_outer(into, at.v());
 #pragma unroll 1
     for (int i = at.thread; i < at.units(); i += kThreads) {
       const auto unit = at.unit(i);
@@ -256,6 +261,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
       }
       at.send(kOfA, at.x(), unit, change);
     }
+    at.prefetch(stream, large, large.pair, 0);  // which no mailbox changes
     hw::receive(at.mailbox(kOfA), plan.operand_bytes(), iteration);
 
     // The three large products share their code, which spares the instruction cache.
@@ -264,7 +270,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
     //   stage 2, W2' q: zero unless a > 0, in float32, stays in this block's X.
 #pragma unroll 1
     for (int stage = 0; stage < 3; ++stage) {
-      at.template multiply<Mode>(large, outer + stage * tiles, 3 * tiles, stage == 1 ? at.y() : at.x());
+      at.template multiply<Mode>(stream, large, stage * tiles, stage == 1 ? at.y() : at.x());
 #pragma unroll 1
       for (int i = at.thread; i < at.units(); i += kThreads) {
         const auto unit = at.unit(i);
@@ -300,6 +306,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
         }
       }
       if (stage < 2) {
+        at.prefetch(stream, large, large.pair, (stage + 1) * tiles);
         hw::receive(at.mailbox(stage == 0 ? kOfD : kOfQ), plan.operand_bytes(), iteration);
       } else {
         hw::barrier();
@@ -307,7 +314,7 @@ fista_mlp_kernel(VJVCR_CONSTANT FistaInput in, VJVCR_CONSTANT FistaPrepared made
     }
 
     // W1z' X: this block's parts of gradient and energy are sent to all, two numbers at a time.
-    at.template multiply<Tf32x3>(back, tiles * plan.latent_steps, plan.latent_tiles, at.x());
+    at.multiply_outer(back, at.x());
 #pragma unroll 1
     for (int i = at.thread / kTeam; i < kSamples; i += kThreads / kTeam) {
 #pragma unroll 1

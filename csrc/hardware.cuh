@@ -99,23 +99,23 @@ VJVCR_DEVICE uint32_t pack_bf16(float first, float second) {
 }
 
 // sum (16 x 8) += a (16 x 16) b (16 x 8), bfloat16. Lane 4 g + t holds
-//   of a: columns 2t, 2t + 1 of rows g (x) and g + 8 (z); columns 2t + 8, 2t + 9 of the same rows (y, w);
+//   of a: columns 2t, 2t + 1 of rows g (x) and g + 8 (y); columns 2t + 8, 2t + 9 of the same rows (z, w);
 //   of b: rows 2t, 2t + 1 (x) and 2t + 8, 2t + 9 (y) of column g;
 //   of sum: columns 2t, 2t + 1 of row g, then of row g + 8.
 VJVCR_DEVICE void mma_bf16(float (&sum)[4], const uint4& a, const uint2& b) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b.x), "r"(b.y));
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
-// The same for a (16 x 8), b (8 x 8) in TF32, the upper 19 bits of a float32. Of a, the lane holds columns t (x, z) and
-// t + 4 (y, w); of b, rows t and t + 4.
+// The same for a (16 x 8), b (8 x 8) in TF32, the upper 19 bits of a float32. Of a, the lane holds columns t (x, y) and
+// t + 4 (z, w); of b, rows t and t + 4.
 VJVCR_DEVICE void mma_tf32(float (&sum)[4], const uint4& a, const uint2& b) {
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
                "{%0, %1, %2, %3};"
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-               : "r"(a.x), "r"(a.z), "r"(a.y), "r"(a.w), "r"(b.x), "r"(b.y));
+               : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y));
 }
 
 VJVCR_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }

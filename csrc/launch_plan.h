@@ -34,7 +34,7 @@ struct Plan {
   int rows = 0;                  // in a block, a multiple of 16; cluster * rows >= hidden
   int steps = 0;                 // k-steps in each of the three large products
   int resident = 0;              // how many of a block's fragments stay in shared memory; the others stream from L2
-  int latent_tiles = 0;          // tiles of 16 rows of W1z'
+  int latent_tiles = 0;          // tiles of 16 rows of W1z', an even number
   int latent_steps = 0;          // k-steps in the product with W1z
   int shared_bytes = 0;
   int at_once = 0;               // clusters that run at the same time; the others wait for them
@@ -42,7 +42,7 @@ struct Plan {
   int mailboxes = 0, x = 0, v = 0, scratch = 0, parts = 0, energy = 0, arrays = 0, states = 0, scalars = 0;
 
   VJVCR_HOST_DEVICE int element() const { return bf16 ? 2 : 4; }
-  VJVCR_HOST_DEVICE int tiles() const { return rows / 16; }
+  VJVCR_HOST_DEVICE int tiles() const { return (rows + 31) / 32 * 2; }  // of 16 rows, in pairs; one may be unused
   // How many fragments W1z and W1z' have together.
   VJVCR_HOST_DEVICE int outer_fragments() const { return tiles() * latent_steps + latent_tiles * (rows / 8); }
   VJVCR_HOST_DEVICE int fragments() const { return outer_fragments() + 3 * steps * tiles(); }
@@ -56,7 +56,7 @@ struct Plan {
 // Each warp takes a pair of tiles. If there are more warps than pairs, this many groups of warps share the k-steps, and
 // their sums are added up.
 VJVCR_HOST_DEVICE int groups_of(int tiles, int steps) {
-  const int pairs = (tiles + 1) / 2, wanted = pairs < kWarps ? kWarps / pairs : 1;
+  const int pairs = tiles / 2, wanted = pairs < kWarps ? kWarps / pairs : 1;
   return wanted < steps ? wanted : steps;
 }
 
@@ -69,7 +69,7 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
   plan.rows = round_up(hidden, 16 * cluster) / cluster;
   plan.clusters = (n + samples - 1) / samples;
   plan.steps = cluster * plan.rows * plan.element() / 32;
-  plan.latent_tiles = (latent + 15) / 16;
+  plan.latent_tiles = (latent + 31) / 32 * 2;
   plan.latent_steps = (latent + 7) / 8;
   const int tiles = plan.tiles(), groups = groups_of(tiles, plan.steps);
   const int sums = std::max({groups * tiles, groups_of(tiles, plan.latent_steps) * tiles,
@@ -89,6 +89,8 @@ inline Plan plan_of(int n, int hidden, int latent, bool bf16, int cluster, int s
   if (at > shared_limit) return plan;
   plan.cluster = cluster;
   plan.resident = std::min(plan.fragments(), (shared_limit - at) / kFragment);
+  const int large = plan.resident - plan.outer_fragments();
+  if (large > 0) plan.resident -= large % (3 * tiles);  // whole k-steps
   const int weights = plan.resident * kFragment;
   for (int* offset : {&plan.mailboxes, &plan.x, &plan.v, &plan.scratch, &plan.parts, &plan.energy, &plan.arrays,
                       &plan.states, &plan.scalars}) {

@@ -249,6 +249,24 @@ def test_the_emulator_finds_a_missing_barrier(emulator, skip):
     assert not all(unnoticed(seed) for seed in range(3))
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_where_weights_lie_changes_little(emulator, bf16):
+    """They make 20 tiles by 19 k-steps (float32: 38) for each of three products, of which the last are streamed."""
+    energy, z0 = problem(2, 300, 9)
+    where = {"cluster": 1, "samples": 8, "bf16": bf16}
+    whole = emulated(emulator, energy, z0, rule(9), 2, shared=1 << 21, **where)
+    steps, outer, k_step = 19 if bf16 else 38, 20 * 2 + 2 * 38, 3 * 20  # the last two in fragments of 512 bytes
+    least = emulator.least_shared(2, 300, 9, bf16, 1, 8)
+    for streamed in (1, 4, 6, 15):
+        shared = least + 512 * (outer + (steps - streamed) * k_step)
+        made = emulated(emulator, energy, z0, rule(9), 2, shared=shared, **where)
+        assert made.streams
+        if bf16:  # tensor cores add up all k-steps, in the same order
+            assert same(made, whole)
+        assert relative(made.z, whole.z) <= tolerances.LATENT_SIX_STEPS
+    assert not whole.streams
+
+
 def test_clusters_agree(emulator):
     energy, z0 = problem(10, 32, 6)
     whole = emulated(emulator, energy, z0, rule(6), 4, cluster=1, samples=32)

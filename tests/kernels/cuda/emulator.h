@@ -298,7 +298,7 @@ struct Operands {
 // A register holds kPerRegister numbers of k; `element` picks one.
 template <int kPerRegister, typename Element>
 void mma(const char* name, float (&sum)[4], const uint4& a, const uint2& b, const Element& element) {
-  Operands mine{sum, {a.x, a.z, a.y, a.w}, {b.x, b.y}};
+  Operands mine{sum, {a.x, a.y, a.z, a.w}, {b.x, b.y}};
   Meeting& meeting = warp();
   if (!meet(meeting, name, &mine)) return;
   constexpr int kDepth = 8 * kPerRegister;
