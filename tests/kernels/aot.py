@@ -261,15 +261,20 @@ def _adds_outside(ttgir: str) -> bool:
 
 def _usage(cubin: bytes) -> dict[str, int]:
     """Registers of a thread, bytes of its stack (ptxas spills to the stack), and how often some instructions occur."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    path = {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}  # cuobjdump calls nvdisasm
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [folder / "cuobjdump", "-res-usage", "-sass", file.name]
-        text = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | path).stdout
+        text = disassembled(file.name)
     numbers = {name: int(number) for name, number in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
     return numbers | {name: len(re.findall(rf"\b{name}\b", text)) for name in ("HGMMA", "HMMA", "LDGSTS")}
+
+
+def disassembled(cubin: str | Path) -> str:
+    """What the kernels in a file use, and their instructions."""
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    path = {"PATH": f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"}  # cuobjdump calls nvdisasm
+    command = [folder / "cuobjdump", "-res-usage", "-sass", cubin]
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ | path).stdout
 
 
 def _blocks(registers: int, warps: int, shared: int, arch: int) -> int:
