@@ -6,6 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from random import Random
 from typing import NamedTuple
 
 import processes  # noqa: F401 - says what the server that others fork from imports
@@ -114,6 +115,20 @@ def cut(path: Path, share: float) -> Path:
     short = path.with_name(f"cut-{share}-{path.name}")
     short.write_bytes(content[: int(len(content) * share)])
     return short
+
+
+def damage(path: Path, frames: range, *, zeros: bool = False) -> Path:
+    """A copy in which what is stored of these frames is noise, or zeros. All else is right, the headers too."""
+    av = pytest.importorskip("av")
+    bad, content = path.with_name(f"damaged-{frames.start}-{frames.stop}-{path.name}"), bytearray(path.read_bytes())
+    with av.open(str(path)) as source:
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+    for packet in sorted(packets, key=lambda packet: packet.pts)[frames.start : frames.stop]:
+        at = content.index(bytes(packet), packet.pos)
+        noise = b"\xff\xff" + Random(at).randbytes(packet.size - 2)  # VP9 might read other bytes as a frame
+        content[at : at + packet.size] = bytes(packet.size) if zeros else noise
+    bad.write_bytes(content)
+    return bad
 
 
 def _block(bit: int, width: int) -> tuple[int, int]:

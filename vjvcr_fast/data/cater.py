@@ -49,8 +49,8 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
     tensor (14, frames_in + frames_out). Videos whose list and scene state different classes are counted and named in
     the split's notes.
 
-    split: "train" or "validation". stride: every so many frames count. options: backend, pool, index and on_bad of
-    `scan.open_split`.
+    split: "train" or "validation". stride: every so many frames count. options: backend, pool, index, on_bad and
+    every_frame of `scan.open_split`.
 
     Raises CaterError if there is no such folder, list or video; VideoError for a file that cannot be used.
     """
@@ -63,9 +63,9 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
             items[f"videos/{name}"] = (video, _scene_of(folder, video))
     if not items:
         raise CaterError(f"{folder}/videos: none of the {len(labels)} videos of {LISTS[split]} is there")
-    whole, found = scan.open_split("CATER", folder, split, items, examine, **options)
+    whole = scan.open_split("CATER", folder, split, items, examine, **options)
     mismatches = []
-    for name, facts in found.items():
+    for name, facts in whole.found.items():
         video, actions = items[name][0], sampled(facts["active"], stride)
         listed, seen = labels[video.name], set(facts["active"].any(dim=1).nonzero()[:, 0].tolist())
         if listed != seen:
@@ -74,7 +74,8 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
             target, start = actions[None, :, :length].float(), torch.zeros(1, dtype=torch.int64)
             whole.sources.append(Source(video, name, actions.shape[1], start, target, stride))
     if not whole.sources:
-        raise CaterError(f"{folder}/videos: {len(items)} videos, but none has {length} frames at stride {stride}")
+        none = f"{len(items)} videos, but none has {length} frames at stride {stride}"
+        raise CaterError(f"{folder}/videos: {none}", whole)
     whole.notes = _mismatch_notes(mismatches, len(items), LISTS[split])
     return whole
 

@@ -37,8 +37,8 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
 
     A window has frames_in + frames_out frames. Its target is the speed of the fastest visible object in its last frame.
 
-    split: "train", "validation" or "test". stride: every so many frames count. options: backend, pool, index and on_bad
-    of `scan.open_split`.
+    split: "train", "validation" or "test". stride: every so many frames count. options: backend, pool, index,
+    on_bad and every_frame of `scan.open_split`.
 
     Raises ClevrerError if there is no such folder, video or window; VideoError for a file that cannot be used.
     """
@@ -52,15 +52,15 @@ def load_split(root: Path, split: str, frames_in: int, frames_out: int, stride: 
             items[video.relative_to(folder).as_posix()] = (video, annotation)
     if not items:
         raise ClevrerError(f"{folder}/video_{split}: no videos such as video_00000-01000/video_00000.mp4")
-    whole, found = scan.open_split("CLEVRER", folder, split, items, examine, **options)
-    for name, facts in found.items():
+    whole = scan.open_split("CLEVRER", folder, split, items, examine, **options)
+    for name, facts in whole.found.items():
         visible, fastest = facts["visible"][::stride], facts["fastest"][::stride]
         starts = windows(visible, frames_in, frames_out)
         if len(starts):
             targets = fastest[starts + length - 1]
             whole.sources.append(Source(items[name][0], name, len(visible), starts, targets, stride))
     if not whole.sources:
-        raise ClevrerError(f"{folder}/video_{split}: {len(items)} videos, but no window of {length} frames")
+        raise ClevrerError(f"{folder}/video_{split}: {len(items)} videos, but no window of {length} frames", whole)
     return whole
 
 

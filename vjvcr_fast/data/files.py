@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -83,6 +84,15 @@ def load(module: str, extra: str) -> Any:
         raise ImportError(f"{package} is not installed: pip install 'vjvcr_fast[{extra}]'") from None
     except (ImportError, OSError, RuntimeError) as error:  # a library that the package itself needs is missing
         raise ImportError(f"{package} cannot be imported ({reason(error)})") from error
+
+
+def say(text: str) -> None:
+    """Prints a line on stderr, above the progress bars if there are any."""
+    tqdm = sys.modules.get("tqdm")
+    if tqdm is None:
+        print(text, file=sys.stderr)
+    else:
+        tqdm.tqdm.write(text, file=sys.stderr)
 
 
 def progress(**settings: Any) -> Any:

@@ -68,7 +68,8 @@ def load_split(
 ) -> Split:
     """Scans the videos of one split, "train" or "validation", or of all of them (None).
 
-    stride: every so many frames count. options: backend, pool, index and on_bad of `scan.open_split`.
+    stride: every so many frames count. options: backend, pool, index, on_bad and every_frame of
+    `scan.open_split`.
 
     Raises FolderError if there is no such folder, video or window; VideoError for a file that cannot be used.
     """
@@ -79,9 +80,9 @@ def load_split(
             f"{folder}: no videos{f' for {split}' if split else ''}; of files named *{', *'.join(SUFFIXES)}"
         )
     options |= {"any_size": True}
-    whole, found = scan.open_split("folder of videos", folder, split or "all", items, scan.probe, **options)
+    whole = scan.open_split("folder of videos", folder, split or "all", items, scan.probe, **options)
     short = []
-    for name, facts in found.items():
+    for name, facts in whole.found.items():
         count = -(-facts["frames"] // stride)
         starts = torch.arange(max(count - length + 1, 0))
         if len(starts):
@@ -89,9 +90,8 @@ def load_split(
         else:
             short.append(name)
     if not whole.sources:
-        raise FolderError(
-            f"{folder}: {len(items)} videos for {whole.name}, but none has {length} frames at stride {stride}"
-        )
+        none = f"{len(items)} videos for {whole.name}, but none has {length} frames at stride {stride}"
+        raise FolderError(f"{folder}: {none}", whole)
     if short:
         shown = ", ".join(short[:3]) + (" ..." if len(short) > 3 else "")
         fewer = f"fewer than {length} frames at stride {stride}"

@@ -5,7 +5,6 @@ import math
 import os
 import struct
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -47,8 +46,8 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     windows at a time. every: frames from one window to the next, counted with the stride; 0: windows do not overlap.
 
     Raises ConfigError if `out` is a folder or one of the videos; FolderError if there are no videos or no windows;
-    VideoError if a video cannot be read; and as `load_run`. With `data.on_bad_video` "skip" bad videos are left out if
-    they are noticed before the first window is embedded.
+    VideoError if a video cannot be read; and as `load_run`. With `data.on_bad_video` "skip" bad videos are left out: to
+    know them all before the first window is embedded, every frame is then decoded once more.
     """
     need(batch >= 1, "--batch", batch, "at least 1")
     need(every >= 0, "--every", every, "at least 0")
@@ -111,8 +110,8 @@ def _clips(
     if not found:
         raise FolderError(f"{', '.join(map(str, videos)) or 'nothing'}: no videos")
     data, stride, device = config.data, config.data.stride, resolve_device(config.train.device)
-    examine = partial(probe, backend=data.decoder)
-    scanned = scan(found, examine, pool, on_bad=data.on_bad_video, any_size=True, desc="look")
+    how, whole = {"backend": data.decoder, "on_bad": data.on_bad_video}, data.on_bad_video == "skip"
+    scanned = scan(found, probe, pool, None, any_size=True, every_frame=whole, desc="look", **how)
     sources = []
     for name, facts in scanned.found.items():
         count = -(-facts["frames"] // stride)

@@ -26,6 +26,7 @@ from vjvcr_fast.models.swin import SwinPredictor
 
 FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater, "folder": folder}
 CACHE = "vjvcr-cache"  # the folder of decoded frames, inside that of the data
+SPLITS = ("train", "validation")
 
 Data = Digits | Split  # one split of a data set, from which videos are made
 Batch = Videos | Clips  # with frames (N, T, C, S, S), float32 in [0, 1] or uint8, and speed (N,) float32
@@ -114,25 +115,30 @@ def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
     if data.dataset == "moving-mnist":
         digits = load_digits(data.root, download=data.download)
         return development_digits(digits) if data.split == "development" else split_digits(digits)
-    pool = Pool(max(cores() // processes, 1) if data.workers == -1 else data.workers, data.decode_timeout)
-    root, cache = data_root(config), _cache_top(config)
-    splits = [
-        FILES[data.dataset].load_split(
-            root,
-            name,
-            data.frames_in,
-            data.frames_out,
-            data.stride,
-            backend=data.decoder,
-            pool=pool,
-            index=cache and cache / f"{name}-scan.pt",
-            on_bad=data.on_bad_video,
-        )
-        for name in ("train", "validation")
-    ]
-    for line in (line for split in splits for line in split.remarks()):
+    pool = open_pool(config, processes)
+    train, validation = (open_split(config, name, pool) for name in SPLITS)
+    for line in (line for split in (train, validation) for line in split.remarks()):
         print(line, file=sys.stderr)
-    return splits[0], splits[1]
+    return train, validation
+
+
+def open_pool(config: Config, processes: int = 1) -> Pool:
+    """The processes that read video files. processes: how many training processes share the cores."""
+    data = config.data
+    return Pool(max(cores() // processes, 1) if data.workers == -1 else data.workers, data.decode_timeout)
+
+
+def open_split(config: Config, name: str, pool: Pool, **options: Any) -> Split:
+    """Scans the split `name` of the video files that `config.data` asks for. options: of `scan.open_split`.
+
+    Raises DataError, VideoError or ImportError if there are no videos or a file cannot be used.
+    """
+    data, cache = config.data, _cache_top(config)
+    options = {"backend": data.decoder, "on_bad": data.on_bad_video, **options}
+    index = cache and cache / f"{name}-scan.pt"
+    frames = data.frames_in, data.frames_out, data.stride
+    split: Split = FILES[data.dataset].load_split(data_root(config), name, *frames, pool=pool, index=index, **options)
+    return split
 
 
 def build_videos(config: Config, part: Data, stream: str, device: torch.device) -> VideoSource:

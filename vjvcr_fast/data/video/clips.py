@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vjvcr_fast.data.files import ahead
+from vjvcr_fast.data.files import ahead, say
 from vjvcr_fast.data.hashing import Orders, key, uniform
 from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.cache import FrameCache
 from vjvcr_fast.data.video.decode import VideoError, resolve
-from vjvcr_fast.data.video.file import Source
+from vjvcr_fast.data.video.file import DamagedError, Source
 
 THREADS = 2  # that read files for DALI, and that DALI uses itself
 
@@ -99,8 +99,8 @@ class VideoClips:
     sources: the videos. frames: T. size: (height, width) that frames are resized to. seed, stream: as in
     `WindowSampler`. backend: a decoder of `open_video`. cache: serves the videos it has; others are decoded. pool: the
     processes that decode for a CPU backend. on_bad: if a video cannot be read, "stop" raises its VideoError; "skip"
-    takes the next good video's window instead and notes the reason in `bad`, {name: reason}. Decoding on a GPU always
-    stops.
+    takes the next good video's window instead, says so on stderr and notes the reason in `bad`, {name: reason}; other
+    windows of the same video are used if they can be decoded. Decoding on a GPU always stops.
 
     Raises ValueError for arguments out of range, for sources shorter than T or with different strides.
     """
@@ -179,15 +179,21 @@ class VideoClips:
 
     def _result(self, window: Window, task: workers.Task | None) -> tuple[Window, Tensor]:
         """The frames of a window, or of the window that replaces it."""
+        tried: set[int] = set()
         while not self._lines[window.source]:
             try:
                 return window, torch.from_numpy((task or self._decode(window)).result())
             except VideoError as error:
                 if self.on_bad == "stop":
                     raise
-                self.bad[self.sources[window.source].name] = str(error)
-                self._unusable.add(window.source)
-                window, task = self.sampler.instead(window, self._unusable), None
+                name = self.sources[window.source].name
+                if name not in self.bad:
+                    say(f"left out: {error}")
+                    self.bad[name] = str(error)
+                tried.add(window.source)
+                if not isinstance(error, DamagedError):  # then other windows may be whole, and are used
+                    self._unusable.add(window.source)
+                window, task = self.sampler.instead(window, tried | self._unusable), None
         return window, self._cached([window])[0]
 
     def _decode(self, window: Window) -> workers.Task:

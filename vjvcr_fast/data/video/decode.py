@@ -11,10 +11,12 @@ file.py reads what a file says about itself, such as sizes, edit lists and (one 
 
 "auto" on a CPU means decord, and torchcodec for what decord does not get. With one thread, on CLEVRER's files (480x320
 H.264 with one keyframe), opening one and reading 16 frames from a random place took 73 and 77 ms, and all 128 frames
-137 and 161 ms. "auto" on a CUDA device means DALI if it is installed, else a CPU decoder.
+137 and 161 ms. If decord cannot decode frames, "auto" asks torchcodec for them. "auto" on a CUDA device means DALI if
+it is installed, else a CPU decoder.
 """
 
 import contextlib
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -132,7 +134,11 @@ def open_video(path: str | Path, backend: str = "auto", device: str | torch.devi
     facts = examine(Path(path))
     for name in (backend,) if backend != "auto" else AUTO[place.type]:
         try:
-            return OPENERS[name](Path(path), facts, place, threads)
+            video: Video = OPENERS[name](Path(path), facts, place, threads)
+            if backend == "auto" and name == "decord":
+                # decord decodes ahead, and may fail at damage that lies behind the frames asked for.
+                video.otherwise = partial(TorchcodecVideo, Path(path), facts, place, threads)
+            return video
         except (ImportError, UnservedError) as error:
             if backend != "auto":
                 raise

@@ -10,10 +10,12 @@ Where to add another kind of video:
   them, so such a video needs a turn for decord only.
 """
 
+import contextlib
 import functools
+import math
 import operator
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +26,17 @@ from torch import Tensor
 from vjvcr_fast.data.files import load, reason
 
 MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the first bytes of the file and of its one segment
+# No frame of these is stored as zeros only; a part of a file that was never written is.
+NEVER_ZERO = ("av1", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9")
 REMEMBERED = 1 << 14  # files whose facts are remembered, at less than 1 kB each
 
 
 class VideoError(RuntimeError):
     """A video cannot be read. The message names the file and the reason."""
+
+
+class DamagedError(VideoError):
+    """Frames of a video cannot be decoded. Others of the same video may."""
 
 
 class UnservedError(VideoError):
@@ -52,15 +60,18 @@ class Source(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a video file contains. height, width: in pixels, as stored, before any rotation. open_gops: whether frames
-    are stored after a keyframe but shown before it."""
+    """What a video file contains. height, width: in pixels, as stored, before any rotation. container: FFmpeg's name of
+    it, such as "mp4". open_gops: whether frames are stored after a keyframe but shown before it. tail: the frames from
+    the last keyframe to the end."""
 
     frames: int
     fps: float
     height: int
     width: int
     codec: str
+    container: str
     open_gops: bool
+    tail: int
 
 
 class Video:
@@ -71,6 +82,7 @@ class Video:
     """
 
     backend = ""
+    otherwise: "Callable[[], Video] | None" = None  # opens it for another backend, to ask if this one cannot decode
 
     def __init__(self, path: Path, facts: Facts, device: torch.device, threads: int) -> None:
         self.path, self.device, self.threads = path, device, threads
@@ -82,7 +94,8 @@ class Video:
         indices: T >= 1 whole numbers in [0, frame_count), in any order, repeats allowed: a list, a range, a 1-D tensor.
         size: (height, width) to `resize` to, or one int for both; None: as they are.
 
-        Raises ValueError for other indices or sizes; VideoError if the frames cannot be decoded.
+        Raises ValueError for other indices or sizes; DamagedError, with the first frame that is damaged, if the frames
+        cannot be decoded.
         """
         wanted, shape = self._checked(indices), _pair(size)
         each = sorted(set(wanted))
@@ -91,8 +104,14 @@ class Video:
         except (VideoError, MemoryError):
             raise
         except Exception as error:  # every decoder has errors of its own
-            where = f"frames {each[0]} to {each[-1]}"
-            raise VideoError(f"{self.path}: {self.backend} cannot decode {where} ({reason(error)})") from error
+            if self.otherwise is not None:
+                with contextlib.suppress(ImportError, UnservedError):
+                    return self.otherwise().frames(wanted, size)
+            where = f"{self.backend} cannot decode frames {each[0]} to {each[-1]} ({reason(error)})"
+            damage = None
+            with contextlib.suppress(VideoError):
+                damage = find_damage(self.path)
+            raise DamagedError(f"{self.path}: {where}{f'; {damage}' if damage else ''}") from error
         expected = (len(each), self.height, self.width, 3)
         if found.shape != expected:
             raise VideoError(f"{self.path}: {self.backend} decodes {tuple(found.shape)}, the file states {expected}")
@@ -187,14 +206,47 @@ def _demux(path: Path, size: int, time: int) -> Facts:
         raise VideoError(f"{path}: not a video that can be read ({getattr(error, 'strerror', error)})") from error
 
 
+def find_damage(path: Path) -> str | None:
+    """Decodes a whole video and names the first frame that cannot be decoded, or only with a guess in place of what is
+    damaged, as in "frame 30 is damaged"; None if there is none. Keeps one frame in memory. decord and torchcodec do not
+    report guesses. Some damage, of VP9 above all, is not noticed here either. Raises VideoError if reading fails."""
+    av = load("av", "video")
+    times, shown = list[int](), set[int]()
+    first: tuple[float, str] | None = None  # the time of what is damaged
+    try:
+        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            stream.codec_context.thread_count = 1  # so that an error belongs to the packet that was sent
+            for packet in container.demux(stream):
+                if packet.size and packet.pts is not None and not packet.is_discard:
+                    times.append(packet.pts)
+                if first is not None:
+                    continue
+                try:
+                    for frame in packet.decode():
+                        shown.add(frame.pts)
+                        if frame.is_corrupt:
+                            first = first or (frame.pts, "is damaged")
+                except av.FFmpegError as error:
+                    time = math.inf if packet.pts is None else packet.pts
+                    first = time, f"cannot be decoded ({getattr(error, 'strerror', error)})"
+    except (av.FFmpegError, ValueError, AttributeError) as error:
+        raise VideoError(f"{path}: cannot be read to its end ({getattr(error, 'strerror', error)})") from None
+    lost = set(times) - shown
+    if first is None and lost:
+        first = min(lost), "cannot be decoded (it is left out)"
+    return first and f"frame {sum(time < first[0] for time in times)} {first[1]}"
+
+
 def _facts(path: Path, container: Any, stream: Any) -> Facts:
-    stored = 0
+    stored = tail = 0
     open_gops = False
     key: int | None = None
     codec = stream.codec_context
     name = codec.codec.canonical_name
+    kind = "mp4" if "mp4" in container.format.name else container.format.name.split(",")[0]
     stated = stream.frames
-    if "mp4" in container.format.name:  # an edit list removes frames from the index
+    if kind == "mp4":  # an edit list removes frames from the index
         stated = min(stated, len(stream.index_entries))
     for packet in container.demux(stream):
         if not packet.size:
@@ -203,7 +255,9 @@ def _facts(path: Path, container: Any, stream: Any) -> Facts:
             raise VideoError(f"{path}: cut off or damaged: frame {stored} of {stated or 'unknown'} is not whole")
         if packet.is_discard:
             raise VideoError(f"{path}: its edit list starts between keyframes, where no decoder finds the right frames")
-        stored += 1
+        if name in NEVER_ZERO and not any(bytes(packet)):
+            raise VideoError(f"{path}: cut off or damaged: frame {stored} of {stated or 'unknown'} is all zeros")
+        stored, tail = stored + 1, 1 if packet.is_keyframe else tail + 1
         if packet.is_keyframe:
             key = packet.pts
             if name == "h264" and _refreshed_later(bytes(packet), codec.extradata or b""):
@@ -214,7 +268,7 @@ def _facts(path: Path, container: Any, stream: Any) -> Facts:
         raise VideoError(f"{path}: cut off: {stored} of {stated} frames")
     if not stored:
         raise VideoError(f"{path}: a video without frames")
-    return Facts(stored, float(stream.average_rate or 0), codec.height, codec.width, name, open_gops)
+    return Facts(stored, float(stream.average_rate or 0), codec.height, codec.width, name, kind, open_gops, tail)
 
 
 def _refreshed_later(packet: bytes, header: bytes) -> bool:
