@@ -20,7 +20,7 @@ LAYERS = [
     ("settings",),
     ("config",),
     ("training",),
-    ("runs", "cli_info", "cli_options"),
+    ("runs", "cli_info", "cli_options", "cli_scan"),
     ("evaluation",),
     ("paper",),
     ("cli",),

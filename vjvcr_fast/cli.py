@@ -76,13 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    """Runs the command. Errors that this package raises become one line and an exit code; others keep their
+    """Runs the command. Returns its exit code. Errors that this package raises become one line; others keep their
     traceback, since they are faults in the code."""
     try:
         alone = arguments.name != "train" and vars(arguments).get("entry") is None
         if processes.launched() > 1 and alone:
             raise ConfigError(f"{arguments.name} runs in one process, but torchrun started {processes.launched()}")
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except ConfigError as error:
         _say(str(error))
         return 2
@@ -97,7 +97,6 @@ def _run(arguments: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nvjvcr-fast: stopped; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
-    return 0
 
 
 def _say(text: str, to_all: bool = True, start: str = "") -> None:
@@ -117,7 +116,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"vjvcr_fast {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
-    def add(command: Callable[[argparse.Namespace], None], usage: str = "[OPTIONS]") -> _Parser:
+    def add(command: Callable[[argparse.Namespace], int | None], usage: str = "[OPTIONS]") -> _Parser:
         name, about = command.__name__.strip("_"), inspect.getdoc(command) or ""
         summary, usage = about.partition("\n")[0], f"{parser.prog} {name} {usage}"
         sub = commands.add_parser(name, help=summary, description=about, usage=usage, allow_abbrev=False)
@@ -169,6 +168,13 @@ def _add_experiments(add: Callable[..., _Parser]) -> None:
 
 def _add_files(add: Callable[..., _Parser]) -> None:
     """The commands that read or write video files, and info."""
+    sub = add(_scan, "DIR [OPTIONS]")
+    sub.add_argument("root", type=Path, metavar="DIR", help="folder of videos, or with --data of a data set")
+    add_preset(sub, "; here that of the data set, or clevrer or clevrer-mini for a folder")
+    sub.add_argument("--every-frame", action="store_true", help="decode all frames, to find damage inside of files")
+    sub.add_argument("--json", action="store_true", help="print JSON, which names every file that is left out")
+    add_fields(sub, only=("data.", "train.device"), without=("data.root", "data.on_bad_video"))
+
     sub = add(_cache)
     add_preset(sub, "; here clevrer or clevrer-mini")
     sub.add_argument("--verify", action="store_true", help="check cached videos and decode damaged ones again")
@@ -273,6 +279,20 @@ def _sweep(arguments: argparse.Namespace) -> None:
     else:
         text = sweep.run_all(arguments.file, out, arguments.processes)
         print(f"\n{text}\nwrote {', '.join(str(out / name) for name in sweep.SWEEP_FILES)}")
+
+
+def _scan(arguments: argparse.Namespace) -> int:
+    """Look at every video before training: what would be used, and what not and why.
+
+    Give it the frame options of the training. What it finds is kept for the training in vjvcr-cache/ in the folder of
+    the data, so that each file is looked at once. Exit code 0: no file is bad; 1: some are, or no window is left. A
+    video that is too short for a window is listed but is not bad.
+    """
+    from vjvcr_fast.cli_scan import show
+
+    vars(arguments).setdefault("data.dataset", "folder")
+    vars(arguments).update({"data.root": str(arguments.root), "data.on_bad_video": "skip"})
+    return show(config_of(arguments, "clevrer"), arguments.every_frame, arguments.json)
 
 
 def _cache(arguments: argparse.Namespace) -> None:
