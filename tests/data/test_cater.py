@@ -1,6 +1,9 @@
 """CATER: hand-written scenes and lists, the actions of each sampled frame, and errors that name the file."""
 
+import importlib.util
+import inspect
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -9,14 +12,20 @@ import pytest
 import torch
 from cater_files import ACTIVE, FRAMES, SCENE
 
+from vjvcr_fast.config import preset
 from vjvcr_fast.data import cater
 from vjvcr_fast.data.cater import CLASSES, CaterError, load_split, read_list, read_scene, sampled
+from vjvcr_fast.data.digits import ENVIRONMENT
+from vjvcr_fast.data.simulated.cater import ENCODING, simulate_cater
 from vjvcr_fast.data.video.clips import VideoClips
 from vjvcr_fast.data.video.decode import VideoError, open_video
+from vjvcr_fast.data.video.file import examine, find_damage
 from vjvcr_fast.data.video.workers import Pool
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
+
+REAL_DALI = 1.0  # levels on average over frames of the real video; measured 0.27
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,51 @@ def test_motion_jpeg_is_decoded_by_every_backend(made: Path, backend: str) -> No
     expected = 8.0 * torch.arange(FRAMES)
     assert (frames.mean(dim=(1, 2, 3)) - expected).abs().max() < 2
     assert (frames - frames.mean(dim=(1, 2, 3), keepdim=True)).abs().max() <= 2
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    roots = [os.environ.get(ENVIRONMENT), Path(__file__).parents[3] / "shared" / "data"]
+    found = [path for root in roots if root for path in sorted(Path(root).glob("cater/*.avi"))]
+    return next(iter(found), None) or pytest.skip(f"no CATER video in {ENVIRONMENT}/cater or ../shared/data/cater")
+
+
+def test_a_real_video_is_what_the_code_assumes(real: Path) -> None:
+    """Its length, rate and size are those that the simulator writes, and that the preset's windows and stride need."""
+    facts, made, data = examine(real), inspect.signature(simulate_cater).parameters, preset("cater").data
+    assert (facts.codec, facts.container, round(facts.fps, 2)) == (ENCODING.codec, ENCODING.container, ENCODING.fps)
+    assert (facts.frames, (facts.width, facts.height)) == (made["frames"].default, made["size"].default)
+    assert (facts.open_gops, facts.tail) == (False, 1)  # each frame is a keyframe
+    assert data.stride == cater.STRIDE
+    assert (data.frames_in + data.frames_out) * data.stride <= facts.frames
+    assert find_damage(real) is None
+
+
+def test_every_backend_reads_a_real_video_alike(real: Path) -> None:
+    """DALI interpolates the colour of 4:2:0, so it differs a little."""
+    frames = range(0, 300, 30)
+    judge = open_video(real, "decord").frames(frames)
+    assert judge.shape == (10, 3, 240, 320)
+    assert judge.float().std() > 10
+    for backend, tolerance in (("torchcodec", 0), ("dali", REAL_DALI)):
+        if importlib.util.find_spec({"dali": "nvidia.dali"}.get(backend, backend)) is not None:
+            found = open_video(real, backend).frames(frames)
+            assert (found.float() - judge.float()).abs().mean() <= tolerance
+
+
+def test_a_real_video_in_the_layout_of_the_data_set(real: Path, tmp_path: Path) -> None:
+    """With a scene and lists of our own, because its own are not published with it."""
+    for name in ("videos", "scenes", cater.LIST_FOLDER):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "videos" / real.name).symlink_to(real)
+    (tmp_path / "scenes" / f"{real.stem}.json").write_text(json.dumps(SCENE))
+    numbers = ",".join(str(CLASSES.index(name)) for name in ACTIVE)
+    (tmp_path / cater.LIST_FOLDER / "train.txt").write_text(f"{real.name} {numbers}\n")
+    data = preset("cater").data
+    (source,) = load_split(tmp_path, "train", data.frames_in, data.frames_out, data.stride).sources
+    assert (source.frames, source.starts.tolist(), source.targets.shape) == (101, [0], (1, 14, 100))
+    clips = VideoClips([source], frames=100, size=(32, 32), seed=0, stream="train")
+    assert clips.batch(0, 1).frames[0].equal(open_video(real).frames(range(0, 300, 3), 32))
 
 
 def test_lists_and_scenes_that_disagree_are_reported(root: Path) -> None:
