@@ -27,12 +27,15 @@ RUN_PYTHON = "import runpy, sys; [runpy.run_path(file, run_name='__main__') for 
 def commands(folder: Path, guide: Path) -> Iterator[list[str]]:
     """What runs a guide's blocks, written into a folder: bash for each of its own, python once for those in a row.
 
-    A python block that starts with a file's name in a comment is that file, for later blocks to use."""
+    A python block that starts with a file's name in a comment is that file, for later blocks to use. A text block is
+    what the command before it prints, see `shown`."""
     python: list[str] = []
     for number, (language, text) in enumerate(blocks(guide.read_text())):
         named = re.match(r"# (\w+\.py)\n", text)
         file = folder / (named[1] if named else f"block_{number}.{language}")
-        assert language in ("python", "bash"), f"block {number}: {language!r} does not run"
+        assert language in ("python", "bash", "text"), f"block {number}: {language!r} does not run"
+        if language == "text":
+            continue
         file.write_text(text if language == "python" else f"set -euo pipefail\n{text}")
         if "init_process_group" in text:
             continue  # a script of several processes, started by a later block
@@ -47,6 +50,16 @@ def commands(folder: Path, guide: Path) -> Iterator[list[str]]:
         yield [sys.executable, "-c", RUN_PYTHON, *python]
 
 
+def shown(guide: Path) -> dict[str, list[str]]:
+    """The lines that a guide says its commands print, all or some of them: {the command's file: lines}."""
+    found, last = dict[str, list[str]](), ""
+    for number, (language, text) in enumerate(blocks(guide.read_text())):
+        if language == "text":
+            found[last] = text.splitlines()
+        last = f"block_{number}.{language}"
+    return found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.stem)
 def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
@@ -59,6 +72,8 @@ def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode == 0, f"{command}:\n{done.stdout}\n{done.stderr[-3000:]}"
+        lines = shown(guide).get(command[-1], [])
+        assert [line for line in lines if line in done.stdout.splitlines()] == lines, done.stdout
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
