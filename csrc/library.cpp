@@ -38,6 +38,13 @@ std::tuple<std::vector<int64_t>, std::string> fista_plan(int64_t n, int64_t hidd
 }  // namespace vjvcr
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
+  m.def("instruction_set() -> str");
+  m.def(
+      "vcr_cpu(Tensor[] hs, float alpha, float beta, float threshold, float eps, bool gram, bool variance, "
+      "bool covariance, int[] made) -> (Tensor loss, Tensor variance, Tensor covariance, Tensor[] gradients)");
+  m.def(
+      "vcr_cpu_backward(Tensor[] hs, Tensor? g_loss, Tensor? g_variance, Tensor? g_covariance, float alpha, float beta, "
+      "float threshold, float eps, bool gram, bool variance, bool covariance, int[] made) -> Tensor[]");
   m.def(
       "proximal_step(Tensor(a!) z, Tensor(b!) v, Tensor gradient, Tensor step, Tensor momentum, float weight, "
       "float lower, float upper) -> ()");

@@ -1,7 +1,8 @@
-"""The compiled operators of csrc/, which infer z*. Importing this module loads them, if they were built, as
-`torch.ops.vjvcr`.
+"""The compiled operators of csrc/, which infer z* and, on a CPU, compute the VCR loss. Importing this module loads them,
+if they were built, as `torch.ops.vjvcr`.
 
-All tensors are contiguous, on one device, and all float32 or all float64. Tensors that do not fit raise a RuntimeError.
+All tensors are contiguous, on one device, and all float32 or all float64. Only the loss takes any strides and, besides,
+float16 and bfloat16. Tensors that do not fit raise a RuntimeError.
 N is the number of samples, m the number of components of z, H the width of the hidden layers.
 
 proximal_step(z, v, gradient, step, momentum, weight, lower, upper) -> ()
@@ -19,6 +20,12 @@ fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, scale, weight, lower, upper, m
     products in bfloat16, on a GPU only. Returns z (N, m) and, (N,) each: energies with the penalty, the last step
     sizes, steps taken (int64), and whether the last trial was not finite (bool). On a GPU it needs compute capability
     9.0 and float32; `plan` says which sizes it serves.
+
+vcr_cpu(hs, alpha, beta, threshold, eps, gram, variance, covariance, made) -> (loss, variance, covariance, gradients)
+vcr_cpu_backward(hs, g_loss, g_variance, g_covariance, alpha, ..., covariance, made) -> gradients
+    The VCR loss of (N, T, d) tensors on a CPU, of any dtype and strides, and the gradients of the loss, or of its three
+    terms for the incoming gradients, of the tensors that are `made`. The others' are empty. alpha, ..., covariance: see
+    `losses.analytic.Settings`. The environment variable VJVCR_CPU chooses the instruction set: baseline, avx2, avx512.
 
 newton_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, B, scale, weight, low, tolerance, steps, sweeps, settled, damped,
            least, most) -> (z, energy, step, steps, lost)
@@ -53,7 +60,7 @@ def _load() -> str | None:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"built for another torch: {str(error).splitlines()[0]}"
-    return None if hasattr(torch.ops.vjvcr, "fista_plan") else "built from older sources: install or build again"
+    return None if hasattr(torch.ops.vjvcr, "vcr_cpu") else "built from older sources: install or build again"
 
 
 MISSING = _load()
@@ -65,6 +72,18 @@ if MISSING is None:
     @torch.library.register_fake("vjvcr::proximal_step")
     def _(z, v, gradient, step, momentum, weight, lower, upper):  # type: ignore[no-untyped-def]
         return None
+
+    @torch.library.register_fake("vjvcr::vcr_cpu")
+    def _(hs, *options):  # type: ignore[no-untyped-def]
+        dtype = torch.float64 if hs[0].dtype == torch.float64 else torch.float32
+        return *(hs[0].new_empty((), dtype=dtype) for _ in range(3)), _gradients(hs, options[-1])
+
+    @torch.library.register_fake("vjvcr::vcr_cpu_backward")
+    def _(hs, *options):  # type: ignore[no-untyped-def]
+        return _gradients(hs, options[-1])
+
+    def _gradients(hs, made):  # type: ignore[no-untyped-def]
+        return [torch.empty_like(h) if make else h.new_empty(0) for h, make in zip(hs, made, strict=True)]
 
     @torch.library.register_fake("vjvcr::newton_mlp")
     @torch.library.register_fake("vjvcr::fista_mlp")
@@ -95,6 +114,11 @@ def _refusal(device: int | None, fista: bool = False) -> str | None:
         if runs(code, capability) and ("_90" in code or not fista):
             return None
     return f"{this}, the operators were built for {ARCHITECTURES}"
+
+
+def instruction_set() -> str:
+    """The instruction set that the CPU operators use here: "baseline", "avx2" or "avx512"."""
+    return str(torch.ops.vjvcr.instruction_set())
 
 
 def serves(tensor: torch.Tensor) -> bool:

@@ -11,7 +11,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-Backend = Literal["auto", "torch", "triton", "reference"]
+from vjvcr_fast import native
+
+Backend = Literal["auto", "native", "torch", "triton", "reference"]
 BACKENDS = get_args(Backend)
 
 _INSTALLED = importlib.util.find_spec("triton") is not None
@@ -54,22 +56,35 @@ def check_number(name: str, value: Any) -> Any:
 
 
 def resolve(backend: str, h: Tensor) -> str:
-    """The backend for h: "triton" (fused kernels, vjvcr_fast.kernels), "torch" (plain operations with an analytic
-    gradient, vjvcr_fast.losses.analytic) or "reference" (reference.py and autograd).
+    """The backend for h: "native" (a compiled CPU operator, cpu.py), "triton" (fused kernels, vjvcr_fast.kernels),
+    "torch" (plain operations with an analytic gradient, analytic.py) or "reference" (reference.py and autograd).
 
-    Raises ValueError if `backend` is not one of BACKENDS, or is "triton" and the kernels do not support h.
+    Raises ValueError if `backend` is not one of BACKENDS, or does not support h.
     """
     check_choice("backend", backend, BACKENDS)
     if backend in ("torch", "reference"):
         return backend
-    obstacle = against_triton(h.device, h.dtype)
+    if backend == "auto":
+        backend = "triton" if h.is_cuda else "native"
+        return backend if _against(backend, h) is None else "torch"
+    if (obstacle := _against(backend, h)) is not None:
+        raise ValueError(f"backend={backend!r}: {obstacle}")
+    return backend
+
+
+def _against(backend: str, h: Tensor) -> str | None:
+    """The reason why "native" or "triton" cannot take h; None if it can."""
+    obstacle = against_native(h.device) if backend == "native" else against_triton(h.device, h.dtype)
     if obstacle is None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         obstacle = "torch.func transforms do not support custom operators that have a gradient"
-    if backend == "auto":
-        return "triton" if h.is_cuda and obstacle is None else "torch"
-    if obstacle is not None:
-        raise ValueError(f"backend='triton': {obstacle}")
-    return "triton"
+    return obstacle
+
+
+def against_native(device: torch.device) -> str | None:
+    """The reason why the compiled operator cannot take a tensor of this device; None if it can."""
+    if native.MISSING is not None:
+        return f"the operators are {native.MISSING}"
+    return None if device.type == "cpu" else f"h is on {device}: a CPU tensor is needed"
 
 
 def against_triton(device: torch.device, dtype: torch.dtype = torch.float32) -> str | None:
@@ -96,4 +111,8 @@ def explain() -> dict[str, str]:
         cuda = "triton (fused kernels)" if obstacle is None else f"torch (plain torch operations): {obstacle}"
     else:
         cuda = f"no CUDA device ({'this torch has no CUDA' if torch.version.cuda is None else 'none visible'})"
-    return {"cpu": "torch (analytic gradient in cache-sized blocks)", "cuda": cuda}
+    obstacle = against_native(torch.device("cpu"))
+    cpu = f"torch (analytic gradient in cache-sized blocks): {obstacle}"
+    if obstacle is None:
+        cpu = f"native (a compiled operator, for {native.instruction_set()})"
+    return {"cpu": cpu, "cuda": cuda}

@@ -1,7 +1,7 @@
 """The public losses: variance hinge, covariance penalty, and their weighted sum (VCR).
 
 The equations are those of `vjvcr_fast.reference`. This file checks the arguments and picks the code that computes them:
-`analytic` (plain PyTorch), `ops` (Triton kernels) or `reference` itself.
+`cpu` (a compiled operator), `ops` (Triton kernels), `analytic` (plain PyTorch) or `reference` itself.
 
 `h` is (N, d), (N, T, d) or (N, ..., d): N videos first, d features last, and everything between counts as time steps.
 It may also be a sequence of such tensors with the same N and d, for example [h_x, h_y]. Their time steps count
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from vjvcr_fast import reference
-from vjvcr_fast.losses import analytic, distributed, ops
+from vjvcr_fast.losses import analytic, cpu, distributed, ops
 from vjvcr_fast.losses.analytic import Settings
 from vjvcr_fast.losses.backends import Backend, check_choice, check_number, resolve
 from vjvcr_fast.losses.distributed import Route
@@ -85,14 +85,15 @@ def vcr_loss(
         alpha, beta: weights of the two terms, numbers. To learn them, weigh the terms: they are differentiable.
         threshold: the paper's tau.
         eps: added to the variance before the square root, >= 0.
-        backend: "triton" (fused CUDA kernels), "torch" (plain operations with an analytic gradient), "reference"
-            (reference.py and autograd, for comparison) or "auto": triton if it supports h, else torch.
+        backend: "native" (a compiled CPU operator), "triton" (fused CUDA kernels), "torch" (plain operations with an
+            analytic gradient), "reference" (reference.py and autograd, for comparison) or "auto": native on a CPU and
+            triton on a GPU if they support h, else torch.
         form: "gram" (N x N products), "covariance" (d x d products) or "auto", the smaller of the two. Both are exact;
             docs/math.md tells how they round.
         gradient: when to compute dloss/dh. "forward" computes it while h is still in the cache, "backward" waits. The
             result is the same, but "backward" takes one product more and less memory. "auto" is "forward". Tensors on a
-            GPU, small inputs, half precision and compiled graphs always wait, and with a group the routes "features"
-            and "covariance". Nothing is computed if h needs no gradient.
+            GPU and half precision always wait, with backend "torch" also small inputs and compiled graphs, and with a
+            group the routes "features" and "covariance". Nothing is computed if h needs no gradient.
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
             this function, and backward too. All of them get the loss of the whole batch; the mean of their gradients,
@@ -233,20 +234,27 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
-    # Not in a compiled graph, which keeps what forward makes for long and may not change it in place. Not in half
-    # precision: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
-    early = gradient != "backward" and torch.is_grad_enabled() and not compiling
+    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
+    # By plain operations not in a compiled graph, which may not change in place what forward makes.
+    early = gradient != "backward" and torch.is_grad_enabled() and (backend == "native" or not compiling)
     early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
     made = [early and h.requires_grad for h in hs]
+    if backend == "native":
+        return VCRTerms(*_guarded(cpu.VCR.apply(settings, made, *hs), hs))
     if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
         # If no input needs a gradient, the compiler inlines `forward` and fails to match a variable number of tensors
         # with its signature. There is nothing to differentiate, so no Function is needed.
         return VCRTerms(*analytic.VCR.forward(settings, made, *hs)[:3])
-    terms = analytic.VCR.apply(settings, made, *hs)[:3]
-    if compiling:
-        # A compiled graph cannot be differentiated twice. PyTorch raises an error only if an input itself is kept for
-        # backward, and is silently wrong otherwise. This keeps each input and changes no number. Zero comes first:
-        # the square of a large float16 value overflows, and 0 * inf is NaN.
-        guard = sum((0 * h * h).sum(dtype=terms[0].dtype) for h in hs)
-        terms = [term + guard for term in terms]
-    return VCRTerms(*terms)
+    return VCRTerms(*_guarded(analytic.VCR.apply(settings, made, *hs)[:3], hs))
+
+
+def _guarded(terms: Sequence[Tensor], hs: list[Tensor]) -> Sequence[Tensor]:
+    """The terms, so that an attempt to differentiate a compiled graph twice, which cannot be done, raises an error.
+
+    PyTorch raises it only if an input itself is kept for backward, and is silently wrong otherwise. This keeps each
+    input and changes no number. Zero comes first: the square of a large float16 value overflows, and 0 * inf is NaN.
+    """
+    if not torch.compiler.is_compiling():
+        return terms
+    guard = sum((0 * h * h).sum(dtype=terms[0].dtype) for h in hs)
+    return [term + guard for term in terms]

@@ -1,0 +1,71 @@
+// Compiles the file VJVCR_KERNELS once for each instruction set, in namespaces vjvcr::baseline, avx2 and avx512, and says
+// which of them this CPU has. A .cpp file includes this after everything else.
+#pragma once
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define VJVCR_X86
+#endif
+
+#define VJVCR_ISA baseline
+#define VJVCR_VECTOR 16
+#include "vectors.h"
+#include VJVCR_KERNELS
+#undef VJVCR_ISA
+#undef VJVCR_VECTOR
+
+#ifdef VJVCR_X86
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma")
+#define VJVCR_ISA avx2
+#define VJVCR_VECTOR 32
+#include "vectors.h"
+#include VJVCR_KERNELS
+#undef VJVCR_ISA
+#undef VJVCR_VECTOR
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512bw,avx512vl")
+#define VJVCR_ISA avx512
+#define VJVCR_VECTOR 64
+#include "vectors.h"
+#include VJVCR_KERNELS
+#undef VJVCR_ISA
+#undef VJVCR_VECTOR
+#pragma GCC pop_options
+#endif
+
+#include <cstdlib>
+#include <cstring>
+
+namespace vjvcr {
+
+enum class Isa { baseline, avx2, avx512 };
+constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
+
+// The best that this CPU has; VJVCR_CPU=baseline, avx2 or avx512 asks for less. Read once.
+inline Isa isa() {
+  static const Isa found = [] {
+    Isa best = Isa::baseline;
+#ifdef VJVCR_X86
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
+    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      best = Isa::avx512;
+    }
+#endif
+    const char* wish = std::getenv("VJVCR_CPU");
+    if (wish == nullptr || *wish == 0) return best;
+    for (int i = 0; i <= int(best); ++i) {
+      if (std::strcmp(wish, kIsaNames[i]) == 0) return Isa(i);
+    }
+    STD_TORCH_CHECK(false, "VJVCR_CPU=", wish, ": this CPU has baseline", best >= Isa::avx2 ? ", avx2" : "",
+                    best == Isa::avx512 ? ", avx512" : "");
+    return best;
+  }();
+  return found;
+}
+
+}  // namespace vjvcr

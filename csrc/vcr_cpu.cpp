@@ -1,0 +1,565 @@
+// vcr and vcr_gradient on the CPU: the loss of vjvcr_fast/losses/analytic.py and its gradient, in one call.
+//
+// For each time step, with Z (N, d) centred over the batch and s_k = sum_n Z_nk^2:
+//
+//     Gram form         K = ZZ',                 penalty ||K||^2 - sum_k s_k^2
+//                       dZ = b K Z - Z diag(b s + a slope)
+//     covariance form   A = Z'Z, diagonal 0,     penalty ||A||^2
+//                       dZ = b Z A - Z diag(a slope)
+//
+//     a = alpha / (T d (N-1)),   b = 4 beta / (T d (N-1)^2),   slope_k = [sigma_k < threshold] / sigma_k
+//
+// A time step is worked on in pieces that stay in the cache: some features of all samples in Gram form, some samples
+// with all features in covariance form. First each piece is centred and its part of the product added; then each piece
+// is centred again and its gradient written. So h is read twice, mostly from the cache the second time, and the gradient
+// is written once. Only the upper half of a product is computed.
+//
+// Threads take whole time steps. What is left over, fewer steps than threads, is shared out within a step. Both ways add
+// in the same order, so results do not depend on the number of threads.
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "tensors.h"
+
+namespace vjvcr {
+namespace {
+
+constexpr int64_t kPad = 32;    // numbers; a multiple of the columns of a tile
+constexpr int64_t kStrip = 64;  // features that a thread centres at once, at least
+constexpr int64_t kBeyond = 8;  // rows that are readable beyond the last
+constexpr int64_t kSkew = 16;   // rows that begin a power of two apart would meet in the same places of the cache
+// Rows and columns of a block of a product, which one thread computes: multiples of all tiles.
+constexpr int64_t kGramBlock = 48, kCovarianceBlock = 96;
+constexpr int64_t kBlock = 48;  // rows of a gradient, or of a product that is mirrored
+constexpr int64_t kPiece = 384 << 10;          // bytes of a piece, about
+constexpr int64_t kLeast = 512, kMost = 4096;  // terms of a sum in a piece
+constexpr int64_t kGroups = 16;                // parts of a product that are computed side by side, at most
+constexpr double kWorthIt = 1e6;               // multiplications that a thread makes at least
+
+constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
+constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
+
+struct Pair {
+  int64_t i, j;
+};
+// The p-th pair of blocks i <= j, column by column.
+inline Pair pair_of(int64_t p) {
+  int64_t j = 0;
+  while ((j + 1) * (j + 2) / 2 <= p) ++j;
+  return {p - j * (j + 1) / 2, j};
+}
+
+// A tensor (N, T, d) of any dtype and strides.
+struct View {
+  void* data;
+  ScalarType dtype;
+  int64_t by_n, by_t, by_d;
+};
+
+inline float float_of_half(uint16_t x) {
+  const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = x & 0x7fff;
+  uint32_t bits = rest << 13;
+  float value;
+  if (rest >= 0x7c00) {
+    bits |= 0x7f800000;
+    std::memcpy(&value, &bits, 4);
+  } else {
+    // As a number with float32's exponent range it is 2^112 times too small; this also does subnormal numbers.
+    std::memcpy(&value, &bits, 4);
+    value *= 0x1p112f;
+  }
+  std::memcpy(&bits, &value, 4);
+  bits |= sign;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint16_t half_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint16_t sign = uint16_t(bits >> 16) & 0x8000;
+  float size;
+  bits &= 0x7fffffff;
+  std::memcpy(&size, &bits, 4);
+  if (bits > 0x7f800000) return sign | 0x7e00;
+  if (size >= 65520.0f) return sign | 0x7c00;
+  if (size < 0x1p-14f) {
+    // Added to a number whose last digit is half's least, it is rounded to that digit.
+    size += 0.5f;
+    std::memcpy(&bits, &size, 4);
+    return sign | uint16_t(bits - 0x3f000000);
+  }
+  bits += 0xfff + ((bits >> 13) & 1);
+  return sign | uint16_t((bits - 0x38000000) >> 13);
+}
+
+inline uint16_t bfloat16_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// The functions of vcr_cpu_kernels.h, for one instruction set.
+template <typename T>
+struct Kernels {
+  void (*add_samples)(const View&, int64_t, int64_t, int64_t, int64_t, int64_t, const T*, T*, T*);
+  void (*centre)(const View&, int64_t, int64_t, int64_t, int64_t, int64_t, const T*, const T*, T*, int64_t, T*, T*);
+  void (*gram)(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool, int64_t, int64_t);
+  void (*covariance)(const T*, int64_t, int64_t, int64_t, T*, int64_t, bool, int64_t, int64_t);
+  double (*norm_of_row)(T*, int64_t, int64_t, int64_t, bool);
+  void (*scale_rows)(T*, int64_t, int64_t, T, int64_t, int64_t);
+  void (*mirror_rows)(T*, int64_t, int64_t, int64_t);
+  void (*gradient)(const T*, int64_t, const T*, int64_t, int64_t, const T*, int64_t, const T*, int64_t, int64_t,
+                   const View&, int64_t, int64_t, int64_t);
+};
+
+}  // namespace
+}  // namespace vjvcr
+
+#define VJVCR_KERNELS "vcr_cpu_kernels.h"
+#include "instruction_sets.h"
+
+namespace vjvcr {
+namespace {
+
+template <typename T>
+const Kernels<T>& kernels() {
+#ifdef VJVCR_X86
+  if (isa() == Isa::avx512) return avx512::kKernels<T>;
+  if (isa() == Isa::avx2) return avx2::kKernels<T>;
+#endif
+  return baseline::kKernels<T>;
+}
+
+// Calls body(worker) for 0 <= worker < workers, side by side.
+template <typename Body>
+void side_by_side(int64_t workers, const Body& body) {
+  if (workers == 1) return body(0);
+  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) body(worker);
+  });
+}
+
+// What is asked for. a, b: the coefficients above; `variance` and `covariance` say which terms there are.
+struct Wish {
+  double threshold, eps, a, b;
+  bool gram, variance, covariance, gradient;
+};
+
+// The sums that make up the two terms.
+struct Sums {
+  double hinge = 0, penalty = 0;
+};
+
+// Numbers, aligned for any vector.
+template <typename T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
+    STD_TORCH_CHECK(data_ != nullptr, "vcr: out of memory");
+  }
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T, Free> data_;
+};
+
+// Runs body(i, worker) for begin <= i < end, shared among up to `threads` workers, in order on each of them.
+template <typename Body>
+void share(int64_t threads, int64_t begin, int64_t end, const Body& body) {
+  const int64_t count = end - begin, workers = std::max<int64_t>(1, std::min(threads, count));
+  side_by_side(workers, [&](int64_t worker) {
+    for (int64_t i = worker * count / workers; i < (worker + 1) * count / workers; ++i) body(begin + i, worker);
+  });
+}
+
+// The loss of one tensor (N, T, d), and its gradient, which goes to `out`.
+template <typename T>
+class Loss {
+ public:
+  Loss(const View& h, const View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish)
+      : h_(h), out_(out), n_(n), steps_(steps), d_(d), wish_(wish), run_(kernels<T>()),
+        by_features_(wish.covariance ? wish.gram : n < d) {
+    size_ = by_features_ ? n : d, length_ = by_features_ ? d : n;
+    const int64_t fits = kPiece / (int64_t(sizeof(T)) * size_), most = std::min(std::max(fits, kLeast), kMost);
+    pieces_ = (length_ + most - 1) / most;
+    piece_ = round_up((length_ + pieces_ - 1) / pieces_, kPad);
+    pieces_ = (length_ + piece_ - 1) / piece_;
+    groups_ = std::max<int64_t>(1, std::min({length_ / (8 * size_), kGroups, pieces_}));
+    rows_ = by_features_ ? n : std::min(piece_, n), width_ = by_features_ ? std::min(piece_, d) : d;
+    pitch_ = round_up(width_, kPad) + kSkew, product_pitch_ = round_up(size_, kPad) + kSkew;
+    padded_ = round_up(d, kPad);
+  }
+
+  std::vector<Sums> all_steps() {
+    std::vector<Sums> sums(steps_);
+    const double work = double(n_) * double(d_) * double(wish_.covariance ? size_ : 8);
+    const int64_t most = int64_t(std::min(work * double(steps_) / kWorthIt, 1e6));
+    const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(torch::stable::get_num_threads(), most));
+    const int64_t whole = steps_ / threads * threads;
+    if (whole > 0) {
+      side_by_side(threads, [&](int64_t worker) {
+        State state(*this, 1);
+        for (int64_t t = worker * whole / threads; t < (worker + 1) * whole / threads; ++t) {
+          sums[t] = step(state, t, 1);
+        }
+      });
+    }
+    if (whole < steps_) {
+      State state(*this, threads);
+      for (int64_t t = whole; t < steps_; ++t) sums[t] = step(state, t, threads);
+    }
+    return sums;
+  }
+
+ private:
+  // The buffers for a time step on which so many threads work.
+  struct State {
+    State(const Loss& loss, int64_t threads)
+        : piece_size((loss.rows_ + kBeyond) * loss.pitch_), scratch_size(3 * loss.padded_),
+          product_size(loss.wish_.covariance ? (loss.size_ + kBeyond) * loss.product_pitch_ : 0),
+          pieces(threads * piece_size), scratch(threads * scratch_size),
+          products((loss.groups_ == 1 ? 1 : threads == 1 ? 2 : 1 + loss.groups_) * product_size),
+          features(4 * loss.padded_), partial(loss.by_features_ ? 0 : loss.pieces_ * loss.padded_), norms(loss.size_) {
+      // Rows beyond the last are read, though what comes of them is not used. Some numbers would make that slow.
+      for (int64_t i = 0; i < threads; ++i) clear(piece(i) + loss.rows_ * loss.pitch_, kBeyond * loss.pitch_);
+      if (product_size > 0) clear(product(0) + loss.size_ * loss.product_pitch_, kBeyond * loss.product_pitch_);
+      first = features.get(), mean = first + loss.padded_, squares = mean + loss.padded_;
+      diagonal = squares + loss.padded_;
+      clear(diagonal, loss.padded_);
+    }
+    static void clear(T* data, int64_t count) { std::memset(data, 0, count * sizeof(T)); }
+    T* piece(int64_t thread) const { return pieces.get() + thread * piece_size; }
+    T* scratch_of(int64_t thread) const { return scratch.get() + thread * scratch_size; }
+    T* product(int64_t i) const { return products.get() + i * product_size; }
+
+    int64_t piece_size, scratch_size, product_size;
+    Buffer<T> pieces, scratch, products, features, partial;
+    Buffer<double> norms;
+    T *first, *mean, *squares, *diagonal;
+  };
+
+  int64_t begin_of(int64_t p) const { return p * piece_; }
+  int64_t end_of(int64_t p) const { return std::min((p + 1) * piece_, length_); }
+
+  Sums step(State& state, int64_t t, int64_t threads) {
+    State::clear(state.first, 3 * padded_);
+    run_.add_samples(h_, t, 0, 1, 0, d_, state.mean, state.first, state.scratch_of(0));
+    if (!by_features_) means(state, t, threads);
+    bool last_is_there = false;  // in the buffer of thread 0
+    if (groups_ == 1) {
+      for (int64_t p = 0; p < pieces_; ++p) {
+        centred(state, t, p, threads, 0, false);
+        product(state, p, state.piece(0), state.product(0), p > 0, threads);
+      }
+      last_is_there = true;
+    } else {
+      groups(state, t, threads);
+    }
+    const Sums sums = finish(state, threads);
+    if (wish_.gradient) gradients(state, t, threads, last_is_there);
+    return sums;
+  }
+
+  // The means of all features over all samples, relative to the first. Pieces are samples.
+  void means(State& state, int64_t t, int64_t threads) {
+    share(threads, 0, pieces_, [&](int64_t p, int64_t thread) {
+      T* sums = state.partial.get() + p * padded_;
+      State::clear(sums, padded_);
+      run_.add_samples(h_, t, begin_of(p), end_of(p), 0, d_, state.first, sums, state.scratch_of(thread));
+    });
+    added_up(state, state.mean, double(n_));
+  }
+
+  // to <- the sum of what `partial` has for the pieces, over `divisor`.
+  void added_up(State& state, T* to, double divisor) {
+    for (int64_t k = 0; k < d_; ++k) {
+      double sum = 0;
+      for (int64_t p = 0; p < pieces_; ++p) sum += double(state.partial.get()[p * padded_ + k]);
+      to[k] = T(sum / divisor);
+    }
+  }
+
+  // Centres piece p, into the buffer of `thread`, by so many threads. `again`: its mean is known, its squares are not
+  // wanted.
+  void centred(State& state, int64_t t, int64_t p, int64_t threads, int64_t thread, bool again) {
+    const int64_t from = by_features_ ? begin_of(p) : 0, to = by_features_ ? end_of(p) : d_;
+    const int64_t strips = (to - from + kStrip - 1) / kStrip, each = (strips + threads - 1) / threads * kStrip;
+    share(threads, 0, (to - from + each - 1) / each, [&](int64_t i, int64_t worker) {
+      const int64_t begin = from + i * each, end = std::min(begin + each, to);
+      T *scratch = state.scratch_of(thread + worker), *z = state.piece(thread) + (begin - from);
+      T* squares = scratch + 2 * round_up(end - begin, kPad);
+      if (by_features_) {
+        if (!again) {
+          squares = state.squares + begin;
+          run_.add_samples(h_, t, 0, n_, begin, end, state.first + begin, state.mean + begin, scratch);
+          for (int64_t k = begin; k < end; ++k) state.mean[k] /= T(n_);
+        } else {
+          State::clear(squares, end - begin);
+        }
+        run_.centre(h_, t, 0, n_, begin, end, state.first + begin, state.mean + begin, z, pitch_, squares, scratch);
+      } else {
+        if (!again) squares = state.partial.get() + p * padded_ + begin;
+        State::clear(squares, end - begin);
+        run_.centre(h_, t, begin_of(p), end_of(p), begin, end, state.first + begin, state.mean + begin, z, pitch_,
+                    squares, scratch);
+      }
+    });
+  }
+
+  // The part that piece p, centred in z, has in the product.
+  void product(State&, int64_t p, const T* z, T* product, bool adds, int64_t threads) {
+    if (!wish_.covariance) return;
+    const int64_t count = end_of(p) - begin_of(p);
+    const int64_t blocks = blocks_of(size_, by_features_ ? kGramBlock : kCovarianceBlock);
+    share(threads, 0, blocks * (blocks + 1) / 2, [&](int64_t pair, int64_t) {
+      if (by_features_) {
+        run_.gram(z, pitch_, n_, round_up(count, kPad), product, product_pitch_, adds, pair, pair + 1);
+      } else {
+        run_.covariance(z, pitch_, count, d_, product, product_pitch_, adds, pair, pair + 1);
+      }
+    });
+  }
+
+  // The product as a sum of `groups_` products, each over some pieces, side by side.
+  void groups(State& state, int64_t t, int64_t threads) {
+    const auto add = [&](int64_t from, int64_t group) {
+      if (!wish_.covariance) return;
+      for (int64_t i = 0; i < size_; ++i) {
+        T* to = state.product(0) + i * product_pitch_;
+        const T* part = state.product(from) + i * product_pitch_;
+        for (int64_t j = i; j < size_; ++j) to[j] = group == 0 ? part[j] : to[j] + part[j];
+      }
+    };
+    share(threads, 0, groups_, [&](int64_t group, int64_t thread) {
+      const int64_t begin = group * pieces_ / groups_, end = (group + 1) * pieces_ / groups_;
+      T* to = state.product(threads == 1 ? 1 : 1 + group);
+      for (int64_t p = begin; p < end; ++p) {
+        centred(state, t, p, 1, thread, false);
+        product(state, p, state.piece(thread), to, p > begin, 1);
+      }
+      if (threads == 1) add(1, group);
+    });
+    for (int64_t group = 0; threads > 1 && group < groups_; ++group) add(1 + group, group);
+  }
+
+  // The two sums. Makes of the product what the gradient is multiplied with, and the diagonal.
+  Sums finish(State& state, int64_t threads) {
+    Sums sums;
+    if (!by_features_) added_up(state, state.squares, 1);
+    for (int64_t k = 0; k < d_; ++k) {
+      const T square = state.squares[k];
+      double diagonal = 0;
+      if (wish_.variance) {
+        const double sigma = std::sqrt(double(square) / double(n_ - 1) + wish_.eps), left = wish_.threshold - sigma;
+        sums.hinge += left < 0 ? 0 : left;  // NaN stays NaN
+        diagonal = wish_.a * ((sigma < wish_.threshold ? 1.0 : 0.0) / sigma);
+      }
+      if (wish_.covariance && wish_.gram) {
+        sums.penalty -= double(square) * double(square);
+        diagonal += wish_.b * double(square);
+      }
+      state.diagonal[k] = T(diagonal);
+    }
+    if (!wish_.covariance) return sums;
+    T* product = state.product(0);
+    share(size_ < kBlock ? 1 : threads, 0, size_, [&](int64_t i, int64_t) {
+      state.norms.get()[i] = run_.norm_of_row(product, product_pitch_, size_, i, !wish_.gram);
+    });
+    for (int64_t i = 0; i < size_; ++i) sums.penalty += state.norms.get()[i];
+    if (wish_.gradient) {
+      run_.scale_rows(product, product_pitch_, size_, T(wish_.b), 0, size_);
+      share(threads, 0, blocks_of(size_, kBlock), [&](int64_t block, int64_t) {
+        run_.mirror_rows(product, product_pitch_, block * kBlock, std::min((block + 1) * kBlock, size_));
+      });
+    }
+    return sums;
+  }
+
+  // Pieces in descending order, since the last ones may still be in the cache.
+  void gradients(State& state, int64_t t, int64_t threads, bool last_is_there) {
+    const bool within = pieces_ < 2 * threads;  // threads share each piece
+    share(within ? 1 : threads, 0, pieces_, [&](int64_t i, int64_t thread) {
+      const int64_t p = pieces_ - 1 - i;
+      if (!(last_is_there && i == 0 && (within || threads == 1))) {
+        centred(state, t, p, within ? threads : 1, thread, true);
+      }
+      const T *z = state.piece(thread), *product = state.product(0);
+      const int64_t rows = by_features_ ? n_ : end_of(p) - begin_of(p);
+      const int64_t from = by_features_ ? begin_of(p) : 0, to = by_features_ ? end_of(p) : d_;
+      share(within ? threads : 1, 0, within && threads > 1 ? blocks_of(rows, kBlock) : 1, [&](int64_t block, int64_t) {
+        const int64_t at = block * kBlock, count = within && threads > 1 ? std::min(kBlock, rows - at) : rows;
+        const bool left = wish_.gram;
+        run_.gradient(left ? product + at * product_pitch_ : z + at * pitch_, left ? product_pitch_ : pitch_,
+                      left ? z : product, left ? pitch_ : product_pitch_, wish_.covariance ? size_ : 0,
+                      z + at * pitch_, pitch_, state.diagonal + from, count, to - from, out_, t,
+                      by_features_ ? at : begin_of(p) + at, from);
+      });
+    });
+  }
+
+  View h_, out_;
+  int64_t n_, steps_, d_;
+  Wish wish_;
+  const Kernels<T>& run_;
+  bool by_features_;              // pieces are features, in Gram form; else they are samples
+  int64_t size_, length_;         // of the product; of its sums
+  int64_t piece_, pieces_, groups_;
+  int64_t rows_, width_, pitch_;  // of a piece's buffer
+  int64_t product_pitch_, padded_;
+};
+
+// -- The operators --------------------------------------------------------------------------------------------------
+
+struct Options {
+  double alpha, beta, threshold, eps;
+  bool gram, variance, covariance;
+};
+
+int64_t features_of_all(const std::vector<Tensor>& hs) {
+  int64_t steps = 0;
+  for (const Tensor& h : hs) steps += h.size(1);
+  return steps * hs[0].size(2);
+}
+
+void check(const std::vector<Tensor>& hs, const std::vector<int64_t>& made) {
+  STD_TORCH_CHECK(!hs.empty() && made.size() == hs.size(), "vcr: at least one tensor, and for each whether it needs a "
+                  "gradient");
+  for (const Tensor& h : hs) {
+    STD_TORCH_CHECK(h.dim() == 3 && h.size(0) == hs[0].size(0) && h.size(2) == hs[0].size(2) && h.numel() > 0 &&
+                        h.size(0) >= 2,
+                    "vcr: tensors must be (N, T, d), N at least 2, with the same N and d");
+    const auto dtype = h.scalar_type();
+    STD_TORCH_CHECK(dtype == hs[0].scalar_type() &&
+                        (dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::Half ||
+                         dtype == ScalarType::BFloat16),
+                    "vcr: tensors must be all float16, bfloat16, float32 or float64");
+  }
+}
+
+View view_of(const Tensor& h) {
+  return {const_cast<void*>(h.const_data_ptr()), h.scalar_type(), h.stride(0), h.stride(1), h.stride(2)};
+}
+
+// The terms' sums of all tensors, and the gradients of those that are `made`. a, b: as in Wish.
+template <typename T>
+Sums run(const std::vector<Tensor>& hs, const Options& options, double a, double b, const std::vector<int64_t>& made,
+         std::vector<Tensor>& gradients) {
+  Sums total;
+  for (size_t i = 0; i < hs.size(); ++i) {
+    const Tensor& h = hs[i];
+    const Wish wish{options.threshold, options.eps, a, b, options.gram && options.covariance, options.variance,
+                    options.covariance, made[i] != 0};
+    Loss<T> loss(view_of(h), made[i] ? view_of(gradients[i]) : View{}, h.size(0), h.size(1), h.size(2), wish);
+    for (const Sums& one : loss.all_steps()) total.hinge += one.hinge, total.penalty += one.penalty;
+  }
+  return total;
+}
+
+// Memory that is new to the process costs more to get, page by page, than to write. Large pages are fewer.
+void in_large_pages(const Tensor& tensor) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kLarge = 2 << 20;
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge;
+  const uintptr_t end = (begin + uintptr_t(tensor.numel()) * tensor.element_size()) / kLarge * kLarge;
+  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a hint: it may fail
+#endif
+}
+
+// For the gradient of h: h's strides if it is dense, else the features side by side; without elements if not wanted.
+std::vector<Tensor> empty_gradients(const std::vector<Tensor>& hs, const std::vector<int64_t>& made) {
+  std::vector<Tensor> found;
+  for (size_t i = 0; i < hs.size(); ++i) {
+    found.push_back(made[i] ? torch::stable::empty_like(hs[i]) : torch::stable::new_empty(hs[i], {0}));
+    if (made[i]) in_large_pages(found.back());
+  }
+  return found;
+}
+
+bool in_float64(const Tensor& h) { return h.scalar_type() == ScalarType::Double; }
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> vcr_cpu(std::vector<Tensor> hs, double alpha, double beta,
+                                                                double threshold, double eps, bool gram,
+                                                                bool variance, bool covariance,
+                                                                std::vector<int64_t> made) {
+  check(hs, made);
+  const double n = double(hs[0].size(0)), count = double(features_of_all(hs));
+  const Options options{alpha, beta, threshold, eps, gram, variance, covariance};
+  std::vector<Tensor> gradients = empty_gradients(hs, made);
+  const double a = alpha / (count * (n - 1)), b = 4 * beta / (count * (n - 1) * (n - 1));
+  const Sums sums = in_float64(hs[0]) ? run<double>(hs, options, a, b, made, gradients)
+                                      : run<float>(hs, options, a, b, made, gradients);
+  const double terms[] = {sums.hinge / count, sums.penalty / (count * (n - 1) * (n - 1))};
+  const auto dtype = in_float64(hs[0]) ? ScalarType::Double : ScalarType::Float;
+  const auto scalar = [&](double x) {
+    Tensor to = torch::stable::new_empty(hs[0], {}, dtype);
+    if (dtype == ScalarType::Double) {
+      *mutable_data<double>(to) = x;
+    } else {
+      *mutable_data<float>(to) = float(x);
+    }
+    return to;
+  };
+  return {scalar(alpha * terms[0] + beta * terms[1]), scalar(terms[0]), scalar(terms[1]), gradients};
+}
+
+// The number in a scalar tensor.
+double number(const Tensor& x) {
+  STD_TORCH_CHECK(x.numel() == 1 && (x.scalar_type() == ScalarType::Float || in_float64(x)),
+                  "vcr_cpu_backward: gradients must be float32 or float64 scalars");
+  return in_float64(x) ? *data<double>(x) : double(*data<float>(x));
+}
+
+std::string instruction_set() { return kIsaNames[int(isa())]; }
+
+std::vector<Tensor> vcr_cpu_backward(std::vector<Tensor> hs, std::optional<Tensor> g_loss,
+                                     std::optional<Tensor> g_variance, std::optional<Tensor> g_covariance,
+                                     double alpha, double beta, double threshold, double eps, bool gram, bool variance,
+                                     bool covariance, std::vector<int64_t> made) {
+  check(hs, made);
+  const double n = double(hs[0].size(0)), count = double(features_of_all(hs));
+  // A term that nobody used has no part in the gradient, not even 0 * NaN.
+  const Options options{alpha, beta, threshold, eps, gram, variance && (g_loss || g_variance),
+                        covariance && (g_loss || g_covariance)};
+  const double of_loss = g_loss ? number(*g_loss) : 0;
+  const double of_variance = of_loss * alpha + (g_variance ? number(*g_variance) : 0);
+  const double of_covariance = of_loss * beta + (g_covariance ? number(*g_covariance) : 0);
+  const double a = of_variance / (count * (n - 1)), b = 4 * of_covariance / (count * (n - 1) * (n - 1));
+  std::vector<Tensor> gradients = empty_gradients(hs, made);
+  if (in_float64(hs[0])) {
+    run<double>(hs, options, a, b, made, gradients);
+  } else {
+    run<float>(hs, options, a, b, made, gradients);
+  }
+  return gradients;
+}
+
+}  // namespace
+}  // namespace vjvcr
+
+STABLE_TORCH_LIBRARY_IMPL(vjvcr, CompositeExplicitAutograd, m) {
+  m.impl("instruction_set", TORCH_BOX(&vjvcr::instruction_set));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vjvcr, CPU, m) {
+  m.impl("vcr_cpu", TORCH_BOX(&vjvcr::vcr_cpu));
+  m.impl("vcr_cpu_backward", TORCH_BOX(&vjvcr::vcr_cpu_backward));
+}
