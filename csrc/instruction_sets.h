@@ -45,27 +45,27 @@ namespace vjvcr {
 enum class Isa { baseline, avx2, avx512 };
 constexpr const char* kIsaNames[] = {"baseline", "avx2", "avx512"};
 
-// The best that this CPU has; VJVCR_CPU=baseline, avx2 or avx512 asks for less. Read once.
+// The best that this CPU has; VJVCR_CPU=baseline, avx2 or avx512 asks for less.
 inline Isa isa() {
-  static const Isa found = [] {
-    Isa best = Isa::baseline;
+  static const Isa best = [] {
 #ifdef VJVCR_X86
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) best = Isa::avx2;
-    if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      best = Isa::avx512;
+      return Isa::avx512;
     }
+    if (avx2) return Isa::avx2;
 #endif
-    const char* wish = std::getenv("VJVCR_CPU");
-    if (wish == nullptr || *wish == 0) return best;
-    for (int i = 0; i <= int(best); ++i) {
-      if (std::strcmp(wish, kIsaNames[i]) == 0) return Isa(i);
-    }
-    STD_TORCH_CHECK(false, "VJVCR_CPU=", wish, ": this CPU has baseline", best >= Isa::avx2 ? ", avx2" : "",
-                    best == Isa::avx512 ? ", avx512" : "");
-    return best;
+    return Isa::baseline;
   }();
-  return found;
+  const char* wish = std::getenv("VJVCR_CPU");
+  if (wish == nullptr || *wish == 0) return best;
+  for (int i = 0; i <= int(best); ++i) {
+    if (std::strcmp(wish, kIsaNames[i]) == 0) return Isa(i);
+  }
+  STD_TORCH_CHECK(false, "VJVCR_CPU=", wish, ": this CPU has baseline", best >= Isa::avx2 ? ", avx2" : "",
+                  best == Isa::avx512 ? ", avx512" : "");
+  return best;
 }
 
 }  // namespace vjvcr

@@ -9,13 +9,14 @@ from typing import Any, NamedTuple
 import pytest
 import tolerances
 import torch
+import ways
 from fuzz import fuzz, layouts
 from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
 from vjvcr_fast import reference
-from vjvcr_fast.losses import VCRLoss, VICRegLoss, analytic, covariance_penalty, variance_hinge, vcr_loss
+from vjvcr_fast.losses import VCRLoss, VICRegLoss, covariance_penalty, variance_hinge, vcr_loss
 
 ALPHA, BETA = 1.7, 0.4
 BOUNDS = {
@@ -143,13 +144,13 @@ def assert_can_be_held(ours: Tensor, right: Tensor, what: str) -> None:
     form=FORMS,
     gradient=st.sampled_from(("auto", "forward", "backward")),
     threshold=st.sampled_from((1.0, 0.4, 3.0)),
-    block=st.sampled_from((1, 40, analytic._BLOCK)),
+    way=st.sampled_from((*ways.WAYS, 40)),
 )
-def test_numbers(case: Case, form: str, gradient: str, threshold: float, block: int) -> None:
+def test_numbers(case: Case, form: str, gradient: str, threshold: float, way: str | int) -> None:
     leaves = [h.detach().requires_grad_() for h in case.hs]
     before = [h.clone() for h in case.hs]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(analytic, "_BLOCK", block)
+        ways.take(way, patch)
         options: Any = {"alpha": ALPHA, "beta": BETA, "threshold": threshold, "form": form, "gradient": gradient}
         h: Any = leaves[0] if case.alone else leaves
         terms = vcr_loss(h, **options)

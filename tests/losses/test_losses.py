@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import tolerances
 import torch
+import ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative
@@ -67,11 +68,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
     return (x * torch.linspace(0.3, 1.5, shape[-1], dtype=torch.float64)).to(dtype)
 
 
-@pytest.fixture(params=["whole", "blocks"])
-def blocks(request, monkeypatch) -> None:
-    """All time steps at once, or in the smallest blocks (one time step each), as for large inputs."""
-    if request.param == "blocks":
-        monkeypatch.setattr(analytic, "_BLOCK", 1)
+@pytest.fixture(params=ways.WAYS)
+def way(request, monkeypatch) -> None:
+    """By the operator for each instruction set; by plain operations in the smallest blocks, and all at once."""
+    ways.take(request.param, monkeypatch)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def poison(monkeypatch) -> None:
         monkeypatch.setattr(torch, name, poisoned)
 
 
-@pytest.mark.usefixtures("blocks", "poison")
+@pytest.mark.usefixtures("way", "poison")
 @pytest.mark.parametrize("form", FORMS)
 class TestValues:
     @pytest.mark.parametrize("shape", SHAPES)
@@ -201,7 +201,7 @@ STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.usefixtures("blocks", "poison")
+@pytest.mark.usefixtures("way", "poison")
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layout", STRIDES)
 def test_strides(layout, form):
@@ -225,7 +225,7 @@ def test_gradient_through_an_expanded_view():
     assert relative(base.grad, judge(base.detach().expand(6, 4, 5)).gradients[0].sum(1, keepdim=True)) <= 1e-5
 
 
-@pytest.mark.usefixtures("blocks")
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("form", FORMS)
 class TestDoubleBackward:
     @pytest.mark.parametrize("shape", [(3, 2, 4), (4, 1, 2), (2, 2, 1)])

@@ -22,32 +22,27 @@ class VCR(torch.autograd.Function):
     def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> Terms:
         *terms, gradients = torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.needed, ctx.early = settings, list(ctx.needs_input_grad[2:]), any(made)
-        if torch.compiler.is_compiling():
-            ctx.save_for_backward(*hs, *gradients)
-        else:
-            ctx.save_for_backward(*hs)
+        ctx.settings, ctx.needed = settings, list(ctx.needs_input_grad[2:])
+        ctx.save_for_backward(*hs)
+        if any(made):
             ctx.gradients = gradients
         return tuple(terms)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, needed, compiling = ctx.settings, ctx.needed, torch.compiler.is_compiling()
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
-        hs = saved[: len(needed)]
+        settings, needed = ctx.settings, ctx.needed
+        hs = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+        compiling = torch.compiler.is_compiling()
         if torch.is_grad_enabled() and not compiling:
             # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
             return None, None, *analytic.gradients(hs, settings, incoming, needed)
         g_loss, g_variance, g_covariance = incoming
         found = None
-        if ctx.early and g_loss is not None and g_variance is None and g_covariance is None:
-            if compiling:
-                found = [gradient * g_loss for gradient in saved[len(needed) :]]
-            elif ctx.gradients is not None:
-                # Given away once, because the caller may change it.
-                found, ctx.gradients = ctx.gradients, None
-                if torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
-                    found = [gradient.mul_(g_loss) for gradient in found]
-        if found is None:
+        if not compiling and g_loss is not None and g_variance is None and g_covariance is None:
+            found = ctx.__dict__.pop("gradients", None)  # given away once, because the caller may change them
+        if found is not None:
+            if torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
+                found = [gradient.mul_(g_loss) for gradient in found]
+        else:
             found = torch.ops.vjvcr.vcr_cpu_backward(hs, *incoming, *settings, needed)
         return None, None, *(gradient if need else None for gradient, need in zip(found, needed, strict=True))

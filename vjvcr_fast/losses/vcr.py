@@ -92,7 +92,7 @@ def vcr_loss(
             docs/math.md tells how they round.
         gradient: when to compute dloss/dh. "forward" computes it while h is still in the cache, "backward" waits. The
             result is the same, but "backward" takes one product more and less memory. "auto" is "forward". Tensors on a
-            GPU and half precision always wait, with backend "torch" also small inputs and compiled graphs, and with a
+            GPU, half precision and compiled graphs always wait, with backend "torch" also small inputs, and with a
             group the routes "features" and "covariance". Nothing is computed if h needs no gradient.
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
@@ -235,8 +235,9 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
     # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
-    # By plain operations not in a compiled graph, which may not change in place what forward makes.
-    early = gradient != "backward" and torch.is_grad_enabled() and (backend == "native" or not compiling)
+    # Not in a compiled graph, which keeps what forward makes for long, may not change it in place, and gives zeros for
+    # the terms that nobody used.
+    early = gradient != "backward" and torch.is_grad_enabled() and not compiling
     early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
     made = [early and h.requires_grad for h in hs]
     if backend == "native":
