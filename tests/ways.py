@@ -1,6 +1,7 @@
 """The ways in which a loss is computed on a CPU, to be tested one by one."""
 
 import pytest
+
 from vjvcr_fast import native
 from vjvcr_fast.losses import analytic
 

@@ -1,5 +1,5 @@
-"""The compiled operators of csrc/, which infer z* and, on a CPU, compute the VCR loss. Importing this module loads them,
-if they were built, as `torch.ops.vjvcr`.
+"""The compiled operators of csrc/, which infer z* and, on a CPU, compute the VCR loss. Importing this module loads
+them, if they were built, as `torch.ops.vjvcr`.
 
 All tensors are contiguous, on one device, and all float32 or all float64. Only the loss takes any strides and, besides,
 float16 and bfloat16. Tensors that do not fit raise a RuntimeError.

@@ -7,17 +7,19 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tolerances
 import torch
 import torch.utils.checkpoint
+import ways
 from tolerances import relative
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vjvcr_fast import reference
+from vjvcr_fast import native, reference
 from vjvcr_fast.losses import (
     VCRLoss,
     VCRTerms,
@@ -176,7 +178,7 @@ class TestInterfaces:
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_backends_agree(self, shape):
         gradients = []
-        for backend in ("auto", "torch", "reference"):
+        for backend in ("native" if native.MISSING is None else "auto", "torch", "reference"):
             leaves = [random(*shape).requires_grad_(), random(*shape, seed=1).requires_grad_()]
             vcr_loss(leaves, alpha=ALPHA, beta=BETA, backend=backend).loss.backward()
             gradients.append(torch.cat([leaf.grad for leaf in leaves], dim=1))
@@ -212,8 +214,7 @@ class TestInterfaces:
         assert torch.equal(terms.loss, loss_of(h))
 
     @pytest.mark.parametrize("shape", [WIDE, TALL])
-    def test_functional_gradients(self, shape, monkeypatch):
-        monkeypatch.setattr(analytic, "_BLOCK", 1)
+    def test_functional_gradients(self, shape):
         h = random(*shape)
         assert relative(torch.func.grad(loss_of)(h), reference_gradient(h)) <= tolerances.FLOAT32
 
@@ -289,6 +290,90 @@ class TestCompiled:
                 assert relative(compiled(h), function(h)) <= tolerances.COMPILED
 
 
+@pytest.fixture
+def by_torch(monkeypatch) -> None:
+    """As without the compiled operators."""
+    monkeypatch.setattr(native, "MISSING", "not wanted here")
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
+class TestOperator:
+    """What the compiled operator is asked for."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch) -> list[tuple[str, list[bool]]]:
+        """The operators that were called, with the tensors for which they made gradients."""
+        found: list[tuple[str, list[bool]]] = []
+        operators = torch.ops.vjvcr
+
+        def recorded(name: str):
+            operator = getattr(operators, name)
+            return lambda *arguments: found.append((name, arguments[-1])) or operator(*arguments)
+
+        recorders = SimpleNamespace(**{name: recorded(name) for name in ("vcr_cpu", "vcr_cpu_backward")})
+        monkeypatch.setattr(torch.ops, "vjvcr", recorders)
+        return found
+
+    def test_the_gradient_of_the_loss_comes_with_the_loss(self, calls):
+        h_x, h_y = random(*WIDE), random(*WIDE, seed=1).requires_grad_()
+        terms = vcr_loss([h_x, h_y], alpha=ALPHA, beta=BETA)
+        (3 * terms.loss).backward(retain_graph=True)
+        assert calls == [("vcr_cpu", [False, True])]
+        terms.loss.backward()
+        assert calls[1:] == [("vcr_cpu_backward", [False, True])], "given away once"
+        assert relative(h_y.grad, 4 * reference_gradient(torch.cat([h_x, h_y], dim=1))[:, WIDE[1] :]) <= 1e-5
+
+    def test_a_term_alone_is_computed_in_backward(self, calls):
+        leaf = random(*WIDE).requires_grad_()
+        vcr_loss(leaf, alpha=ALPHA, beta=BETA).variance.backward()
+        assert calls == [("vcr_cpu", [True]), ("vcr_cpu_backward", [True])]
+
+    def test_no_gradient_that_nobody_asked_for(self, calls):
+        leaf = random(*WIDE).requires_grad_()
+        with torch.no_grad():
+            loss_of(leaf)
+        loss_of(leaf.detach())
+        vcr_loss(leaf, alpha=ALPHA, beta=BETA, gradient="backward")
+        loss_of(random(*WIDE, dtype=torch.bfloat16).requires_grad_())
+        assert calls == [("vcr_cpu", [False])] * 4
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+    def test_opcheck(self, shape, dtype):
+        hs = [random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)]
+        options = (ALPHA, BETA, 1.0, 1e-4, shape is WIDE, True, True, [True, False])
+        torch.library.opcheck(torch.ops.vjvcr.vcr_cpu.default, (hs, *options))
+        incoming = (torch.tensor(0.5), None, torch.tensor(2.0, dtype=torch.float64))
+        torch.library.opcheck(torch.ops.vjvcr.vcr_cpu_backward.default, (hs, *incoming, *options))
+
+    def test_tensors_that_do_not_fit(self):
+        h, options = random(*WIDE), (ALPHA, BETA, 1.0, 1e-4, True, True, True)
+        for hs, made in (([h], []), ([h[0]], [True]), ([h[:1]], [True]), ([h, h.double()], [True] * 2),
+                         ([h, h[:, :, :3]], [True] * 2), ([h.long()], [True])):  # fmt: skip
+            with pytest.raises(RuntimeError, match="vcr: "):
+                torch.ops.vjvcr.vcr_cpu(hs, *options, made)
+
+    def test_an_unknown_instruction_set(self, monkeypatch):
+        monkeypatch.setenv("VJVCR_CPU", "mmx")
+        with pytest.raises(RuntimeError, match="VJVCR_CPU=mmx: this CPU has baseline"):
+            loss_of(random(*WIDE))
+
+    @pytest.mark.parametrize("shape", [(160, 5, 300), (40, 3, 5000), (3000, 1, 40), (700, 1, 513), (130, 7, 130)])
+    def test_threads_change_no_bit(self, shape):
+        """Steps for some threads, the rest shared out within a step; with a sum of products, and with one."""
+        before, results = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3, 8):
+                torch.set_num_threads(threads)
+                leaf = random(*shape, dtype=torch.float32).requires_grad_()
+                loss = loss_of(leaf)
+                loss.backward()
+                results.append((loss.detach(), leaf.grad))
+        finally:
+            torch.set_num_threads(before)
+        assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
+
+
 class TestNeverDone:
     def test_a_matrix_of_features_where_samples_are_fewer(self):
         n, steps, d = 8, 4, 256
@@ -297,6 +382,7 @@ class TestNeverDone:
             loss_of(h).backward()
         assert recorder.largest <= n * steps * d < d * d
 
+    @pytest.mark.usefixtures("by_torch")
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_work_for_the_gradient_without_gradients(self, shape):
         h = random(*shape).requires_grad_()
@@ -313,6 +399,7 @@ class TestNeverDone:
             variance_hinge(h).backward()
         assert recorder.products() == 0, "the hinge alone needs none"
 
+    @pytest.mark.usefixtures("by_torch")
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_work_for_the_gradient_twice(self, shape, monkeypatch):
         """By blocks, the forward pass computes the gradient of the loss, but only if it will be needed."""
@@ -331,6 +418,7 @@ class TestNeverDone:
             terms.loss.backward()
         assert recorder.products() == 0
 
+    @pytest.mark.usefixtures("by_torch")
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     @pytest.mark.parametrize("whole", [True, False])
     def test_work_for_a_tensor_that_needs_no_gradient(self, shape, whole, monkeypatch):
@@ -345,8 +433,8 @@ class TestNeverDone:
     @pytest.mark.parametrize("shape", [WIDE, TALL])
     def test_synchronisation_with_the_host(self, shape, monkeypatch):
         h = random(*shape).requires_grad_()
-        for block in (1, analytic._BLOCK):
-            monkeypatch.setattr(analytic, "_BLOCK", block)
+        for way in ways.WAYS:
+            ways.take(way, monkeypatch)
             with Recorder() as recorder:
                 loss_of(h).backward()
                 VICRegLoss()(h, h + 1).backward()

@@ -225,6 +225,13 @@ def gradients(
     return found
 
 
+def plain(hs: Sequence[Tensor], settings: Settings) -> Terms:
+    """The terms by operations that every transform of torch.func can follow; autograd keeps all that they make."""
+    with full_precision(hs[0]):
+        moments = [moments_of(centred(h.transpose(0, 1)), settings) for h in hs]
+        return terms(moments, hs[0].shape[0], _count(hs), settings)
+
+
 # -- By blocks ------------------------------------------------------------------------------------------------------
 
 

@@ -76,7 +76,7 @@ def _against(backend: str, h: Tensor) -> str | None:
     """The reason why "native" or "triton" cannot take h; None if it can."""
     obstacle = against_native(h.device) if backend == "native" else against_triton(h.device, h.dtype)
     if obstacle is None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        obstacle = "torch.func transforms do not support custom operators that have a gradient"
+        obstacle = "transforms of torch.func cannot follow what it computes"
     return obstacle
 
 

@@ -1,7 +1,7 @@
 """The loss on a CPU as one compiled operator (csrc/vcr_cpu.cpp), for autograd and torch.compile.
 
-Forward also computes the gradient of the loss, while h is in the cache. Backward multiplies it by the incoming gradient,
-unless that is 1. What forward did not compute, backward computes from h.
+Forward also computes the gradient of the loss, while h is in the cache. Backward multiplies it by the incoming
+gradient, unless that is 1. What forward did not compute, backward computes from h.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.losses import analytic
-from vjvcr_fast.losses.analytic import Settings, Terms
+from vjvcr_fast.losses.analytic import Settings
+
+
+def forward(settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """(loss, variance, covariance, gradients of the loss): see `VCR`."""
+    return torch.ops.vjvcr.vcr_cpu(hs, *settings, made)  # type: ignore[no-any-return]
 
 
 class VCR(torch.autograd.Function):
@@ -19,8 +24,8 @@ class VCR(torch.autograd.Function):
     whether forward computes the gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> Terms:
-        *terms, gradients = torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
+    def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, ...]:
+        *terms, gradients = forward(settings, made, *hs)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.needed = settings, list(ctx.needs_input_grad[2:])
         ctx.save_for_backward(*hs)

@@ -231,22 +231,24 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
         h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
         with analytic.full_precision(h):
             return VCRTerms(*reference.vcr(h, *settings[:4]))
+    if not compiling and torch._C._are_functorch_transforms_active():
+        return VCRTerms(*analytic.plain(hs, settings))
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
         return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
-    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before that.
-    # Not in a compiled graph, which keeps what forward makes for long, may not change it in place, and gives zeros for
-    # the terms that nobody used.
+    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
+    # that. Not in a compiled graph, which keeps what forward makes for long, may not change it in place, and gives
+    # zeros for the terms that nobody used.
     early = gradient != "backward" and torch.is_grad_enabled() and not compiling
     early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
     made = [early and h.requires_grad for h in hs]
-    if backend == "native":
-        return VCRTerms(*_guarded(cpu.VCR.apply(settings, made, *hs), hs))
     if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
         # If no input needs a gradient, the compiler inlines `forward` and fails to match a variable number of tensors
         # with its signature. There is nothing to differentiate, so no Function is needed.
-        return VCRTerms(*analytic.VCR.forward(settings, made, *hs)[:3])
-    return VCRTerms(*_guarded(analytic.VCR.apply(settings, made, *hs)[:3], hs))
+        forward = cpu.forward if backend == "native" else analytic.VCR.forward
+        return VCRTerms(*forward(settings, made, *hs)[:3])
+    function: Any = cpu.VCR if backend == "native" else analytic.VCR
+    return VCRTerms(*_guarded(function.apply(settings, made, *hs)[:3], hs))
 
 
 def _guarded(terms: Sequence[Tensor], hs: list[Tensor]) -> Sequence[Tensor]:
