@@ -11,12 +11,21 @@ between) adds the parts and what their means differ by. gradient.py has the grad
 
 from typing import get_args
 
-import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
-from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, operand_dtype, precision, sizes, split
+from vjvcr_fast.kernels.launch import (
+    Config,
+    Kernel,
+    Mode,
+    ceil_div,
+    mode_of,
+    operand_dtype,
+    precision,
+    sizes,
+    split,
+    workspace,
+)
 from vjvcr_fast.kernels.moments import centred
 
 MOST_FEATURES = 256  # beyond, torch's product of d x d matrices is the better one
@@ -27,7 +36,7 @@ MOST_SUMMED = 32768
 # -- On the device --------------------------------------------------------------------------------------------------
 
 
-@entry
+@Kernel
 def _covariance(
     h, part_products, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BD: tl.constexpr,
     BK: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -107,17 +116,18 @@ def covariance(h: Tensor, weights: Weights) -> Forward:
     """A (T, d, d) of h (N, T, d), `serves(d)`, and the moments."""
     n, steps, d = h.shape
     mode = mode_of(h)
-    bd = min(max(triton.next_power_of_2(d), 32), SPLIT_PANEL if mode == "tf32x3" else PANEL)
-    config, panels = COVARIANCE[mode, bd], triton.cdiv(d, bd)
+    bd = min(max(1 << (d - 1).bit_length(), 32), SPLIT_PANEL if mode == "tf32x3" else PANEL)
+    config, panels = COVARIANCE[mode, bd], ceil_div(d, bd)
     programs = steps * panels * (panels + 1) // 2
     rows, parts = split(h.device, config.blocks, programs, n, 256, 4 * d / (n * h.element_size()))
     if rows > MOST_SUMMED:
-        rows, parts = MOST_SUMMED, triton.cdiv(n, MOST_SUMMED)
-    part_means, part_squares = (torch.empty(parts, steps, d, device=h.device) for _ in range(2))
-    part_products = torch.empty(parts, steps, d, d, device=h.device)
-    launch(
-        _covariance, config, programs * parts,
+        rows, parts = MOST_SUMMED, ceil_div(n, MOST_SUMMED)
+    found = workspace(h.device, *[parts * steps * d] * 2, parts * steps * d * d)
+    part_means, part_squares, part_products = found
+    _covariance.launch(
+        config, programs * parts,
         h=h, part_products=part_products, part_means=part_means, part_squares=part_squares, **sizes(h),
         rows=rows, BD=bd, ONE_PANEL=panels == 1, **precision(mode),
     )  # fmt: skip
-    return finish(h, weights, Parts(part_means, part_squares, rows, part_products), dtype=operand_dtype(mode))
+    made = Parts(part_means, part_squares, parts, rows, part_products, parts=parts, size=d, pitch=d)
+    return finish(h, weights, made, dtype=operand_dtype(mode))

@@ -9,7 +9,7 @@ S is N in Gram form and d in covariance form; a part is some features in Gram fo
 | part_products | parts, T, S, pitch | the first | `_finish` | both use tiles on and above the diagonal only |
 | sums | T, panels, parts * panels, tile | gram._tiles | `_finish` | each tile writes its rows and its columns once |
 | part_means, part_squares | sample parts, T, d | the first | `_finish` | each entry has one writer |
-| product, means, squares | see `Kept` | `_finish` | backward | one writer for a tile and its mirror image |
+| product, moments | see `Kept` | `_finish` | backward | one writer for a tile and its mirror image |
 | hinges, norms | one number per program | `_finish` | `_combine` | each program writes its own |
 
 A kernel that reads a buffer is launched after the one that writes it. Sums run in a fixed order, without atomics or
@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from vjvcr_fast.kernels.launch import Config, entry, launch
+from vjvcr_fast.kernels.launch import Config, Kernel, ceil_div, workspace
 
 
 class Weights(NamedTuple):
@@ -43,24 +43,29 @@ class Weights(NamedTuple):
 class Kept(NamedTuple):
     """What backward needs of h (N, T, d).
 
-    product: K (T, N, pitch) or A (T, d, d), in the dtype it is multiplied in; empty without a penalty.
-    means: relative to the first sample of each time step, (T, d) float32. squares: s, (T, d) float32.
+    moments: means, relative to the first sample of each time step, and squares, s: (2, T, d) float32.
+    product: K (T, N, pitch) or A (T, d, d), in the dtype it is multiplied in; None without a penalty.
     """
 
-    product: Tensor
-    means: Tensor
-    squares: Tensor
+    moments: Tensor
+    product: Tensor | None = None
 
 
 class Parts(NamedTuple):
-    """What the first kernel found about parts of h, for `_finish`. The table above has the shapes. rows: samples of a
-    part."""
+    """What the first kernel found about parts of h, for `_finish`, flat. The table above has the shapes.
+
+    sample_parts: of the means and squares, `rows` samples each. parts: of the product, which has `size` rows.
+    """
 
     part_means: Tensor
     part_squares: Tensor
+    sample_parts: int
     rows: int
     part_products: Tensor | None = None
     sums: Tensor | None = None
+    parts: int = 0
+    size: int = 0
+    pitch: int = 0
 
 
 class Forward(NamedTuple):
@@ -122,10 +127,10 @@ def _moments_of_parts(part_means, part_squares, feature, inside, stride, parts, 
     return mean, square
 
 
-@entry
+@Kernel
 def _finish(
-    part_means, part_squares, part_products, sums, means, squares, product, hinges, norms, parts, sample_parts, rows, n,
-    steps, d, size, pitch, threshold, eps, GRAM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    part_means, part_squares, part_products, sums, moments, product, hinges, norms, parts, sample_parts, rows, n, steps,
+    d, size, pitch, threshold, eps, GRAM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """The end of forward. The first programs make the product, a tile each; the others join the moments.
 
@@ -199,8 +204,8 @@ def _finish(
         inside = cols < d
         feature = t.to(tl.int64) * d + cols
         mean, square = _moments_of_parts(part_means, part_squares, feature, inside, stride, sample_parts, rows, n)
-        tl.store(means + feature, mean, mask=inside)
-        tl.store(squares + feature, square, mask=inside)
+        tl.store(moments + feature, mean, mask=inside)
+        tl.store(moments + stride + feature, square, mask=inside)
         sigma = tl.sqrt_rn(square / (n - 1) + eps)
         hinge = tl.maximum(threshold - sigma, 0.0, propagate_nan=tl.PropagateNan.ALL)
         tl.store(hinges + block, tl.sum(tl.where(inside, hinge, 0.0)))
@@ -218,7 +223,7 @@ def _total(values, count, BLOCK: tl.constexpr):
     return tl.sum(total)
 
 
-@entry
+@Kernel
 def _combine(
     loss, variance_term, covariance_term, hinges, norms, hinge_count, norm_count, alpha, beta, scale, square_scale,
     BLOCK: tl.constexpr,
@@ -244,31 +249,27 @@ def finish(
 ) -> Forward:
     """Joins the parts of h (N, T, d). tile: the rows and columns of the product that a program makes, in `dtype`."""
     n, steps, d = h.shape
-    count, _, size, pitch = (0, 0, 0, 0) if parts.part_products is None else parts.part_products.shape
-    tiles, blocks = triton.cdiv(size, tile), triton.cdiv(d, MERGED)
+    tiles, blocks = ceil_div(parts.size, tile), ceil_div(d, MERGED)
     pairs = tiles * (tiles + 1) // 2
-    kept = Kept(
-        torch.empty(steps, size, pitch, dtype=dtype, device=h.device) if size else h.new_empty(0),
-        torch.empty(steps, d, device=h.device),
-        torch.empty(steps, d, device=h.device),
-    )
-    hinges = torch.empty(steps * blocks, device=h.device)
-    norms = torch.empty(steps * (pairs + blocks if gram else pairs), device=h.device)
-    launch(
-        _finish, FINISH[tile], steps * (pairs + blocks),
-        **parts._asdict(), **kept._asdict(), hinges=hinges, norms=norms, parts=count,
-        sample_parts=len(parts.part_means), n=n, steps=steps, d=d, size=size, pitch=pitch,
+    moments, product = torch.empty(2, steps, d, dtype=torch.float32, device=h.device), None
+    if parts.size:
+        product = torch.empty(steps, parts.size, parts.pitch, dtype=dtype, device=h.device)
+    hinges, norms = workspace(h.device, steps * blocks, steps * (pairs + blocks if gram else pairs))
+    _finish.launch(
+        FINISH[tile], steps * (pairs + blocks),
+        **parts._asdict(), moments=moments, product=product, hinges=hinges, norms=norms, n=n, steps=steps, d=d,
         threshold=weights.threshold, eps=weights.eps, GRAM=gram,
     )  # fmt: skip
+    kept = Kept(moments, product)
     return Forward(kept, hinges, norms)
 
 
 def combine(found: list[Forward], weights: Weights, n: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The scalars (loss, variance, covariance), float32, of all tensors of the loss. count: T d of all tensors."""
     hinges, norms = (_flat([getattr(one, name) for one in found]) for name in ("hinges", "norms"))
-    loss, variance, covariance = (torch.empty((), device=hinges.device) for _ in range(3))
-    launch(
-        _combine, COMBINE, 1,
+    loss, variance, covariance = (torch.empty((), dtype=torch.float32, device=hinges.device) for _ in range(3))
+    _combine.launch(
+        COMBINE, 1,
         loss=loss, variance_term=variance, covariance_term=covariance, hinges=hinges, norms=norms,
         hinge_count=hinges.numel() if weights.variance else 0, norm_count=norms.numel() if weights.covariance else 0,
         alpha=weights.alpha, beta=weights.beta, scale=1 / count, square_scale=1 / (count * (n - 1) ** 2),

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.finish import Kept, Weights
-from vjvcr_fast.kernels.launch import Config, Mode, entry, launch, mode_of, precision, sizes
+from vjvcr_fast.kernels.launch import Config, Kernel, Mode, ceil_div, mode_of, precision, sizes
 from vjvcr_fast.kernels.moments import centred
 
 
@@ -41,9 +41,9 @@ def _coefficient(g_loss, g_term, weight, scale):
     return total * scale
 
 
-@entry
+@Kernel
 def _gradient(
-    h, product, means, squares, out, g_loss, g_variance, g_covariance, stride_n, stride_t, out_n, out_t, n, steps, d,
+    h, product, moments, out, g_loss, g_variance, g_covariance, stride_n, stride_t, out_n, out_t, n, steps, d,
     pitch, alpha, beta, threshold, eps, hinge_scale, penalty_scale, BN: tl.constexpr, BD: tl.constexpr,
     BK: tl.constexpr, GRAM: tl.constexpr, ONE_PANEL: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
     HINGE: tl.constexpr,
@@ -66,7 +66,7 @@ def _gradient(
     inside = cols < d
     mask = (rows < n)[:, None] & inside[None, :]
     base = h + t * stride_t
-    means += t * d
+    means, squares = moments + t * d, moments + (steps + t) * d
     first = tl.load(base + cols, mask=inside, other=0.0).to(tl.float32)
     mean = tl.load(means + cols, mask=inside, other=0.0)
     gradient = tl.zeros((BN, BD), tl.float32)
@@ -99,7 +99,7 @@ def _gradient(
                 gradient = tl.dot(z.to(DTYPE), tl.trans(A), gradient, input_precision=PRECISION)
     if not ONE_PANEL:
         z = centred(base, rows, cols, stride_n, first, mean, mask)
-    square = tl.load(squares + t * d + cols, mask=inside, other=1.0)
+    square = tl.load(squares + cols, mask=inside, other=1.0)
     diagonal = tl.full((BD,), -1.0 if product is None and not HINGE else 0.0, tl.float32)
     if HINGE:
         variance = square / (n - 1) + eps
@@ -142,7 +142,7 @@ def gradient(h: Tensor, kept: Kept, out: Tensor, incoming: Incoming, weights: We
     """
     n, steps, d = h.shape
     product = kept.product if weights.covariance else None
-    mode: Mode = "bf16" if kept.product.dtype == torch.bfloat16 else mode_of(h)
+    mode: Mode = "bf16" if product is not None and product.dtype == torch.bfloat16 else mode_of(h)
     if product is None:
         config, gram = NO_PRODUCT, False
     elif gram:
@@ -152,9 +152,9 @@ def gradient(h: Tensor, kept: Kept, out: Tensor, incoming: Incoming, weights: We
     else:
         config = COVARIANCE[32 if d <= 32 else 128]
     bn, bd, bk = config.tiles.values()
-    launch(
-        _gradient, config, steps * triton.cdiv(n, bn) * triton.cdiv(d, bd),
-        h=h, product=product, means=kept.means, squares=kept.squares, out=out,
+    _gradient.launch(
+        config, steps * ceil_div(n, bn) * ceil_div(d, bd),
+        h=h, product=product, moments=kept.moments, out=out,
         g_loss=incoming.loss, g_variance=incoming.variance, g_covariance=incoming.covariance,
         **sizes(h), out_n=out.stride(0), out_t=out.stride(1), pitch=0 if product is None else product.shape[-1],
         alpha=weights.alpha, beta=weights.beta, threshold=weights.threshold, eps=weights.eps,

@@ -12,22 +12,22 @@ rows and columns. finish.py has `_finish` and the table of the buffers in betwee
 
 from typing import get_args
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
 from vjvcr_fast.kernels.launch import (
     Config,
+    Kernel,
     Mode,
     architecture,
-    entry,
-    launch,
+    ceil_div,
     mode_of,
     operand_dtype,
     precision,
     sizes,
     split,
+    workspace,
 )
 from vjvcr_fast.kernels.moments import centred
 
@@ -43,7 +43,7 @@ def _store(part_products, rows, cols, n, pitch, tile):
     tl.store(to, tile, mask=(rows < n)[:, None] & (cols < pitch)[None, :])
 
 
-@entry
+@Kernel
 def _whole(
     h, part_products, part_means, part_squares, stride_n, stride_t, n, steps, d, pitch, width, parts,
     BN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -93,7 +93,7 @@ def _whole(
         _store(part_products, more, more, n, pitch, below)
 
 
-@entry
+@Kernel
 def _tiles(
     h, part_products, sums, part_means, part_squares, stride_n, stride_t, n, steps, d, pitch, width, parts,
     BN: tl.constexpr, BK: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
@@ -173,27 +173,30 @@ def gram(h: Tensor, weights: Weights) -> Forward:
     panels = next((p for m, p in whole if m == mode and n <= sum(p)), None)
     tile = min(panels[0], 64) if panels else 64 if mode == "tf32x3" and not hopper else 128
     config = whole[mode, panels] if panels else TILES[mode, tile]
-    count = triton.cdiv(n, tile)
+    count = ceil_div(n, tile)
     programs = steps if panels else steps * count * (count + 1) // 2
     # A part costs the upper half of K in float32; the input is what every pair of tiles reads.
     cost = 2 * n / (d * h.element_size())
     width, parts = split(h.device, config.blocks, programs, d, 128, cost, unit=64)
     rows = n if panels else tile
-    part_means, part_squares = (torch.empty(triton.cdiv(n, rows), steps, d, device=h.device) for _ in range(2))
-    part_products = torch.empty(parts, steps, n, pitch(n), device=h.device)
-    sums = None if panels else torch.empty(steps, count, parts * count, tile, device=h.device)
+    sample_parts = ceil_div(n, rows)
+    needed = [*[sample_parts * steps * d] * 2, parts * steps * n * pitch(n)]
+    part_means, part_squares, part_products, *sums = workspace(
+        h.device, *needed, *([] if panels else [steps * count * parts * count * tile])
+    )
     common = {
         "h": h, "part_products": part_products, "part_means": part_means, "part_squares": part_squares, **sizes(h),
         "pitch": pitch(n), "width": width, "parts": parts, **precision(mode),
     }  # fmt: skip
     if panels:
-        launch(_whole, config, programs * parts, BN=panels[0], BM=panels[1], **common)
+        _whole.launch(config, programs * parts, BN=panels[0], BM=panels[1], **common)
     else:
-        launch(_tiles, config, programs * parts, sums=sums, BN=tile, **common)
-    found = Parts(part_means, part_squares, rows, part_products, sums)
+        _tiles.launch(config, programs * parts, sums=sums[0], BN=tile, **common)
+    of_product = {"parts": parts, "size": n, "pitch": pitch(n)}
+    found = Parts(part_means, part_squares, sample_parts, rows, part_products, *sums, **of_product)
     return finish(h, weights, found, gram=True, tile=tile, dtype=operand_dtype(mode))
 
 
 def pitch(n: int) -> int:
     """From row to row of K: rows that begin at multiples of 16 are read 16 bytes at a time whatever n is."""
-    return 16 * triton.cdiv(n, 16)
+    return 16 * ceil_div(n, 16)

@@ -5,7 +5,8 @@ the first call is as fast as the kernel compiles, and every process adds in the 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -57,16 +58,90 @@ def sizes(h: Tensor) -> dict[str, int]:
     return {"stride_n": h.stride(0), "stride_t": h.stride(1), "n": n, "steps": steps, "d": d}
 
 
-def entry(function: Callable[..., None]) -> Any:
-    """triton.jit for a kernel. Sizes that no address's alignment depends on are not compiled in, so that another batch
-    size or clip length runs the same binary."""
-    counts = "n", "steps", "parts", "sample_parts", "rows", "size", "hinge_count", "norm_count"
-    return triton.jit(function, do_not_specialize=counts)
+# Sizes that no address's alignment depends on. They are not compiled in, so that another batch size or clip length runs
+# the same binary.
+COUNTS = ["n", "steps", "parts", "sample_parts", "rows", "size", "hinge_count", "norm_count"]
+ALIGNED = 32  # float32 numbers: buffers begin at multiples of a cache line, 128 bytes
+MOST_KEYS = 4096  # of a kernel, which then forgets them all: lengths that always differ would pile up
 
 
-def launch(kernel: Any, config: Config, programs: int, **arguments: Any) -> None:
-    """Starts `programs` programs of the kernel, with the configuration's tile sizes beside the arguments."""
-    kernel[(programs,)](**arguments, **config.tiles, num_warps=config.warps, num_stages=config.stages)
+class Kernel:
+    """triton.jit for a kernel that the host launches. It finds the binary for given arguments by their values.
+
+    Triton's own launch describes each argument and looks the descriptions up, which takes more than twice the time.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self.jit = triton.jit(function, do_not_specialize=COUNTS)
+        self._binaries: dict[tuple[object, ...], Any] = {}
+        self._order: _Order | None = None
+
+    def launch(self, config: Config, programs: int, **arguments: Any) -> None:
+        """Starts `programs` programs, with the configuration's tile sizes beside the arguments, on the device of the
+        tensors among them. It must be the current one.
+
+        Raises RuntimeError while a CUDA graph is captured, if the binary is not loaded yet.
+        """
+        arguments |= config.tiles
+        if INTERPRETED:
+            self.jit[(programs,)](**arguments)
+            return
+        if self._order is None:
+            self._order = _Order.of(self.jit.arg_names, arguments)
+        tensors, numbers = self._order.tensors(arguments), self._order.numbers(arguments)
+        # The driver looks up whose memory a tensor is, but takes a number as it is.
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        # All that Triton compiles for, and more: it rounds sizes to "1", "a multiple of 16" or "another".
+        key = (
+            config.warps, config.stages, tensors[0].get_device(), numbers,
+            *[None if tensor is None else tensor.dtype for tensor in tensors],
+            *[None if address is None else address % 16 for address in addresses],
+        )  # fmt: skip
+        binary = self._binaries.get(key)
+        if binary is None:
+            binary = self._find(config, programs, arguments)
+            if len(self._binaries) >= MOST_KEYS:
+                self._binaries.clear()
+            self._binaries[key] = binary
+        binary[programs, 1, 1](*addresses, *self._order.others(arguments))
+
+    def _find(self, config: Config, programs: int, arguments: dict[str, Any]) -> Any:
+        """What Triton would launch; compiled if need be, but not loaded."""
+        options = {"num_warps": config.warps, "num_stages": config.stages}
+        binary = self.jit.warmup(**arguments, **options, grid=(programs,))
+        if binary.module is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            sizes = ", ".join(f"{name}={value}" for name, value in arguments.items() if type(value) is int)
+            raise RuntimeError(
+                f"the kernel {self.jit.__name__} for {sizes} is not loaded, and nothing can be loaded while a CUDA "
+                "graph is captured: call the loss and its backward once before, with the same dtype, sizes and strides"
+            )
+        return binary
+
+
+class _Order(NamedTuple):
+    """Functions that pick from a kernel's arguments, in its order: the tensors, which come first and may be None; the
+    others; and of these what is no float, since floats are never compiled in."""
+
+    tensors: Callable[[dict[str, Any]], tuple[Any, ...]]
+    others: Callable[[dict[str, Any]], tuple[Any, ...]]
+    numbers: Callable[[dict[str, Any]], tuple[Any, ...]]
+
+    @classmethod
+    def of(cls, names: list[str], arguments: dict[str, Any]) -> "_Order":
+        first = next(i for i, name in enumerate(names) if isinstance(arguments[name], int | float))
+        numbers = [name for name in names[first:] if not isinstance(arguments[name], float)]
+        return cls(itemgetter(*names[:first]), itemgetter(*names[first:]), itemgetter(*numbers))
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up. triton.cdiv takes microseconds on the host."""
+    return -(-a // b)
+
+
+def workspace(device: torch.device, *sizes: int) -> Sequence[Tensor]:
+    """An empty flat float32 tensor of each size, all in one allocation, since each takes the host some microseconds."""
+    pieces = [piece for size in sizes for piece in (size, -size % ALIGNED)]
+    return torch.empty(sum(pieces), dtype=torch.float32, device=device).split_with_sizes(pieces)[::2]
 
 
 @functools.cache
@@ -100,10 +175,10 @@ def split(
     """
     slots = blocks * _multiprocessors(device)
     # Four waves at most: the emptiness of the last one then costs little.
-    most = min(triton.cdiv(length, least), triton.cdiv(4 * slots, programs))
+    most = min(ceil_div(length, least), ceil_div(4 * slots, programs))
     parts = min(
         range(1, most + 1),
-        key=lambda parts: triton.cdiv(programs * parts, slots) * slots / (programs * parts) + cost * parts,
+        key=lambda parts: ceil_div(programs * parts, slots) * slots / (programs * parts) + cost * parts,
     )
-    size = unit * triton.cdiv(length, unit * parts)
-    return size, triton.cdiv(length, size)
+    size = unit * ceil_div(length, unit * parts)
+    return size, ceil_div(length, size)

@@ -6,12 +6,11 @@ Means are kept relative to the first sample of their time step, h[0, t, k]. What
 even where the mean is 1e4 sigma.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish
-from vjvcr_fast.kernels.launch import Config, entry, launch, sizes, split
+from vjvcr_fast.kernels.launch import Config, Kernel, ceil_div, sizes, split, workspace
 
 # -- On the device --------------------------------------------------------------------------------------------------
 
@@ -24,7 +23,7 @@ def centred(base, rows, cols, stride_n, first, mean, mask):
     return tl.where(mask, x - first[None, :] - mean[None, :], 0.0)
 
 
-@entry
+@Kernel
 def _moments(
     h, part_means, part_squares, stride_n, stride_t, n, steps, d, rows, BN: tl.constexpr, BD: tl.constexpr
 ):  # fmt: skip
@@ -66,11 +65,10 @@ MOMENTS = Config(4, 3, 4, {"BN": 32, "BD": 128})
 def moments(h: Tensor, weights: Weights) -> Forward:
     """Moments of h (N, T, d), without a penalty."""
     n, steps, d = h.shape
-    programs = steps * triton.cdiv(d, MOMENTS.tiles["BD"])
+    programs = steps * ceil_div(d, MOMENTS.tiles["BD"])
     rows, parts = split(h.device, MOMENTS.blocks, programs, n, 512, 8 / (n * h.element_size()))
-    part_means, part_squares = (torch.empty(parts, steps, d, device=h.device) for _ in range(2))
-    launch(
-        _moments, MOMENTS, parts * programs,
-        h=h, part_means=part_means, part_squares=part_squares, **sizes(h), rows=rows,
-    )  # fmt: skip
-    return finish(h, weights, Parts(part_means, part_squares, rows))
+    part_means, part_squares = workspace(h.device, *[parts * steps * d] * 2)
+    _moments.launch(
+        MOMENTS, parts * programs, h=h, part_means=part_means, part_squares=part_squares, **sizes(h), rows=rows
+    )
+    return finish(h, weights, Parts(part_means, part_squares, parts, rows))

@@ -35,13 +35,13 @@ def product(h: Tensor, weights: Weights, gram: bool) -> Forward:
         matrix.diagonal(dim1=1, dim2=2).mul_(0)  # NaN stays NaN
     norms = torch.linalg.vector_norm(matrix, dim=2).square().flatten()
     if gram:
-        norms = torch.cat([norms, -found.kept.squares.square().flatten()])
+        norms = torch.cat([norms, -found.kept.moments[1].square().flatten()])
     return Forward(found.kept._replace(product=matrix.to(z.dtype)), found.hinges, norms)
 
 
 def gradient(h: Tensor, kept: Kept, out: Tensor, incoming: Incoming, weights: Weights, count: int, gram: bool) -> None:
     """As gradient.gradient, with the penalty."""
-    n, squares = h.shape[0], kept.squares
+    n, squares = h.shape[0], kept.moments[1]
     b = _coefficient(incoming.loss, incoming.covariance, weights.beta, 4 / (count * (n - 1) ** 2))
     diagonal = -b * squares if gram else torch.zeros_like(squares)
     if weights.variance:
@@ -49,6 +49,7 @@ def gradient(h: Tensor, kept: Kept, out: Tensor, incoming: Incoming, weights: We
         sigma = (squares / (n - 1) + weights.eps).sqrt()
         diagonal = diagonal - a * (sigma < weights.threshold) / sigma
     z = centred(h, kept)
+    assert kept.product is not None  # there is one, with the penalty
     matrix = b * kept.product
     if gram:
         result = torch.baddbmm(z * diagonal.unsqueeze(1).to(z.dtype), matrix.to(z.dtype), z)

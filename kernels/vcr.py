@@ -11,8 +11,6 @@ from vjvcr_fast.kernels.moments import moments
 
 __all__ = ["Incoming", "Weights", "backward", "forward", "like", "product_shape", "route"]
 
-KEPT = len(Kept._fields)
-
 
 def route(n: int, d: int, use_gram: bool) -> str:
     """The module that serves the penalty of N samples with d features: "gram", "covariance" or "torch_product"."""
@@ -35,7 +33,7 @@ def forward(hs: Sequence[Tensor], weights: Weights, use_gram: bool) -> tuple[Ten
     """
     found = [_forward(h, weights, use_gram) for h in hs]
     terms = combine(found, weights, hs[0].shape[0], _count(hs))
-    return *terms, [tensor for one in found for tensor in one.kept]
+    return *terms, [tensor for one in found for tensor in one.kept if tensor is not None]
 
 
 def _forward(h: Tensor, weights: Weights, use_gram: bool) -> Forward:
@@ -61,13 +59,14 @@ def backward(
         variance=weights.variance and not (incoming.loss is None and incoming.variance is None),
         covariance=weights.covariance and not (incoming.loss is None and incoming.covariance is None),
     )
+    each = len(kept) // len(hs)
     outs = [like(h) if need else h.new_empty(0) for h, need in zip(hs, needed, strict=True)]
     for i, (h, out) in enumerate(zip(hs, outs, strict=True)):
         if not (weights.variance or weights.covariance):
             out.zero_()
         elif needed[i]:
             by_torch = weights.covariance and route(h.shape[0], h.shape[2], use_gram) == "torch_product"
-            of = Kept(*kept[KEPT * i : KEPT * (i + 1)])
+            of = Kept(*kept[each * i : each * (i + 1)])
             (torch_product if by_torch else gradient).gradient(h, of, out, incoming, weights, _count(hs), use_gram)
     return outs
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from vjvcr_fast.kernels import covariance, finish, gradient, gram, moments, vcr
-from vjvcr_fast.kernels.launch import INTERPRETED, Config
+from vjvcr_fast.kernels.launch import INTERPRETED, Config, Kernel
 
 # Of a multiprocessor: registers, threads, blocks, bytes of shared memory. A block may have BLOCK bytes of it: what is
 # compiled for 80 must fit GPUs of 86 and 89, too.
@@ -128,12 +128,11 @@ def recording(arch: int) -> Iterator[list[Launch]]:
     """Launches for that architecture are listed instead of made. Tensors may be on the meta device."""
     launches: list[Launch] = []
 
-    def record(kernel: Any, config: Config, programs: int, **arguments: Any) -> None:
-        launches.append(Launch(kernel, config, arguments))
+    def record(kernel: Kernel, config: Config, programs: int, **arguments: Any) -> None:
+        launches.append(Launch(kernel.jit, config, arguments))
 
     with pytest.MonkeyPatch.context() as patch:
-        for module in MODULES:
-            patch.setattr(module, "launch", record)
+        patch.setattr(Kernel, "launch", record)
         patch.setattr(gram, "architecture", lambda device: arch)
         yield launches
 
@@ -190,11 +189,26 @@ def kernel_name(job: Job) -> str:
 
 
 def pretend() -> None:
-    """Makes Triton believe in GPUs: number 80 is an A100, number 90 an H100. The one in use is `at.arch`."""
-    at = SimpleNamespace(arch=90)
-    target, device = lambda: GPUTarget("cuda", at.arch, 32), lambda: at.arch
+    """Makes Triton believe in GPUs: number 80 is an A100, number 90 an H100. The one in use is `at.arch`.
+
+    What is launched there is put into the list `launched`, as Triton hands it to the driver, and nothing runs.
+    """
+    at, launched = SimpleNamespace(arch=90), []
+    utils = SimpleNamespace(
+        load_binary=lambda name, *_: (object(), f"{name} {next(numbers)}", 0, 0, THREADS),
+        get_device_properties=lambda _: {"max_shared_mem": BLOCK[at.arch]},
+    )
+    numbers = itertools.count()
     driver.set_active(
-        SimpleNamespace(at=at, get_current_target=target, get_current_device=device, get_current_stream=lambda _: 0)
+        SimpleNamespace(
+            at=at,
+            launched=launched,
+            get_current_target=lambda: GPUTarget("cuda", at.arch, 32),
+            get_current_device=lambda: at.arch,
+            get_current_stream=lambda _: 0,
+            launcher_cls=lambda source, metadata: lambda *given: launched.append(given),
+            utils=utils,
+        )
     )
 
 

@@ -8,6 +8,7 @@ test_interpreted.py does that. The interpreter does not round products as tensor
 the class at the end, which needs a device.
 """
 
+import contextlib
 import itertools
 import os
 import subprocess
@@ -21,11 +22,14 @@ import pytest
 import test_losses
 import tolerances
 import torch
+import torch.utils.checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_losses import ALPHA, BETA, FORMS, Judged, judge
 from tolerances import relative
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from vjvcr_fast import reference
 from vjvcr_fast.losses import VCRLoss, VCRTerms, backends, covariance_penalty, ops, variance_hinge, vcr_loss
@@ -175,7 +179,8 @@ def assert_agrees(h: Tensor, form: str = "auto", incoming: Sequence[Incoming] = 
 
 @pytest.fixture
 def guarded(monkeypatch) -> Iterator[None]:
-    """Fills new memory and its surroundings with NaN. Elements that nobody wrote show, and so do writes past an end."""
+    """Fills new memory and its surroundings with NaN. Elements that nobody wrote show, and so do writes past an end.
+    Each buffer of a workspace has surroundings of its own."""
     margin, margins = 64, []
     for name in ("empty", "empty_like"):
         make = getattr(torch, name)
@@ -190,9 +195,16 @@ def guarded(monkeypatch) -> Iterator[None]:
             return memory.as_strided(tensor.shape, tensor.stride(), margin)
 
         monkeypatch.setattr(torch, name, guarded)
+    for module in aot.MODULES:
+        if hasattr(module, "workspace"):
+            monkeypatch.setattr(module, "workspace", apart)
     yield
     assert margins
     assert all(memory.isnan().all() for memory in margins)
+
+
+def apart(device: torch.device, *sizes: int) -> list[Tensor]:
+    return [torch.empty(size, dtype=torch.float32, device=device) for size in sizes]
 
 
 @pytest.fixture
@@ -577,6 +589,28 @@ class TestBackward:
         del terms
         assert gone() is None
 
+    @pytest.mark.parametrize("shape", [WIDE, TALL, (161, 1, 162)])
+    def test_what_is_kept_is_no_part_of_something_larger(self, shape):
+        """What forward needs in between is freed with it."""
+        h = random(*shape).requires_grad_()
+        h, *kept = fused(h).loss.grad_fn.saved_tensors
+        assert len(kept) == 2
+        assert all(tensor.untyped_storage().nbytes() == tensor.nbytes for tensor in kept)
+
+    def test_the_loss_may_be_changed_in_place(self):
+        h = random(*WIDE).requires_grad_()
+        loss = loss_of(h)
+        loss += h.sum()
+        loss.backward()
+        assert relative(h.grad, judge(h).gradients[0] + 1) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    def test_activation_checkpointing(self, shape):
+        """torch.utils.checkpoint unpacks each saved tensor once."""
+        h = random(*shape).requires_grad_()
+        torch.utils.checkpoint.checkpoint(loss_of, h, use_reentrant=False).backward()
+        assert relative(h.grad, judge(h).gradients[0]) <= tolerances.TF32X3
+
     def test_a_change_in_between_is_noticed(self):
         h = random(*WIDE).requires_grad_()
         loss = fused(h).variance
@@ -612,6 +646,26 @@ class TestInterfaces:
             fused(torch.empty(WIDE, device="meta"))
         with pytest.raises(ValueError, match=r"N >= 2"):
             fused(random(*WIDE)[:1])
+        with pytest.raises(ValueError, match=r"backend='triton': .*torch.func"):
+            torch.func.grad(loss_of)(random(*WIDE))
+        strided = random(*WIDE).transpose(0, 2)
+        with pytest.raises(ValueError, match=r"the last dimension's must be 1"):
+            ops.vcr([strided], ALPHA, BETA, 1.0, 1e-4, False, True, True)
+
+    def test_torchs_default_type_has_no_part(self):
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert_agrees(random(*WIDE))
+        finally:
+            torch.set_default_dtype(before)
+
+    @pytest.mark.parametrize("make", [int, torch.tensor])
+    def test_other_numbers_are_weights_too(self, make):
+        h = random(*WIDE)
+        alpha, beta, threshold, eps = map(make, (25, 1, 1, 0))
+        ours = vcr_loss(h, alpha=alpha, beta=beta, threshold=threshold, eps=eps, backend="triton")
+        assert all(map(torch.equal, ours, vcr_loss(h, alpha=25.0, beta=1.0, eps=0.0, backend="triton")))
 
     @in_turns("case, used", [(False, True), (True, False), (True, True)], [(False, True, True), (True, False, False)])
     def test_opcheck(self, case, used):
@@ -626,6 +680,83 @@ class TestInterfaces:
         arguments = (hs, kept, *(g if one else None for one in used), *weights, [True, gram])
         found = torch.library.opcheck(torch.ops.vjvcr.vcr_backward.default, arguments)
         assert set(found.values()) == {"SUCCESS"}
+
+
+class Watched(TorchDispatchMode):
+    """Records the names of operations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class Labelled(Tensor):
+    """A subclass without a purpose."""
+
+
+class TestOperators:
+    """They are for whoever must see each operation. Others do not pay for them."""
+
+    @pytest.fixture
+    def refused(self, monkeypatch) -> None:
+        def fail(*given: object) -> None:
+            raise AssertionError("the operator was called")
+
+        for name in ("vcr", "vcr_backward"):
+            monkeypatch.setattr(ops, name, fail)
+
+    @pytest.mark.usefixtures("refused")
+    def test_eager_calls_make_do_without(self):
+        h = random(*WIDE).requires_grad_()
+        loss_of(h).backward()
+        assert relative(h.grad, judge(h).gradients[0]) <= tolerances.TF32X3
+
+    @pytest.mark.parametrize("watched_forward", [True, False])
+    def test_a_dispatch_mode_sees_them(self, watched_forward):
+        results = []
+        for mode in (Watched(), contextlib.nullcontext()):
+            h = random(*WIDE).requires_grad_()
+            with mode if watched_forward else contextlib.nullcontext():
+                loss = loss_of(h)
+            with mode:
+                loss.backward()
+            results.append((loss, h.grad, getattr(mode, "names", [])))
+        (loss, gradient, names), (right, right_gradient, _) = results
+        assert ("vcr" in names) == watched_forward
+        assert "vcr_backward" in names
+        assert torch.equal(loss, right)
+        assert torch.equal(gradient, right_gradient)
+
+    @pytest.mark.usefixtures("refused")
+    def test_a_subclass_goes_through_them(self):
+        with pytest.raises(AssertionError, match="the operator was called"):
+            fused(random(*WIDE).as_subclass(Labelled))
+
+    def test_tensors_without_data(self):
+        with FakeTensorMode() as mode:
+            h = mode.from_tensor(random(*WIDE)).requires_grad_()
+            terms = fused(h)
+            terms.loss.backward()
+        assert all(term.shape == () for term in terms)
+        assert h.grad.shape == h.shape
+
+    def test_the_compiler_gets_them(self):
+        torch._dynamo.reset()
+        graphs = []
+
+        def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+            graphs.append(str(graph.graph))
+            return graph.forward
+
+        h = random(*WIDE).requires_grad_()
+        loss = torch.compile(loss_of, fullgraph=True, backend=backend)(h)
+        assert len(graphs) == 1
+        assert "vjvcr.vcr" in graphs[0]
+        assert torch.equal(loss, loss_of(h))
 
 
 class TestCompiled:

@@ -1,8 +1,10 @@
-"""The Triton kernels (vjvcr_fast.kernels) as PyTorch operators, with autograd and what torch.compile needs.
+"""The Triton kernels (vjvcr_fast.kernels) for PyTorch: with autograd, and as operators for torch.compile.
 
-`vcr` computes the loss, `vcr_backward` its gradient. Triton is imported by their first call, not by this file. The
-compiler does not look into the operators. Each allocates what it returns, and reads PyTorch's precision setting for
-matrix products when it runs.
+`terms` computes the loss. It launches the kernels itself, with `VCR` for autograd, unless something wants to see each
+operation: the compiler, a dispatch mode or a subclass of Tensor. These get the operators `vcr` and `vcr_backward`, into
+which the compiler does not look, and whose checks take the host longer than all launches. Both ways call `_forward` and
+`_backward`. Triton is imported by the first call, not by this file. PyTorch's precision setting for matrix products is
+read when a kernel is launched.
 """
 
 from collections.abc import Sequence
@@ -13,6 +15,89 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.losses import analytic
+from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
+
+
+def terms(hs: Sequence[Tensor], settings: Settings) -> Terms:
+    """The float32 scalars (loss, variance, covariance) of tensors (N, T, d), features side by side."""
+    # Under the compiler it is known without a look at its own mode, which is a dispatch mode.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(type(h) is not Tensor for h in hs):
+        loss, variance, covariance, _ = vcr(hs, *settings)
+        return loss, variance, covariance
+    return VCR.apply(settings, *hs)
+
+
+# -- What both ways do ----------------------------------------------------------------------------------------------
+
+
+def _forward(hs: Sequence[Tensor], settings: Settings) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Returns the three scalars and what backward needs: moments of each tensor and, for the penalty, a product."""
+    from vjvcr_fast.kernels import vcr as kernels
+
+    with analytic.full_precision(hs[0]), _device_of(hs[0]):
+        return kernels.forward(hs, _weights(settings), settings.gram)
+
+
+def _backward(
+    hs: Sequence[Tensor], kept: Sequence[Tensor], incoming: Incoming, settings: Settings, needed: Sequence[bool]
+) -> list[Tensor]:
+    """dL/dh of each tensor, empty if it is not needed."""
+    from vjvcr_fast.kernels import vcr as kernels
+
+    with analytic.full_precision(hs[0]), _device_of(hs[0]):
+        return kernels.backward(hs, kept, kernels.Incoming(*incoming), _weights(settings), settings.gram, needed)
+
+
+def _weights(settings: Settings) -> Any:
+    from vjvcr_fast.kernels.finish import Weights
+
+    alpha, beta, threshold, eps, _, variance, covariance = settings
+    # Triton would compile whole numbers in. To read a weight that is a tensor waits for its device.
+    return Weights(float(alpha), float(beta), float(threshold), float(eps), variance, covariance)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, so this makes the tensor's device the current one."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def _gradients(ctx: Any, incoming: Incoming) -> list[Tensor | None]:
+    """What autograd hands on: dL/dh of each tensor, None if it is not needed."""
+    saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+    hs, kept = saved[: len(ctx.needed)], saved[len(ctx.needed) :]
+    compiling = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not compiling:
+        # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
+        return analytic.gradients(hs, ctx.settings, incoming, ctx.needed)
+    if compiling or torch._C._len_torch_dispatch_stack():
+        found = vcr_backward(list(hs), list(kept), *incoming, *ctx.settings, ctx.needed)
+    else:
+        found = _backward(hs, kept, incoming, ctx.settings, ctx.needed)
+    return [gradient if need else None for gradient, need in zip(found, ctx.needed, strict=True)]
+
+
+# -- Launched at once -----------------------------------------------------------------------------------------------
+
+
+class VCR(torch.autograd.Function):
+    """(settings, *hs) -> (loss, variance, covariance)."""
+
+    @staticmethod
+    def forward(ctx: Any, settings: Settings, *hs: Tensor) -> Terms:
+        loss, variance, covariance, kept = _forward(hs, settings)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.needed = settings, list(ctx.needs_input_grad[1:])
+        ctx.save_for_backward(*hs, *kept)
+        return loss, variance, covariance
+
+    @staticmethod
+    def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None, *_gradients(ctx, incoming)
+
+
+# -- As operators ---------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("vjvcr::vcr", mutates_args=())
@@ -30,18 +115,14 @@ def vcr(
 
     alpha ... covariance: the fields of `analytic.Settings`.
 
-    Returns the float32 scalars (loss, variance, covariance) and a list for backward: product, means and squares of each
-    tensor.
+    Returns the float32 scalars (loss, variance, covariance) and a list for backward: of each tensor the moments and,
+    with the penalty, the product.
     Raises ValueError if the features of a tensor are not adjacent in memory.
     """
-    from vjvcr_fast.kernels import vcr as kernels
-
     for h in hs:
         if h.stride(-1) != 1 and h.shape[-1] > 1:
             raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
-    weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
-    with analytic.full_precision(hs[0]), _device_of(hs[0]):
-        return kernels.forward(hs, weights, gram)
+    return _forward(hs, Settings(alpha, beta, threshold, eps, gram, variance, covariance))
 
 
 @vcr.register_fake
@@ -52,9 +133,9 @@ def _(hs, alpha, beta, threshold, eps, gram, variance, covariance):  # type: ign
     kept = []
     for h in hs:
         n, steps, d = h.shape
-        shape = product_shape(n, steps, d, gram) if covariance else (0,)
-        kept.append(h.new_empty(shape, dtype=operand_dtype(mode_of(h)) if covariance else h.dtype))
-        kept += [h.new_empty((steps, d), dtype=torch.float32) for _ in range(2)]
+        kept.append(h.new_empty((2, steps, d), dtype=torch.float32))
+        if covariance:
+            kept.append(h.new_empty(product_shape(n, steps, d, gram), dtype=operand_dtype(mode_of(h))))
     return *(hs[0].new_empty((), dtype=torch.float32) for _ in range(3)), kept
 
 
@@ -78,11 +159,8 @@ def vcr_backward(
 
     kept: from `vcr`. g_loss, g_variance, g_covariance: the gradients of its three scalars, None for zero.
     """
-    from vjvcr_fast.kernels import vcr as kernels
-
-    weights = kernels.Weights(alpha, beta, threshold, eps, variance, covariance)
-    with analytic.full_precision(hs[0]), _device_of(hs[0]):
-        return kernels.backward(hs, kept, kernels.Incoming(g_loss, g_variance, g_covariance), weights, gram, needed)
+    settings = Settings(alpha, beta, threshold, eps, gram, variance, covariance)
+    return _backward(hs, kept, (g_loss, g_variance, g_covariance), settings, needed)
 
 
 @vcr_backward.register_fake
@@ -92,29 +170,15 @@ def _(hs, *options):  # type: ignore[no-untyped-def]
     return [like(h) if need else h.new_empty(0) for h, need in zip(hs, options[-1], strict=True)]
 
 
-def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, so this makes the tensor's device the current one."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     hs, *settings = inputs
     ctx.set_materialize_grads(False)
-    ctx.settings, ctx.tensors = analytic.Settings(*settings), len(hs)
-    ctx.needed = [h.requires_grad for h in hs]
+    ctx.settings, ctx.needed = Settings(*settings), [h.requires_grad for h in hs]
     ctx.save_for_backward(*hs, *output[3])
 
 
-def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
-    settings, saved = ctx.settings, ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
-    hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-    incoming, needed = incoming[:3], ctx.needed
-    nothing = (None,) * len(settings)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
-        return analytic.gradients(hs, settings, incoming, needed), *nothing
-    gradients = vcr_backward(list(hs), list(kept), *incoming, *settings, needed)
-    return [g if need else None for g, need in zip(gradients, needed, strict=True)], *nothing
+def _operator_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+    return _gradients(ctx, incoming[:3]), *(None,) * len(ctx.settings)
 
 
-vcr.register_autograd(_backward, setup_context=_setup_context)
+vcr.register_autograd(_operator_backward, setup_context=_setup_context)

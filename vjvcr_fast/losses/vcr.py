@@ -114,6 +114,8 @@ def vcr_loss(
             route.
         TypeError: if h is not a tensor or a sequence of tensors, if a dtype is not one of the four, if the tensors
             differ in dtype, or if alpha, beta, threshold or eps is no number, or a tensor that requires a gradient.
+        RuntimeError: if a Triton kernel is not loaded yet while a CUDA graph is captured, here or in backward. Make the
+            same call once before, backward included, with the same dtype, sizes and strides.
     """
     hs = as_slices(h, least=2 if group is None else 1)
     check_choice("form", form, FORMS)
@@ -235,7 +237,7 @@ def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str 
         return VCRTerms(*analytic.plain(hs, settings))
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
-        return VCRTerms(*ops.vcr([h if h.stride(-1) == 1 else h.contiguous() for h in hs], *settings)[:3])
+        return VCRTerms(*ops.terms([h if h.stride(-1) == 1 else h.contiguous() for h in hs], settings))
     # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
     # that. Not in a compiled graph, which keeps what forward makes for long, may not change it in place, and gives
     # zeros for the terms that nobody used.
