@@ -9,8 +9,6 @@ sums are of the size of sigma; at its end it centres them. `_finish` (finish.py,
 between) adds the parts and what their means differ by. gradient.py has the gradient.
 """
 
-from typing import get_args
-
 import triton.language as tl
 from torch import Tensor
 from vjvcr_fast.kernels.finish import Forward, Parts, Weights, finish, upper
@@ -98,12 +96,15 @@ def _covariance(
 
 # -- Launcher -------------------------------------------------------------------------------------------------------
 
-# By the features of a panel.
+# By the features, rounded up, 128 at most.
 COVARIANCE: dict[tuple[Mode, int], Config] = {
-    **{(mode, 32): Config(4, 3, 2, {"BK": 64}) for mode in get_args(Mode)},
-    **{(mode, 64): Config(4, 3, 3, {"BK": 32}) for mode in ("bf16", "tf32")},
+    ("bf16", 32): Config(4, 3, 5, {"BK": 64}, unaligned=4),
+    ("tf32", 32): Config(4, 3, 4, {"BK": 64}, unaligned=3),
+    ("tf32x3", 32): Config(4, 3, 2, {"BK": 64}),
+    **{(mode, 64): Config(4, 3, 3, {"BK": 32}, unaligned=2) for mode in ("bf16", "tf32")},
+    ("tf32x3", 64): Config(4, 4, 3, {"BK": 16}, unaligned=2),
     **{(mode, 128): Config(8, 4, 1, {"BK": 16}) for mode in ("bf16", "tf32")},
-    ("tf32x3", 64): Config(4, 4, 2, {"BK": 16}),
+    ("tf32x3", 128): Config(4, 4, 2, {"BK": 16}),
 }
 
 
@@ -116,10 +117,11 @@ def covariance(h: Tensor, weights: Weights) -> Forward:
     """A (T, d, d) of h (N, T, d), `serves(d)`, and the moments."""
     n, steps, d = h.shape
     mode = mode_of(h)
-    bd = min(max(1 << (d - 1).bit_length(), 32), SPLIT_PANEL if mode == "tf32x3" else PANEL)
-    config, panels = COVARIANCE[mode, bd], ceil_div(d, bd)
+    rounded = min(max(1 << (d - 1).bit_length(), 32), PANEL)
+    bd = min(rounded, SPLIT_PANEL) if mode == "tf32x3" else rounded
+    config, panels = COVARIANCE[mode, rounded], ceil_div(d, bd)
     programs = steps * panels * (panels + 1) // 2
-    rows, parts = split(h.device, config.blocks, programs, n, 256, 4 * d / (n * h.element_size()))
+    rows, parts = split(h.device, config.planned(d), programs, n, 256, 4 * d / (n * h.element_size()))
     if rows > MOST_SUMMED:
         rows, parts = MOST_SUMMED, ceil_div(n, MOST_SUMMED)
     found = workspace(h.device, *[parts * steps * d] * 2, parts * steps * d * d)

@@ -125,7 +125,7 @@ GRAM = {
     128: Config(8, 3, 1, {"BN": 128, "BD": 64, "BK": 32}),
 }
 COVARIANCE = {
-    32: Config(8, 1, 2, {"BN": 128, "BD": 32, "BK": 32}),
+    32: Config(8, 1, 2, {"BN": 128, "BD": 32, "BK": 32}, unaligned=1),
     64: Config(8, 1, 1, {"BN": 128, "BD": 64, "BK": 64}),
     128: Config(8, 3, 1, {"BN": 64, "BD": 128, "BK": 32}),
 }

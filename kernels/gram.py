@@ -10,8 +10,6 @@ program sees two panels of samples and subtracts the time step's first sample; `
 rows and columns. finish.py has `_finish` and the table of the buffers in between, gradient.py the gradient.
 """
 
-from typing import get_args
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -140,15 +138,24 @@ def _tiles(
 
 # By the samples of `_whole`'s two panels, in ascending order: the first pair that holds all samples is taken.
 WHOLE: dict[tuple[Mode, tuple[int, int]], Config] = {
-    **{(mode, (32, 0)): Config(4, 3, 2, {"BK": 32}) for mode in get_args(Mode)},
-    **{(mode, (64, 0)): Config(4, 3, 2, {"BK": 64}) for mode in ("bf16", "tf32")},
+    ("bf16", (32, 0)): Config(4, 3, 7, {"BK": 32}),
+    ("tf32", (32, 0)): Config(4, 3, 6, {"BK": 32}),
+    ("tf32x3", (32, 0)): Config(4, 3, 3, {"BK": 32}),
+    ("bf16", (64, 0)): Config(4, 3, 3, {"BK": 64}),
+    ("tf32", (64, 0)): Config(4, 3, 2, {"BK": 64}),
     ("tf32x3", (64, 0)): Config(4, 3, 2, {"BK": 32}),
     **{(mode, (64, 64)): Config(8, 3, 1, {"BK": 32}) for mode in ("bf16", "tf32")},
     ("bf16", (128, 32)): Config(8, 3, 1, {"BK": 32}),
     ("tf32", (128, 32)): Config(8, 3, 1, {"BK": 16}),
 }
 # What fits the registers on Hopper only, and only if rows are multiples of 16 long: the addresses of others take more.
+# Some differ in their blocks alone.
 HOPPER: dict[tuple[Mode, tuple[int, int]], Config] = {
+    ("tf32", (32, 0)): Config(4, 3, 7, {"BK": 32}),
+    ("bf16", (64, 0)): Config(4, 3, 4, {"BK": 64}),
+    ("tf32", (64, 0)): Config(4, 3, 3, {"BK": 64}),
+    ("tf32x3", (64, 0)): Config(4, 3, 3, {"BK": 32}),
+    ("bf16", (64, 64)): Config(8, 3, 2, {"BK": 32}),
     ("tf32x3", (64, 64)): Config(8, 3, 1, {"BK": 16}),
     ("bf16", (128, 32)): Config(8, 3, 1, {"BK": 64}),
     ("tf32", (128, 32)): Config(8, 3, 1, {"BK": 32}),
@@ -177,7 +184,7 @@ def gram(h: Tensor, weights: Weights) -> Forward:
     programs = steps if panels else steps * count * (count + 1) // 2
     # A part costs the upper half of K in float32; the input is what every pair of tiles reads.
     cost = 2 * n / (d * h.element_size())
-    width, parts = split(h.device, config.blocks, programs, d, 128, cost, unit=64)
+    width, parts = split(h.device, config.planned(d), programs, d, 128, cost, unit=64)
     rows = n if panels else tile
     sample_parts = ceil_div(n, rows)
     needed = [*[sample_parts * steps * d] * 2, parts * steps * n * pitch(n)]

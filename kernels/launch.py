@@ -1,4 +1,5 @@
-"""How kernels are launched: tile sizes, the precision of products, and how a long sum is split.
+"""How kernels are launched: tile sizes, the precision of products, how a long sum is split, and at what cost for the
+host.
 
 Every kernel has one configuration per precision and tile size. It follows from the shape alone: nothing is timed, so
 the first call is as fast as the kernel compiles, and every process adds in the same order.
@@ -24,13 +25,20 @@ INTERPRETED = bool(triton.knobs.runtime.interpret)
 class Config(NamedTuple):
     """How a kernel is compiled: warps of 32 threads, pipeline stages, and tile sizes by their names in the kernel.
 
-    blocks: how many thread blocks are meant to share a multiprocessor. tests/kernels/test_aot.py checks it.
+    blocks: how many thread blocks a multiprocessor holds; `split` plans with them, and tests/kernels/test_aot.py
+        compares them with what the compiler leaves room for.
+    unaligned: the same for a d that is no multiple of 16, whose addresses take more registers; None: as many.
     """
 
     warps: int
     stages: int
     blocks: int
     tiles: dict[str, int]
+    unaligned: int | None = None
+
+    def planned(self, d: int) -> int:
+        """The blocks of a multiprocessor for d features."""
+        return self.blocks if d % 16 == 0 or self.unaligned is None else self.unaligned
 
 
 def mode_of(h: Tensor) -> Mode:
@@ -129,6 +137,7 @@ class _Order(NamedTuple):
     @classmethod
     def of(cls, names: list[str], arguments: dict[str, Any]) -> "_Order":
         first = next(i for i, name in enumerate(names) if isinstance(arguments[name], int | float))
+        assert not any(isinstance(arguments[name], Tensor) for name in names[first:]), "tensors come first"
         numbers = [name for name in names[first:] if not isinstance(arguments[name], float)]
         return cls(itemgetter(*names[:first]), itemgetter(*names[first:]), itemgetter(*numbers))
 

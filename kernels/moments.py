@@ -59,14 +59,14 @@ def _moments(
 
 # -- Launcher -------------------------------------------------------------------------------------------------------
 
-MOMENTS = Config(4, 3, 4, {"BN": 32, "BD": 128})
+MOMENTS = Config(4, 3, 5, {"BN": 32, "BD": 128})
 
 
 def moments(h: Tensor, weights: Weights) -> Forward:
     """Moments of h (N, T, d), without a penalty."""
     n, steps, d = h.shape
     programs = steps * ceil_div(d, MOMENTS.tiles["BD"])
-    rows, parts = split(h.device, MOMENTS.blocks, programs, n, 512, 8 / (n * h.element_size()))
+    rows, parts = split(h.device, MOMENTS.planned(d), programs, n, 512, 8 / (n * h.element_size()))
     part_means, part_squares = workspace(h.device, *[parts * steps * d] * 2)
     _moments.launch(
         MOMENTS, parts * programs, h=h, part_means=part_means, part_squares=part_squares, **sizes(h), rows=rows

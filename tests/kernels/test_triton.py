@@ -74,8 +74,8 @@ ROUTES = ("kernels", "library")
 # several panels, rows whose length is a multiple of 16 and others, and sizes that fill no tile.
 SHAPES = {
     "gram": [
-        *[(2, 1, 1), (2, 3, 5), (17, 2, 40), (40, 2, 9), (65, 2, 144), (97, 1, 20), (129, 1, 20), (129, 1, 48)],
-        *[(161, 1, 162), (257, 1, 16), (1030, 1, 16)],
+        *[(2, 1, 1), (2, 3, 5), (17, 2, 48), (40, 2, 9), (40, 1, 48), (65, 2, 144), (97, 1, 20), (129, 1, 20)],
+        *[(129, 1, 48), (161, 1, 162), (257, 1, 16), (1030, 1, 16)],
     ],
     "covariance": [
         *[(2, 1, 1), (5, 2, 3), (40, 2, 17), (70, 1, 33), (270, 1, 65), (600, 1, 20), (30, 1, 250)],
@@ -93,8 +93,8 @@ LARGER = {
 }
 # For half precision, each in the form that "auto" takes: they reach the configurations for TF32.
 HALF_SHAPES = [
-    *[(16, 2, 33), (17, 1, 20), (33, 1, 70), (65, 1, 66), (97, 1, 98), (129, 1, 130), (129, 1, 144), (193, 1, 194)],
-    *[(9, 1, 3), (40, 2, 17), (66, 1, 33), (70, 1, 65)],
+    *[(16, 2, 33), (17, 1, 48), (33, 1, 70), (33, 1, 80), (65, 1, 66), (97, 1, 98), (129, 1, 130), (129, 1, 144)],
+    *[(193, 1, 194), (9, 1, 3), (40, 2, 17), (66, 1, 33), (70, 1, 65)],
 ]
 CASES = [(shape, form) for form in FORMS for shape in SHAPES[form]]
 LARGER_CASES = [(shape, form) for form in FORMS for shape in LARGER[form]]
