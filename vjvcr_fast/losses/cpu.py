@@ -16,7 +16,7 @@ from vjvcr_fast.losses.analytic import Settings
 
 def forward(settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """(loss, variance, covariance, gradients of the loss): see `VCR`."""
-    return torch.ops.vjvcr.vcr_cpu(hs, *settings, made)  # type: ignore[no-any-return]
+    return torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
 
 
 class VCR(torch.autograd.Function):
@@ -43,9 +43,9 @@ class VCR(torch.autograd.Function):
             return None, None, *analytic.gradients(hs, settings, incoming, needed)
         g_loss, g_variance, g_covariance = incoming
         found = None
-        if not compiling and g_loss is not None and g_variance is None and g_covariance is None:
+        if not compiling and g_variance is None and g_covariance is None:
             found = ctx.__dict__.pop("gradients", None)  # given away once, because the caller may change them
-        if found is not None:
+        if found is not None and g_loss is not None:
             if torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
                 found = [gradient.mul_(g_loss) for gradient in found]
         else:
