@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import multiprocessing
 from collections.abc import Callable, Iterator
 from fractions import Fraction
@@ -56,6 +57,7 @@ HARD = {
     "h264-open": Kind("libx264", "mp4", b=3, options={"x264-params": "open-gop=1:scenecut=0:b-adapt=0"}),
     "hevc-open": Kind("libx265", "mp4", options={"x265-params": X265 + "1"}),
     "hevc-closed": Kind("libx265", "mp4", options={"x265-params": X265 + "0"}),
+    "av1": Kind("libsvtav1", "mkv", 64, 96),
 }
 Make = Callable[..., Path]
 
@@ -103,6 +105,15 @@ def read_number(frame: Tensor) -> int:
             int(frame[:, height // 8 : height * 3 // 8, left + margin : right - margin].float().mean() > 127) << bit
         )
     return number
+
+
+def needs(*backends: str) -> None:
+    """Skips a test if a decoder is not installed. Unlike importorskip, it does not load torchcodec beside decord."""
+    for backend in backends:
+        if importlib.util.find_spec({"dali": "nvidia"}.get(backend, backend)) is None:
+            pytest.skip(f"{backend} is not installed")
+        if backend == "dali":
+            pytest.importorskip("nvidia.dali")
 
 
 def read_numbers(frames: Tensor) -> list[int]:

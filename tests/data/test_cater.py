@@ -11,6 +11,7 @@ import cater_files
 import pytest
 import torch
 from cater_files import ACTIVE, FRAMES, SCENE
+from videos import needs
 
 from vjvcr_fast.config import preset
 from vjvcr_fast.data import cater
@@ -107,7 +108,7 @@ def test_clips_are_every_third_frame(made: Path) -> None:
 @pytest.mark.parametrize("backend", ["decord", "torchcodec", "dali"])
 def test_motion_jpeg_is_decoded_by_every_backend(made: Path, backend: str) -> None:
     """DALI on a CPU too; grey has no colour to interpolate, so all agree within a level."""
-    pytest.importorskip({"dali": "nvidia.dali"}.get(backend, backend))
+    needs(backend)
     video = open_video(made / "videos" / "CLEVR_new_000000.avi", backend)
     assert (video.frame_count, video.fps, video.height, video.width) == (FRAMES, 24.0, 48, 64)
     frames = video.frames(range(FRAMES)).float()

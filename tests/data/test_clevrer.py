@@ -9,6 +9,7 @@ from pathlib import Path
 import clevrer_files
 import pytest
 import torch
+from videos import needs
 
 from vjvcr_fast.data import clevrer
 from vjvcr_fast.data.clevrer import ClevrerError, examine, load_split, read_annotation, windows
@@ -295,7 +296,7 @@ EVERY = [(split, number) for split, numbers in NUMBERS.items() for number in num
 def test_real_frames_are_exact(real: Path, split: str, number: int, backend: str) -> None:
     """The same frames as FFmpeg itself converts, whichever way they are asked for."""
     av = pytest.importorskip("av")
-    pytest.importorskip(backend)
+    needs(backend)
     path, _ = clevrer_files.paths(real, split, number)
     with av.open(str(path)) as container:
         frames = [torch.from_numpy(f.to_ndarray(format="rgb24")) for f in container.decode(video=0)]

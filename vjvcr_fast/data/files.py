@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 import uuid
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, BinaryIO, TypeVar
 Item = TypeVar("Item")
 
 MOST = 300  # characters that `one_line` keeps
+_BARS: weakref.WeakSet[Any] = weakref.WeakSet()  # the progress bars there are, for `note`
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
@@ -97,4 +99,12 @@ def say(text: str) -> None:
 
 def progress(**settings: Any) -> Any:
     """A tqdm progress bar. Raises ImportError, naming the extra, if tqdm is missing."""
-    return load("tqdm", "train").tqdm(**{"unit": "step", **settings})
+    bar = load("tqdm", "train").tqdm(**{"unit": "step", **settings})
+    _BARS.add(bar)
+    return bar
+
+
+def note(text: str) -> None:
+    """As `say`, to tell why a progress bar waits: prints nothing if there is none."""
+    if any(not bar.disable for bar in list(_BARS)):  # a closed bar is disabled
+        say(text)

@@ -56,7 +56,7 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     config, model = load_run(run, config)
     data, trained = config.data, Trained(config, model)
     length = data.frames_in + data.frames_out
-    with Pool(data.workers, data.decode_timeout) as pool:
+    with Pool(data.workers, data.decode_timeout, backend=data.decoder) as pool:
         clips, bad = _clips(videos, length, every or length, pool, config)
         sources = clips.sources
         if out.exists() and any(source.path.samefile(out) for source in sources):

@@ -125,7 +125,8 @@ def build_data(config: Config, processes: int = 1) -> tuple[Data, Data]:
 def open_pool(config: Config, processes: int = 1) -> Pool:
     """The processes that read video files. processes: how many training processes share the cores."""
     data = config.data
-    return Pool(max(cores() // processes, 1) if data.workers == -1 else data.workers, data.decode_timeout)
+    count = max(cores() // processes, 1) if data.workers == -1 else data.workers
+    return Pool(count, data.decode_timeout, backend=data.decoder)
 
 
 def open_split(config: Config, name: str, pool: Pool, **options: Any) -> Split:

@@ -13,7 +13,7 @@ from random import Random
 
 import pytest
 import torch
-from videos import drawing, quick_workers
+from videos import drawing, needs, quick_workers
 
 from vjvcr_fast.data.cater import CLASSES, load_split, read_list
 from vjvcr_fast.data.simulated import make
@@ -192,7 +192,7 @@ def test_lists_and_scenes_agree_and_each_video_is_in_one_list(made: Path) -> Non
 def test_every_decoder_reads_the_videos(made: Path) -> None:
     frames = {}
     for backend in ("decord", "torchcodec", "dali"):
-        pytest.importorskip({"dali": "nvidia.dali"}.get(backend, backend))
+        needs(backend)
         video = open_video(video_path(made, 0), backend)
         assert (video.frame_count, video.fps, video.height, video.width) == (24, 24.0, 48, 64)
         frames[backend] = video.frames(range(24))

@@ -15,10 +15,12 @@ from types import ModuleType
 import clevrer_files
 import pytest
 import torch
+from videos import needs
 
 from vjvcr_fast.data.clevrer import load_split
 from vjvcr_fast.data.video import cache as cache_module
-from vjvcr_fast.data.video import clips, workers
+from vjvcr_fast.data.video import clips
+from vjvcr_fast.data.video import decode as decode_module
 from vjvcr_fast.data.video.cache import CacheError, FrameCache, fill
 from vjvcr_fast.data.video.clips import ClipLoader, Source, VideoClips, WindowSampler
 from vjvcr_fast.data.video.decode import VideoError, open_video
@@ -127,7 +129,7 @@ def expected(sources: list[Source], windows: list[clips.Window], backend: str = 
 
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_a_batch_holds_the_windows_frames_and_targets(sources: list[Source], backend: str) -> None:
-    pytest.importorskip(backend)
+    needs(backend)
     loaded = videos(sources, backend=backend)
     batch = loaded.batch(3, 8)
     windows = loaded.sampler.windows(3, 8)
@@ -138,7 +140,7 @@ def test_a_batch_holds_the_windows_frames_and_targets(sources: list[Source], bac
 
 
 def test_every_backend_delivers_the_same(sources: list[Source]) -> None:
-    pytest.importorskip("torchcodec")
+    needs("torchcodec")
     one, two = (videos(sources, backend=name).batch(0, 6) for name in ("decord", "torchcodec"))
     assert one.frames.equal(two.frames)
     assert one.target.equal(two.target)
@@ -176,7 +178,7 @@ def test_a_closed_loader_has_no_more_batches(sources: list[Source]) -> None:
 def test_closing_a_pool_ends_what_waits_for_it(sources: list[Source]) -> None:
     with Pool(1, timeout=30) as own:
         loader = videos(sources, pool=own).batches(step=0, n=200)
-        tasks = [own.submit(sources[0].path, workers.decode, "auto", range(2), SIZE) for _ in range(20)]
+        tasks = [own.submit(sources[0].path, decode_module.decode, "auto", range(2), SIZE) for _ in range(20)]
     with pytest.raises(RuntimeError, match="the processes that read videos have ended"):
         tasks[-1].result()
     loader.close()
@@ -206,6 +208,7 @@ next(loader)
 
 
 def test_a_loader_that_is_dropped_ends_its_thread(sources: list[Source]) -> None:
+    gc.collect()
     before = threading.active_count()
     for _ in range(3):
         loader = ClipLoader(videos(sources), 2)
@@ -305,7 +308,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_the_cache_is_bit_identical_to_the_decoder(sources: list[Source], tmp_path: Path, backend: str) -> None:
-    pytest.importorskip(backend)
+    needs(backend)
     done = fill(sources, tmp_path, SIZE, backend, Pool(0))
     assert done == (6, 0, {})
     cached = videos(sources, cache=FrameCache(tmp_path, SIZE, backend))
@@ -314,7 +317,7 @@ def test_the_cache_is_bit_identical_to_the_decoder(sources: list[Source], tmp_pa
 
 def test_a_full_cache_needs_no_video(copied: list[Source], tmp_path: Path, monkeypatch) -> None:
     fill(copied, tmp_path / "cache", SIZE, "auto", Pool(0))
-    monkeypatch.setattr(workers, "open_video", None)
+    monkeypatch.setattr(decode_module, "open_video", None)
     assert len(videos(copied, cache=FrameCache(tmp_path / "cache", SIZE)).batch(0, 6).frames) == 6
 
 
@@ -443,7 +446,7 @@ def test_what_does_not_fit_a_cache_is_refused(sources: list[Source], tmp_path: P
 def test_a_full_disk_is_told_before_anything_is_decoded(sources: list[Source], tmp_path: Path, monkeypatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage._replace(free=1_000))
-    monkeypatch.setattr(workers, "open_video", None)
+    monkeypatch.setattr(decode_module, "open_video", None)
     with pytest.raises(CacheError, match=r"are needed, 0\.00 GB are free"):
         fill(sources, tmp_path, SIZE, "auto", Pool(0))
 

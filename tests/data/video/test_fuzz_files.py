@@ -18,13 +18,13 @@ import pytest
 import torch
 from fuzz import JSON, NOISE, changed, damaged, fuzz, listing, read_or_refuse
 from hypothesis import strategies as st
-from videos import make_video
+from videos import make_video, needs
 
 from vjvcr_fast.config import PRESETS, Config, ConfigError, fields, resolve_device
 from vjvcr_fast.data import cater, clevrer, digits
 from vjvcr_fast.data.cater import CaterError
 from vjvcr_fast.data.digits import DigitsError, load_digits
-from vjvcr_fast.data.video import workers
+from vjvcr_fast.data.video import cache, workers
 from vjvcr_fast.data.video.cache import CacheError, FrameCache, fill
 from vjvcr_fast.data.video.decode import VideoError, open_video
 from vjvcr_fast.latents import SparseLatent
@@ -89,7 +89,7 @@ def decoded_or_refused(pool: workers.Pool, path: Path, content: bytes, backend: 
 @pytest.mark.parametrize("backend", ["auto", "decord", "torchcodec"])
 @fuzz(60, 250, kind=st.sampled_from(KINDS), data=DRAWN)
 def test_videos(whole: Any, pool: workers.Pool, tmp_path: Path, backend: str, kind: str, data: st.DataObject) -> None:
-    pytest.importorskip({"auto": "decord"}.get(backend, backend))
+    needs({"auto": "decord"}.get(backend, backend))
     content, suffix = whole(kind)
     decoded_or_refused(pool, tmp_path / f"video{suffix}", data.draw(or_noise(content)), backend)
 
@@ -105,7 +105,7 @@ def test_videos_for_dali(whole: Any, pool: workers.Pool, tmp_path: Path, kind: s
 @pytest.mark.parametrize("backend", ["auto", "decord", "torchcodec"])
 def test_an_mp4_that_states_billions_of_frames(whole: Any, tmp_path: Path, backend: str) -> None:
     """One flipped bit; decord set memory aside for all of them, and ended the process."""
-    pytest.importorskip({"auto": "decord"}.get(backend, backend))
+    needs({"auto": "decord"}.get(backend, backend))
     content, path = bytearray(whole("h264")[0]), tmp_path / "video.mp4"
     at = content.index(b"stts") + 12  # behind version, flags and the number of entries: frames of the first
     assert content[at : at + 4] == struct.pack(">I", 12)
@@ -118,7 +118,7 @@ def test_an_mp4_that_states_billions_of_frames(whole: Any, tmp_path: Path, backe
 def test_what_decord_alone_cannot_open_is_left_to_torchcodec(whole: Any, tmp_path: Path) -> None:
     """Its own error is no RuntimeError, and was not caught."""
     decord = pytest.importorskip("decord")
-    pytest.importorskip("torchcodec")
+    needs("torchcodec")
     content, path = bytearray(whole("vp9")[0]), tmp_path / "video.webm"
     content[content.index(b"\x44\x89\x88") + 3 :][:8] = bytes(8)  # Duration
     refused = 0
@@ -329,7 +329,7 @@ CACHE = ("meta.json", "index.jsonl", "frames.u8")
 
 
 def frames_of(path: Path, *_: Any) -> Any:
-    """In the place of `workers.decode`: frames that tell the video."""
+    """In the place of `decode.decode`: frames that tell the video."""
     number = int(path.stem)
     return torch.arange(number, number + COUNTS[number] * 48).view(COUNTS[number], 3, *SIZE).byte().numpy()
 
@@ -337,7 +337,7 @@ def frames_of(path: Path, *_: Any) -> Any:
 @pytest.fixture
 def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], Path, dict[str, bytes]]:
     """Three videos, their cache, and what is in it."""
-    monkeypatch.setattr(workers, "decode", frames_of)
+    monkeypatch.setattr(cache, "decode", frames_of)
     sources = [
         SimpleNamespace(path=tmp_path / f"{i}.mp4", name=f"videos/{i}.mp4", frames=count, stride=1)
         for i, count in enumerate(COUNTS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TINY_SIMVP
 from test_decode import real_videos
-from videos import HARD, KINDS, Kind, cut, damage, make_video, quick_workers, read_numbers
+from videos import HARD, KINDS, Kind, cut, damage, make_video, needs, quick_workers, read_numbers
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.data.folder import load_split
@@ -136,14 +136,14 @@ def test_batches_stop_at_it_or_go_on(root: Path, pool: Pool, capsys: pytest.Capt
 
 def test_what_lies_before_the_damage_is_read(root: Path) -> None:
     """decord decodes ahead and may fail; torchcodec does not."""
-    pytest.importorskip("torchcodec")
+    needs("torchcodec")
     for _ in range(10):
         assert read_numbers(open_video(root / "2.mp4").frames(range(12))) == [*range(80, 92)]
 
 
 def test_windows_are_replaced_the_same_way_every_time(root: Path) -> None:
     """From any step on, prepared ahead or not. Those that lie before the damage are used."""
-    pytest.importorskip("torchcodec")
+    needs("torchcodec")
     sources = load_split(root, None, 4, 2).sources
     loaded = VideoClips(sources, frames=6, size=(32, 320), seed=0, stream="train", on_bad="skip")
     windows = loaded.sampler.windows(0, 48)

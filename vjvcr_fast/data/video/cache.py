@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vjvcr_fast.data.files import ahead, one_line, progress, write_atomic
 from vjvcr_fast.data.video import workers
-from vjvcr_fast.data.video.decode import VideoError
+from vjvcr_fast.data.video.decode import VideoError, decode
 from vjvcr_fast.data.video.file import Source
 
 FAMILIES = ("ffmpeg", "dali")
@@ -177,12 +177,12 @@ def _decoded(
 
         decoder = DaliDecoder(device, 2, size)  # it also decodes for training, so the frames are the same
 
-        def decode(path: Path, frames: range) -> Tensor:
+        def on_gpu(path: Path, frames: range) -> Tensor:
             return decoder.read([(path, frames)], [encoded(path)])[0].cpu()
 
-        yield from ((video, partial(decode, video.path, frames)) for video, frames in places)
+        yield from ((video, partial(on_gpu, video.path, frames)) for video, frames in places)
     else:
-        tasks = ((v, pool.submit(v.path, workers.decode, backend, frames, size)) for v, frames in places)
+        tasks = ((v, pool.submit(v.path, decode, backend, frames, size)) for v, frames in places)
         for video, task in ahead(tasks, 2 * pool.workers):
             yield video, task.result
 

@@ -21,7 +21,7 @@ from vjvcr_fast.data.files import ahead, say
 from vjvcr_fast.data.hashing import Orders, key, uniform
 from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.cache import FrameCache
-from vjvcr_fast.data.video.decode import VideoError, resolve
+from vjvcr_fast.data.video.decode import VideoError, decode, resolve
 from vjvcr_fast.data.video.file import DamagedError, Source
 
 THREADS = 2  # that read files for DALI, and that DALI uses itself
@@ -198,7 +198,7 @@ class VideoClips:
 
     def _decode(self, window: Window) -> workers.Task:
         path, frames = self._place(window)
-        return self.pool.submit(path, workers.decode, self.backend, frames, self.size)
+        return self.pool.submit(path, decode, self.backend, frames, self.size)
 
     def _cached(self, windows: Sequence[Window]) -> Tensor:
         assert self._cache is not None

@@ -2,29 +2,40 @@
 
 Frame i is the i-th displayed frame. Both CPU decoders return the same frames, bit for bit, unless the file asks for a
 rotation (see `file`), because a video is only given to a decoder that reads it correctly:
-- decord does not get HEVC and AV1 (it stops on many files) or open groups of pictures (after a seek it returns other
-  frames); torchcodec reads these;
+- decord does not get what `REFUSED` lists; torchcodec reads these;
 - H.264 with gradual refresh, and edit lists that start between keyframes, are refused (see `file`), because both
   decoders would return other frames without saying so.
 
-file.py reads what a file says about itself, such as sizes, edit lists and (one day) a rotation.
+file.py reads what a file says about itself, such as sizes, edit lists and (one day) a rotation. That needs no decoder,
+so it comes first: no process loads both decord and torchcodec, which would end it at some videos (see `workers`). What
+the other one must read is read in another process (`IsolatedVideo`).
 
-"auto" on a CPU means decord, and torchcodec for what decord does not get. With one thread, on CLEVRER's files (480x320
+"auto" on a CPU means decord, and torchcodec for what decord does not get; where torchcodec is loaded already, it reads
+all that it can. With one thread, on CLEVRER's files (480x320
 H.264 with one keyframe), opening one and reading 16 frames from a random place took 73 and 77 ms, and all 128 frames
 137 and 161 ms. If decord cannot decode frames, "auto" asks torchcodec for them. "auto" on a CUDA device means DALI if
 it is installed, else a CPU decoder.
 """
 
 import contextlib
+import functools
+import importlib.util
+import itertools
+import os
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vjvcr_fast.data.files import load, reason
+from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.dali import DaliVideo
 from vjvcr_fast.data.video.file import Facts, UnservedError, Video, VideoError, examine, resize
 
@@ -32,7 +43,6 @@ __all__ = ["BACKENDS", "Video", "VideoError", "explain", "open_video", "resize"]
 
 BACKENDS = ("decord", "torchcodec", "dali")
 AUTO = {"cpu": ("decord", "torchcodec"), "cuda": ("dali", "decord", "torchcodec")}
-DECORD_CODECS = ("h264", "mjpeg", "mpeg4", "vp8", "vp9")
 NARROW = 256  # decord2 3.4 fails at some widths: of the multiples of 4 from 16 to 796, at 16, 24, 32, 48, 96 and 144
 DISTRIBUTIONS = {
     "decord": ("decord2", "decord"),
@@ -40,6 +50,40 @@ DISTRIBUTIONS = {
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
 }
 EXTRAS = {"decord": "video", "torchcodec": "torchcodec", "dali": "dali"}
+TIMEOUT = 60.0  # seconds for a call to a stand-in
+KEPT = 4  # videos that such a process keeps open
+_LOADING = threading.Lock()  # held while it is decided which decoder this process loads
+_LIMITED: weakref.WeakValueDictionary[Any, workers.Pool] = weakref.WeakValueDictionary()  # end with their videos
+_STAND_INS: dict[Any, workers.Pool] = {}  # for a decoder that this process must not load; stay, as a loaded one does
+_NUMBERS = itertools.count()
+
+
+class Refused(NamedTuple):
+    """What decord does not get. kind: of videos. why: what decord does with them. shows: whether a file says that it is
+    of this kind; None: it shows when decord opens the file."""
+
+    kind: str
+    why: str
+    shows: Callable[[Facts], bool] | None
+
+
+REFUSED = (
+    Refused("HEVC", "stops at some files after a seek, returns other frames of others", lambda f: f.codec == "hevc"),
+    Refused("AV1", "decord 0.6 cannot decode it", lambda f: f.codec == "av1"),
+    Refused(
+        "codecs other than H.264, Motion-JPEG, MPEG-4, VP8 and VP9",
+        "nothing has shown that decord's frames are right",
+        lambda f: f.codec not in ("h264", "mjpeg", "mpeg4", "vp8", "vp9"),
+    ),
+    Refused("open groups of pictures", "after a seek, returns other frames or stops", lambda f: f.open_gops),
+    Refused(
+        f"some widths below {NARROW} pixels",
+        "decord2 3.4 cannot convert frames that are 16, 24, 32, 48, 96 or 144 wide",
+        None,
+    ),
+    Refused("files of which it counts more or fewer frames", "frame i would be another one", None),
+    Refused("files that it cannot open", "torchcodec may", None),
+)
 
 
 class DecordVideo(Video):
@@ -48,11 +92,8 @@ class DecordVideo(Video):
     backend = "decord"
 
     def __init__(self, path: Path, facts: Facts, device: torch.device, threads: int) -> None:
-        self._decord = load("decord", "video")
+        self._decord = load(workers.MODULES["decord"], EXTRAS["decord"])
         super().__init__(path, facts, device, threads)
-        if facts.codec not in DECORD_CODECS or facts.open_gops:
-            kind = "open groups of pictures" if facts.open_gops else facts.codec
-            raise UnservedError(f"{path}: decord does not read this kind of video right ({kind}); torchcodec does")
         self._decord.logging.set_level(self._decord.logging.QUIET)
         try:
             # fault_tol: decord must not replace any frame that it cannot decode by another one.
@@ -78,7 +119,7 @@ class TorchcodecVideo(Video):
     backend = "torchcodec"
 
     def __init__(self, path: Path, facts: Facts, device: torch.device, threads: int) -> None:
-        self._decoders = load("torchcodec.decoders", "torchcodec")
+        self._decoders = load(workers.MODULES["torchcodec"], EXTRAS["torchcodec"])
         super().__init__(path, facts, device, threads)
         self._facts, self._decoder = facts, self._opened()
         self.height, self.width = self._decoder.metadata.height, self._decoder.metadata.width  # after its rotation
@@ -113,41 +154,155 @@ def _check_count(video: Video, count: int) -> None:
         raise UnservedError(f"{video.path}: {found}")
 
 
+class IsolatedVideo(Video):
+    """A video that another process reads, within a time limit for each call; None: that of a stand-in."""
+
+    def __init__(self, path: Path, backend: str, device: torch.device, threads: int, timeout: float | None) -> None:
+        self.path, self._timeout, self._options = path, timeout, (backend, device, threads, next(_NUMBERS))
+        self._pool, self._process = _pool(timeout, backend), os.getpid()
+        vars(self).update(self._ask(_about))
+        self.device = device
+
+    def frames(self, indices: Iterable[int] | Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
+        wanted = self._checked(indices)
+        return torch.from_numpy(self._ask(_frames, wanted, size)).permute(0, 3, 1, 2).to(self.device)
+
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        if self._process != os.getpid():  # forked, and the pool's threads were not
+            self._pool, self._process = _pool(self._timeout, self._options[0]), os.getpid()
+        return self._pool.submit(self.path, function, self._options, *arguments).result()
+
+
+def _pool(timeout: float | None, backend: str) -> workers.Pool:
+    """One process, for all videos of this process with that limit."""
+    name, pools = (os.getpid(), timeout, backend == "torchcodec"), _STAND_INS if timeout is None else _LIMITED
+    with _LOADING:
+        pool = pools.get(name)
+        if pool is None:
+            pools[name] = pool = workers.Pool(1, TIMEOUT if timeout is None else timeout, backend=backend)
+    return pool
+
+
+@functools.lru_cache(KEPT)
+def _kept(path: Path, backend: str, device: torch.device, threads: int, number: int) -> Video:
+    """In a process that reads for others: a video, opened. number: of the IsolatedVideo that asks for it."""
+    video = open_video(path, backend, device, threads)
+    if video.backend != "dali":
+        video.device = torch.device("cpu")  # from where the frames are sent
+    return video
+
+
+def _about(path: Path, options: tuple[Any, ...]) -> dict[str, Any]:
+    video = _kept(path, *options)
+    public = {name: value for name, value in vars(video).items() if not name.startswith("_") and name != "otherwise"}
+    return {**public, "backend": video.backend}
+
+
+def _frames(path: Path, options: tuple[Any, ...], indices: list[int], size: Any) -> Any:
+    return _kept(path, *options).frames(indices, size).permute(0, 2, 3, 1).cpu().contiguous().numpy()
+
+
 OPENERS: dict[str, Any] = {"decord": DecordVideo, "torchcodec": TorchcodecVideo, "dali": DaliVideo}
 
 
-def open_video(path: str | Path, backend: str = "auto", device: str | torch.device = "cpu", threads: int = 1) -> Video:
+def open_video(
+    path: str | Path,
+    backend: str = "auto",
+    device: str | torch.device = "cpu",
+    threads: int = 1,
+    timeout: float | None = None,
+) -> Video:
     """Opens a video file. `Video.frames` then reads its frames.
 
     backend: "decord", "torchcodec", "dali" or "auto". device: "cpu" or a CUDA device, where frames are delivered; the
     CPU decoders decode on the CPU and copy them there. threads: of the decoder.
 
-    Raises VideoError, naming the file and the reason, if the file is not a complete video or the backend cannot decode
-    it; ImportError, naming the extra, if the backend (for "auto": every backend) or av is missing; ValueError for other
-    backends, devices or threads.
+    timeout: None reads the file in this process, and a decoder may take as long as it likes, also for ever. Seconds:
+    another process reads it, and is killed if opening or one call of `frames` takes longer. It takes about a second to
+    start, and ends when no video is left that it reads: keep one open while you open the next. A call then takes about
+    2 ms more, and 3 to 6 ms for each MB of frames.
+
+    decord and torchcodec in one process may end it. Where this process has loaded one of them, a video that the other
+    must read is read in a process that stands in for it. That one takes two seconds to start, ends with this process,
+    and has a limit of 60 s. So do not import decord yourself where torchcodec is loaded.
+
+    Raises VideoError, naming the file and the reason, if the file is not a complete video, the backend cannot decode it
+    or the time is over; ImportError, naming the extra, if the backend (for "auto": every backend) or av is missing, or
+    pebble where another process is needed; ValueError for other backends, devices, threads or times.
     """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     if threads < 1:
         raise ValueError(f"threads must be at least 1, got {threads}")
-    place, refusals = _device(device), list[Exception]()
-    facts = examine(Path(path))
-    for name in (backend,) if backend != "auto" else AUTO[place.type]:
+    path, place = Path(path), _device(device)
+    if timeout is not None:
+        return IsolatedVideo(path, backend, place, threads, timeout)
+    facts, refusals = examine(path), dict(workers.tried() or {})
+    for name in (backend,) if backend != "auto" else _order(place):
+        if name in refusals:
+            continue
         try:
-            video: Video = OPENERS[name](Path(path), facts, place, threads)
-            if backend == "auto" and name == "decord":
+            video = _opened(name, path, facts, place, threads, refusals)
+            if backend == "auto" and name == "decord" and "torchcodec" not in refusals:
                 # decord decodes ahead, and may fail at damage that lies behind the frames asked for.
-                video.otherwise = partial(TorchcodecVideo, Path(path), facts, place, threads)
+                video.otherwise = partial(_opened, "torchcodec", path, facts, place, threads, refusals)
             return video
         except (ImportError, UnservedError) as error:
             if backend != "auto":
                 raise
-            refusals.append(error)
-    unserved = next((error for error in refusals if isinstance(error, UnservedError)), None)
+            refusals[name] = error
+    unserved = next((error for error in refusals.values() if isinstance(error, UnservedError)), None)
     if unserved is None:
-        raise ImportError(f"no decoder: {'; '.join(map(str, refusals))}")
-    others = [str(error).removeprefix(f"{path}: ") for error in refusals if error is not unserved]
+        raise ImportError(f"no decoder: {'; '.join(map(str, refusals.values()))}")
+    others = [str(error).removeprefix(f"{path}: ") for error in refusals.values() if error is not unserved]
     raise VideoError("; ".join([str(unserved), *others]))
+
+
+def _order(place: torch.device) -> list[str]:
+    """The decoders that "auto" tries, one after the other."""
+    served = workers.serves() or ("torchcodec" if _is_loaded("torchcodec") and not _is_loaded("decord") else "decord")
+    return sorted(AUTO[place.type], key=lambda name: (name != "dali", name != served))
+
+
+def _opened(
+    name: str, path: Path, facts: Facts, place: torch.device, threads: int, refusals: dict[str, Exception]
+) -> Video:
+    """Opens a video with a decoder, here or, if this process must not load it, in another one."""
+    if name == "decord":
+        kind = next((about.kind for about in REFUSED if about.shows and about.shows(facts)), None)
+        if kind is not None:
+            raise UnservedError(f"{path}: decord does not read this kind of video right ({kind}); torchcodec does")
+    if name in workers.MODULES:
+        with _LOADING:
+            here = _may_load(name)
+            if here:
+                load(workers.MODULES[name], EXTRAS[name])
+        if not here:
+            if importlib.util.find_spec(name) is None:
+                load(name, EXTRAS[name])  # says what to install
+            if workers.tried() is not None:
+                raise workers.Elsewhere(name, refusals)
+            return IsolatedVideo(path, name, place, threads, None)
+    return OPENERS[name](path, facts, place, threads)
+
+
+def _may_load(name: str) -> bool:
+    """Whether a decoder is safe in this process. decord does torchcodec harm, not the other way round."""
+    if workers.serves() is not None:
+        return workers.serves() == name
+    return not _is_loaded("decord") if name == "torchcodec" else _is_loaded("decord") or not _is_loaded("torchcodec")
+
+
+def _is_loaded(name: str) -> bool:
+    return sys.modules.get(name) is not None
+
+
+def decode(path: Path, backend: str, frames: range, size: tuple[int, int]) -> Any:
+    """Decodes frames of a file, resized to (height, width) `size`.
+
+    Returns a numpy array (T, 3, H, W) uint8, which is cheaper to send between processes than a tensor.
+    """
+    return open_video(path, backend).frames(frames, size).contiguous().numpy()
 
 
 def _device(device: str | torch.device) -> torch.device:
