@@ -324,6 +324,9 @@ def require(condition: bool, message: str) -> None:
 
 @contextmanager
 def apart(tensor: Tensor) -> Iterator[None]:
-    """A context in which nothing is recorded for a backward pass, and autocast is off."""
-    with torch.no_grad(), full_precision(tensor):
+    """A context in which nothing is recorded for a backward pass, and autocast is off.
+
+    Not in inference mode, where torch.func.vjp of torch 2.11 says that all gradients are zero.
+    """
+    with torch.inference_mode(False), torch.no_grad(), full_precision(tensor):
         yield

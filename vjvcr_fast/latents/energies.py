@@ -14,7 +14,7 @@ from torch import Tensor
 LatentEnergy: TypeAlias = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # Dynamo of torch 2.11 asks for a hash before there are fields to make it of
 class MLPEnergy:
     """The prediction term through an MLP: |W3 u + b3 - h_y|^2 / M, with u = relu(W2 a + b2), a = relu(W1z z + P).
 
@@ -46,7 +46,9 @@ class MLPEnergy:
         return F.linear(u, self.w3, self.b3) - self.target
 
     def to(self, dtype: torch.dtype) -> "MLPEnergy":
-        return MLPEnergy(**{name: tensor.to(dtype) for name, tensor in vars(self).items()})
+        # Written out: Dynamo of torch 2.11 cannot go through the fields of a frozen dataclass.
+        own = self.p, self.w1z, self.w2, self.b2, self.w3, self.b3, self.target
+        return MLPEnergy(*(tensor.to(dtype) for tensor in own))
 
     def expand(self, z0: Tensor) -> "ExpandedMLPEnergy":
         """The same energy, exactly, expanded about z0 (N, m). Raises ValueError if z0 has another shape."""
@@ -96,7 +98,7 @@ class ExpandedMLPEnergy(NamedTuple):
         return [tensor.contiguous() for tensor in tensors]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HeadEnergy:
     """The energy of a predictor with `heads` last layers, one of which z selects.
 
