@@ -1,7 +1,7 @@
 """Decoding and loading videos: each backend against its library called directly, and the cache against decoding.
 
     pytest benchmarks/bench_decode.py                        checks and times
-    pytest benchmarks/bench_decode.py --benchmark-disable    checks alone
+    pytest benchmarks/bench_decode.py --check-only           checks alone
 
 We generate the videos: 480x320, 128 frames, H.264 with a single keyframe, as large as CLEVRER's, so that a random
 window of 26 frames has to be decoded from frame 0. A backend reads the same windows as its library, with one thread,
@@ -87,14 +87,14 @@ def compared(backend: str, asked: list[tuple[Path, range]], seconds: float | Non
 
 
 @pytest.mark.parametrize("backend", DIRECT_CALLS)
-def test_backend(backend: str, sources: list[Source], full: bool, benchmark: Any, report: Any) -> None:
+def test_backend(backend: str, sources: list[Source], full: bool, check_only: bool, report: Any) -> None:
     """In a process that has the one decoder, and not the other."""
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     chosen = random.Random(0)
     starts = [chosen.randrange(FRAMES - WINDOW + 1) for _ in range(4)]
     asked = [(chosen.choice(sources).path, range(start, start + WINDOW)) for start in starts]
-    seconds = None if benchmark.disabled else SECONDS_FULL if full else SECONDS
+    seconds = None if check_only else SECONDS_FULL if full else SECONDS
     with Pool(1, math.inf, backend=backend) as pool:
         times = pool.schedule(compared, backend, asked, seconds).result()
     if times:
@@ -102,7 +102,9 @@ def test_backend(backend: str, sources: list[Source], full: bool, benchmark: Any
         report(against(rows, "directly", {f"{backend}, ours": 0.9}, len(asked) * WINDOW))
 
 
-def test_clips(sources: list[Source], tmp_path: Path, device: Device, full: bool, benchmark: Any, report: Any) -> None:
+def test_clips(
+    sources: list[Source], tmp_path: Path, device: Device, full: bool, check_only: bool, report: Any
+) -> None:
     """Batches from the cache, and from DALI if it is there and a GPU too, against batches decoded on all cores."""
     options: dict[str, Any] = {"frames": WINDOW, "size": SIZE, "seed": 0, "stream": "bench"}
     with Pool() as pool:
@@ -113,7 +115,7 @@ def test_clips(sources: list[Source], tmp_path: Path, device: Device, full: bool
         ways = {"stream": streaming, "cache": cached}
         if isinstance(device, Cuda) and importlib.util.find_spec("nvidia.dali"):
             ways["DALI"] = VideoClips(sources, **options, backend="dali", device="cuda")
-        if benchmark.disabled:
+        if check_only:
             return
 
         def batch(clips: VideoClips, starts: Iterator[int]) -> None:

@@ -102,12 +102,12 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_host(case: Case, gpu: torch.device, benchmark: Any, report: Any) -> None:
+def test_host(case: Case, gpu: torch.device, check_only: bool, report: Any) -> None:
     parts = [torch.randn(case.n, steps, case.d, device=gpu, requires_grad=True) for steps in case.steps]
     rows: dict[str, records.Row] = {name: {"N, T, d": str(case), "provider": name} for name in STEPS}
     for step in STEPS.values():
         assert [tuple(gradient.shape) for gradient in step(parts)[1:]] == [tuple(part.shape) for part in parts]
-    if benchmark.disabled:
+    if check_only:
         return
     functions = {name: lambda step=step: step(parts) for name, step in STEPS.items()}
     for name, times in timed(Launching(), functions, SECONDS, *ROUNDS).items():

@@ -1,7 +1,7 @@
 """vcr_loss on a CPU, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
 
     pytest benchmarks/bench_losses.py [--full]               checks and times
-    pytest benchmarks/bench_losses.py --benchmark-disable    checks only
+    pytest benchmarks/bench_losses.py --check-only           checks only
 
 Before anything is timed, the loss and gradient of every provider are compared with the reference in float64. Then the
 providers take turns, so that a slow spell of the machine meets all of them. The input of a step is not in the cache,
@@ -74,7 +74,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("case", cases, ids=lambda case: str(case).replace(", ", "x"))
 
 
-def test_vcr_loss(case, benchmark, report, full, request):
+def test_vcr_loss(case, check_only, report, full, request):
     torch._dynamo.reset()
     generator = torch.Generator().manual_seed(0)
     parts = [SIGMA * torch.randn(case.n, t, case.d, generator=generator) for t in case.steps]
@@ -109,7 +109,7 @@ def test_vcr_loss(case, benchmark, report, full, request):
             # Each starts with another copy, so that it does not find in the cache what the one before has read.
             first = number * len(sets) // len(functions)
             regions[name] = Region(Rotating(partial(providers.step, function), sets, first))
-    if benchmark.disabled:
+    if check_only:
         return
 
     found, busy = request.getfixturevalue("ceilings"), BusyElsewhere()

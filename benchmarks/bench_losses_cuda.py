@@ -1,7 +1,7 @@
 """vcr_loss on a CUDA GPU, forward and backward, against plain PyTorch in three precisions.
 
     pytest benchmarks/bench_losses_cuda.py [--full]               checks and times
-    pytest benchmarks/bench_losses_cuda.py --benchmark-disable    checks alone
+    pytest benchmarks/bench_losses_cuda.py --check-only           checks alone
 
 The loss and gradient of every provider are checked against the reference in float64, and those of its CUDA graph again
 after timing. Columns:
@@ -15,14 +15,13 @@ after timing. Columns:
 
 The file also has `launched_us`, passes launched from Python one after the other.
 
-Shapes with a target (records.py) are timed in all precisions, the README's others in float32 "highest". The shapes with
-targets come first. Cases that would begin after BUDGET seconds are left out, and the file says so.
+Shapes with a target (records.py) are timed in all precisions, the README's others in float32 "highest". What compiles
+comes after the rest of a shape has been timed and reported; then all take turns. `ours compiled` is timed with --full.
 """
 
 import contextlib
 import functools
 import gc
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,12 +36,12 @@ from torch import Tensor
 
 from vjvcr_fast.losses import backends
 
-BUDGET = 150.0  # seconds
 SLACK = 10.0  # plain PyTorch may be off by this many times our tolerance: it also rounds variances and sums
 SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # for graphs
 LAUNCHED_ROUNDS, LAUNCHED_PASSES = 5, 8  # for launches
 
-TARGETED = [Case(160, (100,), 2048), Case(2_600_000, (1,), 64), Case(256, (26,), 2048), Case(256, (15,), 512)]
+TARGETED = [Case(160, (100,), 2048), Case(256, (15,), 512), Case(256, (26,), 2048), Case(2_600_000, (1,), 64)]
+PRECISIONS = ("bf16", "fp32", "tf32")  # in this order
 OTHERS = [
     Case(256, (10, 5), 512),
     Case(256, (26,), 1024),
@@ -54,21 +53,24 @@ OTHERS = [
     Case(64, (8,), 128),
     Case(4096, (1,), 64),
 ]
-Compiler = Callable[[Provider | str], Provider | str]
 Check = Callable[[Row, Outputs], bool]
 KERNELS = ("ours", "ours compiled")
 
 
-def compared(case: Case, compiled: Compiler) -> dict[str, Provider | str]:
+def compared(
+    case: Case,
+    full: bool = True,
+    compiled: Callable[[Provider | str], Provider | str] = providers.compiled,
+) -> dict[str, Provider | str]:
     """Name to function, or to the reason why it is left out."""
-    return {
+    found = {
         "eager reference": providers.eager_reference,
+        "ours": providers.ours,
+        "ours in torch": providers.ours_in_torch,
         "compiled reference": compiled(providers.eager_reference),
         "compiled gram form": compiled(providers.gram_form_of(case)),
-        "ours": providers.ours,
-        "ours compiled": compiled(providers.ours),
-        "ours in torch": providers.ours_in_torch,
     }
+    return found | ({"ours compiled": compiled(providers.ours)} if full else {})
 
 
 # -- The benchmark --------------------------------------------------------------------------------------------------
@@ -76,40 +78,33 @@ def compared(case: Case, compiled: Compiler) -> dict[str, Provider | str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     full = metafunc.config.getoption("--full")
-    wanted = [(case, name) for case in TARGETED for name in timing.PRECISIONS]
-    wanted += [(case, name) for case in OTHERS for name in (timing.PRECISIONS if full else timing.PRECISIONS[:1])]
+    wanted = [(case, name) for case in TARGETED for name in PRECISIONS]
+    wanted += [(case, name) for case in OTHERS for name in (PRECISIONS if full else ("fp32",))]
     ids = [f"{str(case).replace(', ', 'x')}-{name}" for case, name in wanted]
     metafunc.parametrize(("case", "name"), wanted, ids=ids)
 
 
-@pytest.fixture(scope="module")
-def gpu(request: pytest.FixtureRequest, machine: dict[str, Any]) -> tuple[timing.Device, timing.Ceilings | None, float]:
-    """The device; its ceilings, which also go to the file, or None if nothing is timed; and the start time."""
-    started, device = time.monotonic(), timing.Cuda()
-    if request.config.getoption("benchmark_disable", False):
-        return device, None, started
+@pytest.fixture
+def found(request: pytest.FixtureRequest, machine: dict[str, Any], check_only: bool) -> timing.Ceilings | None:
+    """The ceilings, which also go to the file, or None if nothing is timed."""
+    if check_only:
+        return None
     machine["auto"] = backends.explain()["cuda"]
-    return device, request.getfixturevalue("ceilings"), started
+    return request.getfixturevalue("ceilings")
 
 
-def test_vcr_loss(case, name, gpu, report, full):
-    device, found, started = gpu
-
-    def leave_out(note: str) -> None:
-        report([{"N, T, d": str(case), "precision": name, "provider": "ours", "note": note}])
-        pytest.skip(note)
-
-    if not full and time.monotonic() - started > BUDGET:
-        leave_out(f"left out: the benchmarks' {BUDGET:.0f} s were over")
+def test_vcr_loss(case, name, device, found, report, full):
     torch._dynamo.reset()
-    began, rows, wrong = time.monotonic(), [], []
+    seconds, say = (SECONDS_FULL if full else SECONDS), functools.partial(report, more=True)
+    rows, wrong = [], []
     with contextlib.suppress(torch.OutOfMemoryError):
-        rows, wrong = compare(case, name, device, found, SECONDS_FULL if full else SECONDS)
+        rows, wrong = compare(case, name, device, found, seconds, compared(case, full), say)
     gc.collect()
     torch.cuda.empty_cache()
     if not rows:
-        leave_out("left out: too large for this GPU")
-    rows[0]["_case_seconds"] = time.monotonic() - began
+        note = "left out: too large for this GPU"
+        report([{"N, T, d": str(case), "precision": name, "provider": "ours", "note": note}])
+        pytest.skip(note)
     if found is not None:
         report(rows)
     assert not wrong, "; ".join(wrong)
@@ -121,26 +116,31 @@ def compare(
     device: timing.Device,
     found: timing.Ceilings | None,
     seconds: float,
-    compiled: Compiler = providers.compiled,
+    functions: dict[str, Provider | str],
+    say: Callable[[list[Row]], object] = lambda rows: None,
 ) -> tuple[list[Row], list[str]]:
-    """Returns a row for each provider, and what is wrong with any of them. Without ceilings nothing is timed."""
+    """Returns a row for each function, and what is wrong with any of them. Without ceilings nothing is timed.
+
+    say: is given the rows of the functions that do not compile, before any other runs."""
     rows: dict[str, Row] = {}
+    checked: dict[str, Provider] = {}
     with timing.precision(name) as dtype, device.stream():
         sets = _inputs(case, dtype, device)
         check = functools.partial(_wrong, providers.judge(sets[0]), name, case)
-        checked: dict[str, Provider] = {}
-        for provider, function in compared(case, compiled).items():
-            row = rows[provider] = {"N, T, d": str(case), "precision": name, "provider": provider}
-            if isinstance(function, str):
-                row["note"] = function
-                continue
-            if _run(function, sets[0], check, device, row):
-                checked[provider] = function
-        if found is not None:
-            _time_graphs(checked, sets, check, device, seconds, rows)
-            _time_launches(checked, sets, device, rows)
-    if found is not None:
-        _put_ratios(rows, case, name, found, dtype.itemsize)
+        for last in (False, True):
+            for provider in [provider for provider in functions if ("compiled" in provider) == last]:
+                row = rows[provider] = {"N, T, d": str(case), "precision": name, "provider": provider}
+                function = functions[provider]
+                if isinstance(function, str):
+                    row["note"] = function
+                elif _run(function, sets[0], check, device, row):
+                    checked[provider] = function
+            if found is not None:
+                _time_graphs(checked, sets, check, device, seconds, rows)
+                _time_launches(checked, sets, device, rows)
+                _put_ratios(rows, case, name, found, dtype.itemsize)
+                if not last:
+                    say(list(rows.values()))
     wrong = [f"{row['provider']} at {case}, {name}: {row['note']}" for row in rows.values() if row.pop("_wrong", False)]
     return list(rows.values()), wrong
 
@@ -242,7 +242,7 @@ def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: timing.Ceili
     rates = found.copy, found.products[name]
     floor, product = (1e6 * amount / rate for amount, rate in zip(work, rates, strict=True))
     eager = rows["eager reference"].get("us")
-    plain = [rows[other]["us"] for other in records.COMPILED if "us" in rows[other]]
+    plain = [rows[other]["us"] for other in records.COMPILED if "us" in rows.get(other, {})]
     for row in rows.values():
         if "us" not in row:
             continue

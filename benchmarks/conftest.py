@@ -1,54 +1,116 @@
-"""What all benchmarks share: the option --full, the table at the end of a run, and the file in results/.
+"""What all benchmarks share: options, the tables at the end of a run, and the files in results/.
 
 A benchmark compares ways to compute one thing, called providers. It measures them in one session, in turns, so that
 their ratios mean something on a busy machine, and hands one row per provider to the fixture `report`. The times of a
-CPU go to the file only.
+CPU go to the file only, and only a whole run replaces the file.
+
+On a GPU the tests run in the order of ORDER, and a file is written whenever a test reports: *-partial.json, which says
+what is missing, until nothing is.
 """
 
 import importlib.metadata
 import os
 import platform
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-import cpuinfo  # of pytest-benchmark
 import pytest
 import records
 import report as reports
 import timing
 import torch
 
-collect_ignore = ["bench_losses.py"] if torch.cuda.is_available() else ["bench_losses_cuda.py"]
+from vjvcr_fast.data.files import reason, write_atomic
+from vjvcr_fast.paper.pages import processor
 
+GPU = torch.cuda.is_available()
+collect_ignore = ["bench_losses.py"] if GPU else ["bench_losses_cuda.py"]
+
+# What matters most on a GPU. A test comes where the first of these texts that is in its name stands; the rest is last.
+ORDER = (
+    "bench_losses_cuda.py::test_vcr_loss[160x100x2048-",
+    "bench_losses_cuda.py::test_vcr_loss[256x15x512-",
+    "bench_latents.py::TestLatents::test_infer[256-",
+    "bench_latents.py::TestLatents::test_infer[512-",
+    "bench_losses_cuda.py::test_vcr_loss[256x26x2048-",
+    "bench_losses_cuda.py::test_vcr_loss[2600000x1x64-",
+    "bench_host.py",
+    "bench_training.py::test_videos_per_second[moving-mnist",
+    "bench_losses_cuda.py",
+    "bench_latents.py",
+    "bench_training.py",
+)
 BUSY = 0.1  # if other processes used more than this share of the machine, a run is shown but not kept
-ROWS = pytest.StashKey[dict[str, list[list[records.Row]]]]()
-EXPECTED = pytest.StashKey[dict[str, int]]()
+
+
+class Benchmark:
+    """A file of benchmarks in this run. Tests are known by their names without the file's."""
+
+    def __init__(self) -> None:
+        self.tests: list[str] = []  # before -k takes some away
+        self.rows: dict[str, list[records.Row]] = {}
+        self.measured: set[str] = set()  # whose rows are all there
+        self.reasons: dict[str, str] = {}  # why a test did not pass
+
+    def results(self, name: str, machine: dict[str, Any]) -> records.Row:
+        """The content of the file. A partial one says so, and which tests have not reported, or not to the end."""
+        missing = {x: self.reasons.get(x, "not measured") for x in self.tests if x not in self.measured}
+        marked = {"partial": True, "left_out": missing} if missing else {}
+        return records.results(name, machine | marked, [row for rows in self.rows.values() for row in rows])
+
+
+FOUND = pytest.StashKey[dict[str, Benchmark]]()
 MACHINE = pytest.StashKey[dict[str, Any]]()
+STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="more rounds and larger shapes (takes half an hour)")
+    parser.addoption("--check-only", action="store_true", help="compares outputs and times nothing")
+    parser.addoption("--seconds", type=float, default=float("inf"), help="leaves out tests that would begin later")
+    results = records.ROOT / "benchmarks" / "results"
+    parser.addoption("--results", type=Path, default=results, help="the folder of the files")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("filterwarnings", "ignore:Benchmark fixture was not used")
-    config.stash[ROWS], config.stash[EXPECTED] = {}, {}
+    config.stash[FOUND], config.stash[STARTED] = {}, time.monotonic()
     config.stash[MACHINE] = _machine(config)  # now, since the file that this run writes is no change of the code
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Counts the tests of each file before -k takes some away: only whole runs are kept."""
     for item in items:
-        name = _name(item.path)
-        config.stash[EXPECTED][name] = config.stash[EXPECTED].get(name, 0) + 1
+        config.stash[FOUND].setdefault(_name(item.path), Benchmark()).tests.append(_test(item))
+    if GPU:
+        items.sort(key=lambda item: next((i for i, text in enumerate(ORDER) if text in item.nodeid), len(ORDER)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("--seconds")
+    if time.monotonic() - item.config.stash[STARTED] > seconds:
+        pytest.skip(f"left out: the {seconds:.0f} s were over")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    if call.excinfo is not None:
+        error = call.excinfo.value
+        said = f"{type(error).__name__}: {reason(error)}"
+        item.config.stash[FOUND][_name(item.path)].reasons[_test(item)] = said
+    return (yield)
 
 
 @pytest.fixture(scope="session")
 def full(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.getoption("--full"))
+
+
+@pytest.fixture(scope="session")
+def check_only(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--check-only"))
 
 
 @pytest.fixture(scope="session")
@@ -72,34 +134,66 @@ def ceilings(machine: dict[str, Any]) -> timing.Ceilings:
 
 
 @pytest.fixture
-def report(request: pytest.FixtureRequest) -> Callable[[list[records.Row]], None]:
-    """report(rows): call it once per test. A row is a flat dict of text and numbers. A key with a leading underscore
-    goes to the file and not into the table. `_busy_elsewhere` is the share of the machine that others used."""
-    return lambda rows: request.config.stash[ROWS].setdefault(_name(request.path), []).append(rows)
+def report(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """report(rows, more=False): call it once per test. Before that, with more=True, for rows that are there already.
+
+    A row is a flat dict of text and numbers. A key with a leading underscore goes to the file and not into the table.
+    `_busy_elsewhere` is the share of the machine that others used.
+    """
+    config, name, test = request.config, _name(request.path), _test(request.node)
+    found = config.stash[FOUND][name]
+
+    def report(rows: list[records.Row], more: bool = False) -> None:
+        found.rows[test] = [dict(row) for row in rows]
+        if not more:
+            found.measured.add(test)
+        if GPU:
+            said = _write(_path(config, name, partial=True), found.results(name, config.stash[MACHINE]))
+            print("", *_table(found.rows[test]), said, sep="\n", flush=True)  # `make gpu-bench` shows it
+
+    return report
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     machine, say = config.stash[MACHINE], terminalreporter.write_line
-    for name, groups in config.stash[ROWS].items():
-        rows = [row for group in groups for row in group]
+    for name, found in config.stash[FOUND].items():
+        if not found.rows:
+            continue
+        results = found.results(name, machine)
         terminalreporter.section(f"{name} on {machine['device']}")
-        for line in _table(rows):
+        for line in _table([row for rows in found.rows.values() for row in rows]):
             say(line)
-        path = records.ROOT / "benchmarks" / "results" / records.file_name(name, machine)
-        busy = max(row.get("_busy_elsewhere", 0.0) for row in rows)
-        if len(groups) < config.stash[EXPECTED][name]:
-            say("not saved: this was only a part of the benchmark")
+        path, partial = (_path(config, name, partial) for partial in (False, True))
+        busy = max(row.get("busy_elsewhere", 0.0) for row in results["rows"])
+        if "partial" in results:
+            missing = f"{len(results['left_out'])} of {len(found.tests)} tests are missing"
+            say(_write(partial, results) if GPU else f"not saved: {missing}")
         elif busy > BUSY:
             say(f"not saved: other processes used up to {busy:.0%} of the machine")
         elif not machine["full"] and records.of_a_full_run(path):
             say(f"not saved: {path} is from a --full run")
         else:
-            results = records.results(name, machine, rows)
-            path.write_text(records.dumps(results))
-            say(f"written: {path}")
+            say(_write(path, results))
+            if path.exists():
+                partial.unlink(missing_ok=True)
             if "targets" in results:
-                path.with_suffix(".md").write_text(reports.gpu_report(results))
-                say(reports.gpu_report(results))
+                say(_write(path.with_suffix(".md"), results))
+        if "targets" in results:
+            say(reports.gpu_report(results))
+
+
+def _path(config: pytest.Config, name: str, partial: bool) -> Path:
+    path = config.getoption("--results") / records.file_name(name, config.stash[MACHINE])
+    return path.with_name(f"{path.stem}-partial.json") if partial else path
+
+
+def _write(path: Path, results: records.Row) -> str:
+    """Returns what to say. That a file cannot be written is no reason to measure no further."""
+    try:
+        write_atomic(path, (records.dumps if path.suffix == ".json" else reports.gpu_report)(results))
+    except OSError as error:
+        return f"not written: {error}"
+    return f"written: {path}"
 
 
 def _table(rows: list[records.Row]) -> list[str]:
@@ -117,11 +211,15 @@ def _name(path: Path) -> str:
     return path.stem.removeprefix("bench_")
 
 
+def _test(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[2]
+
+
 def _machine(config: pytest.Config) -> dict[str, Any]:
     commit, dirty = records.commit()
     found = {
         "device": "cpu",
-        "processor": cpuinfo.get_cpu_info().get("brand_raw", platform.machine()),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

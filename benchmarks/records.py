@@ -93,11 +93,11 @@ def metrics(providers: dict[str, Row]) -> dict[str, float]:
     return found
 
 
-def judged(rows: Sequence[Row]) -> list[Row]:
+def judged(rows: Sequence[Row], partial: bool = False) -> list[Row]:
     """A record {target, wanted, got, met} for every goal and precision; got and met are None if it was not measured.
 
     The last record is about all rows: `got` is the least ratio to the faster of the compiled two, and `met` is None if
-    that ratio was reached where measured but is missing from some row.
+    that ratio was reached where measured but is missing from some row, or if the rows are only a part.
     """
     measured = {
         (row["N, T, d"], row["precision"]): metrics(row) for row in pivot(rows, "provider", "N, T, d", "precision")
@@ -110,7 +110,7 @@ def judged(rows: Sequence[Row]) -> list[Row]:
     compiled = [[found[f"x {name}"] for name in COMPILED if f"x {name}" in found] for found in measured.values()]
     least = min((ratio for ratios in compiled for ratio in ratios), default=None)
     last = _record("every row: x the faster of the compiled two", "x compiled", 1.0, least)
-    if last["met"] and [] in compiled:
+    if last["met"] and (partial or [] in compiled):
         last["met"] = None
     return [*records, last]
 
@@ -145,7 +145,7 @@ def of_a_full_run(path: Path) -> bool:
 def results(what: str, machine: Row, rows: Sequence[Row]) -> Row:
     """The content of a result file: the machine, the goals of a GPU, the rows with no leading underscore in a key."""
     clean = [{key.removeprefix("_"): rounded(value) for key, value in row.items()} for row in rows]
-    targets = {"targets": judged(clean)} if what == "losses_cuda" else {}
+    targets = {"targets": judged(clean, "partial" in machine)} if what == "losses_cuda" else {}
     return {**machine, **targets, "rows": clean}
 
 

@@ -228,12 +228,12 @@ def gpu_report(results: Row) -> str:
     goals += [("met", lambda row: met[row["met"]])]
     slower = [row for row in rows if row["provider"] == "ours" and row.get("x compiled", 1.0) < 1.0]
     noted = [row for row in rows if "note" in row]
-    return f"""# Losses on {results["device"]}
+    return f"""# Losses on {results["device"]}{" (a part)" if results.get("partial") else ""}
 
 Forward and backward, medians of CUDA-graph replays, inputs out of the cache. fp32: precision "highest"; tf32: float32
 with TF32 products. Copies of h: peak memory beyond the input, the gradient included. Floor: two reads of h and one
-write at the bandwidth of a copy within the GPU's memory, {results["copy_gb_per_s"]} GB/s. Products, TFLOP/s:
-{results["product_tflop_per_s"]}. torch {results["torch"]}, Triton {results["triton"]}, commit {results["commit"]}\
+write at the bandwidth of a copy within the GPU's memory, {results.get("copy_gb_per_s")} GB/s. Products, TFLOP/s:
+{results.get("product_tflop_per_s")}. torch {results["torch"]}, Triton {results["triton"]}, commit {results["commit"]}\
 {" with changes" if results["dirty"] else ""}, {results["date"]}.
 
 ## Targets

@@ -1,11 +1,10 @@
-"""The benchmarks' own code: floors, goals, result files, tables, the order of timing; and that `make gpu` needs a GPU.
+"""The benchmarks' own code: floors, goals, result files, tables, the order of timing.
 
 What is meant for a GPU runs here on the host, with shapes too small to mean anything.
 """
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind tests, whose conftest.py processes of tests import
 
 import bench_losses_cuda  # noqa: E402
-import check_gpu  # noqa: E402
 import compare as compare_commits  # noqa: E402
 import providers  # noqa: E402
 import records  # noqa: E402
@@ -322,9 +320,8 @@ SMALL = timing.Ceilings(1e9, dict.fromkeys(timing.PRECISIONS, 1e9))
 
 def compare(case: Case, name: str = "fp32", device: timing.Device | None = None) -> tuple[list[records.Row], list[str]]:
     """Nothing is compiled."""
-    return bench_losses_cuda.compare(
-        case, name, device or Host(), SMALL, seconds=0.0, compiled=lambda function: function
-    )
+    functions = bench_losses_cuda.compared(case, compiled=lambda function: function)
+    return bench_losses_cuda.compare(case, name, device or Host(), SMALL, 0.0, functions)
 
 
 @pytest.mark.parametrize("name", timing.PRECISIONS)
@@ -332,7 +329,7 @@ def compare(case: Case, name: str = "fp32", device: timing.Device | None = None)
 def test_every_provider_is_checked_and_timed(case, name):
     rows, wrong = compare(case, name)
     assert wrong == []
-    assert [row["provider"] for row in rows] == list(bench_losses_cuda.compared(case, lambda function: function))
+    assert [row["provider"] for row in rows] == list(bench_losses_cuda.compared(case))
     for row in rows:
         if row["provider"] == "compiled gram form" and case.n > case.d:
             assert "N > d" in row["note"]
@@ -459,45 +456,6 @@ def test_cases_that_a_tree_does_not_have_are_left_out(monkeypatch, tmp_path):
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("MAKE") and k != "MFLAGS"}
     return subprocess.run(command, cwd=ROOT, env=clean | environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
-class TestMakeGpu:
-    def test_tests_must_not_skip_what_needs_cuda(self):
-        done = run("make", "-n", "gpu", f"PYTHON={sys.executable}", "GPU_VENV=not-made-yet")
-        assert done.returncode == 0, done.stderr
-        steps = ["check_gpu.py", "-m venv", "--no-index", "FAIL_WITHOUT_CUDA=1", "wait", "-m pytest benchmarks"]
-        places = [done.stdout.find(step) for step in steps]
-        assert -1 not in places
-        assert places == sorted(places)
-
-    def test_the_paper_comes_in_pieces_that_go_on(self):
-        done = run("make", "-n", "gpu-paper", f"PYTHON={sys.executable}", "GPU_VENV=not-made-yet", "PIECE=77")
-        assert done.returncode == 0, done.stderr
-        assert re.search(r"timeout --signal=INT \S+ \S+ -m vjvcr_fast reproduce .*moving-mnist-stochastic", done.stdout)
-        assert "$((77 + " in done.stdout
-
-    def test_fails_at_once_without_a_gpu(self):
-        """Both targets, of one start: with -k make goes on to the second."""
-        done = run("make", "-k", "gpu", "gpu-paper", f"PYTHON={sys.executable}", CUDA_VISIBLE_DEVICES="", LC_ALL="C")
-        assert done.returncode != 0
-        assert "make gpu: " in done.stderr
-        for target in ("gpu", "gpu-paper"):
-            assert f"Target '{target}' not remade" in done.stderr
-        assert "pytest" not in done.stdout
-        assert "reproduce" not in done.stdout
-
-
-def test_what_make_gpu_misses_is_named(monkeypatch):
-    monkeypatch.setattr(check_gpu, "NEEDED", ("torch",))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert check_gpu.obstacle() == f"torch {torch.__version__} sees no CUDA device"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert check_gpu.obstacle() is None
-    monkeypatch.setattr(check_gpu, "SETUPTOOLS", 10**6)
-    assert "setuptools" in check_gpu.obstacle()
-    monkeypatch.setattr(check_gpu, "NEEDED", ("torch", "no_such_package"))
-    assert "has no no_such_package" in check_gpu.obstacle()
 
 
 def test_a_cpu_collects_the_benchmarks_of_a_cpu():
