@@ -58,6 +58,12 @@ TINY_SIMVP = {
 }
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU, tests that need one come first: a run may be stopped."""
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: item.get_closest_marker("cuda") is None)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without a GPU, tests that need one are skipped, or fail if FAIL_WITHOUT_CUDA=1 says that there should be one."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():

@@ -415,7 +415,7 @@ def test_compiles() -> None:
     assert_same(expected, torch.compile(data.batch, fullgraph=True, backend="eager")(5, 10))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.parametrize("make", [moving, stochastic])
 def test_cuda_draws_the_same_and_never_waits(make: Any) -> None:
     data = make(device="cuda")

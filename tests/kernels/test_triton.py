@@ -46,6 +46,7 @@ kernels = pytest.importorskip("vjvcr_fast.kernels.vcr")
 import aot  # noqa: E402
 
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
+pytestmark = [] if INTERPRETED else [pytest.mark.cuda]
 HALF = (torch.float16, torch.bfloat16)
 WIDE, TALL = (6, 3, 20), (20, 3, 6)  # the Gram form's shape and the covariance form's
 # The interpreter is a thousand times slower and leaves these to the slow tests. A device runs all.

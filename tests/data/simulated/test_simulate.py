@@ -531,6 +531,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_error_of_a_task() -> None:
     """Arrives with where it happened."""
+    pytest.importorskip("pebble")
     with pytest.raises(ValueError, match="'twelve'") as caught:
         list(in_parallel(int, ["twelve"], 1, {}))  # type: ignore[arg-type]
     assert "while making twelve" in str(caught.value.__cause__)
@@ -543,5 +544,6 @@ def end(status: int) -> None:
 
 def test_a_worker_that_dies() -> None:
     """Is an error, and its task is named."""
+    pytest.importorskip("pebble")
     with pytest.raises(RuntimeError, match=r"made 3 died \(exit status 3\)"):
         list(in_parallel(end, [3], 1, {}))
