@@ -17,10 +17,11 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup train test test-slow check format aot bench bench-compare gpu gpu-paper has-gpu clean
+.PHONY: help setup train test test-slow check format aot bench bench-compare has-gpu clean
+.PHONY: gpu gpu-smoke gpu-bench gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-paper
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(VENV)/.train: $(SETUP)
 	@echo "setting up $(VENV) (first call only) ..."
@@ -62,40 +63,81 @@ bench: $(VENV)/.dev  ## benchmarks against the reference, some minutes; ARGS=--f
 bench-compare: $(VENV)/.dev  ## REF=<commit>: its speed against the working tree's, run alternately; fails over 10%
 	$(BIN)/python benchmarks/compare.py $(REF) --build $(ARGS)
 
-# A GPU machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
+# -- On a CUDA machine: offline, with its own torch. A target that fails or ends at its limit does not stop the next. --
+ifneq ($(filter gpu gpu-%,$(MAKECMDGOALS)),)
+MAKEFLAGS += --keep-going
+.NOTPARALLEL:
+endif
+
+# What every target leaves goes to GPU_OUT, but the figures of gpu-bench to GPU_RESULTS.
+GPU_OUT ?= runs/gpu
+GPU_RESULTS ?= benchmarks/results
+
+# The machine's own packages: of a virtual environment, which --system-site-packages does not reach, by parent.pth.
 GPU_VENV := .venv-gpu
-WITHOUT_GPU := tests/kernels/test_aot.py tests/kernels/test_interpreted.py
-SANITIZED := tests/kernels/test_cuda_emulated.py -m cuda -k was_emulated
 GPU := $(GPU_VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
+GPU_INSTALL := $(GPU) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation
 
-$(GPU_VENV)/.done: pyproject.toml setup.py | has-gpu
+$(GPU_VENV)/.done: pyproject.toml setup.py $(wildcard csrc/*) | has-gpu
 	@rm -rf $(GPU_VENV)
 	@$(PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV)
 	@$(PYTHON) -c '$(SITE)' >"$$($(GPU) -c '$(SITE)')/parent.pth"
-	@$(GPU) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@timeout 300 $(GPU_INSTALL) --editable . || \
+	  { echo "make gpu: the operators could not be built for CUDA"; VJVCR_CUDA=0 $(GPU_INSTALL) --editable .; }
 	@touch $@
 
 has-gpu:
 	@$(PYTHON) benchmarks/check_gpu.py
 
-gpu gpu-paper: started := $(shell date +%s)
-gpu: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, offline, with its own torch: all tests and benchmarks
-	@failed=; log=$$(mktemp); at() { echo "make gpu: $$1 after $$(($$(date +%s) - $(started))) s"; }; \
-	$(GPU) -m pytest -m "not slow" $(WITHOUT_GPU) >"$$log" 2>&1 & beside=$$!; \
-	FAIL_WITHOUT_CUDA=1 $(GPU) -m pytest -m "not slow" $(WITHOUT_GPU:%=--ignore=%) $(ARGS) || failed="$$failed tests"; \
-	at "tests on the GPU"; \
-	wait $$beside || failed="$$failed tests-without-gpu"; \
-	cat "$$log"; rm -f "$$log"; at "tests that need none, run beside them,"; \
-	if command -v compute-sanitizer >/dev/null; then for tool in memcheck racecheck; do \
-	  compute-sanitizer --tool $$tool --error-exitcode 9 $(GPU) -m pytest -q $(SANITIZED) || failed="$$failed $$tool"; \
-	done; else echo "make gpu: there is no compute-sanitizer"; fi; at "sanitizers"; \
-	$(GPU) -m pytest benchmarks || failed="$$failed benchmarks"; \
-	at "all$${failed:+, failed:$$failed,}"; \
-	test -z "$$failed"
+# Seconds.
+LIMIT_smoke := 60
+LIMIT_bench := 240
+LIMIT_test := 480
+LIMIT_memcheck := 180
+LIMIT_racecheck := 180
+
+# $(call stage,NAME,COMMAND): runs it for LIMIT_NAME seconds at most, and says how it ended. What it prints also goes to
+# gpu-NAME.txt. At the limit it gets Ctrl-C's signal, and ten seconds later it is killed.
+gpu-%: SHELL := bash
+gpu-%: export PYTHONUNBUFFERED := 1
+define stage
+@mkdir -p $(GPU_OUT); \
+log=$(GPU_OUT)/gpu-$(1).txt; \
+timeout --signal=INT --kill-after=10 $(LIMIT_$(1)) $(2) 2>&1 | tee $$log; code=$${PIPESTATUS[0]}; \
+case $$code in 0) how=passed;; 124|137) how="stopped at its limit";; *) how="failed (exit code $$code)";; esac; \
+echo "make gpu-$(1): $$how after $$SECONDS s of $(LIMIT_$(1)); see $$log" | tee -a $$log; \
+exit $$code
+endef
+
+gpu: gpu-smoke gpu-bench gpu-test gpu-sanitize  ## on a CUDA machine, offline, with its own torch: all of the next four
+
+gpu-smoke: has-gpu $(GPU_VENV)/.done  ## builds; every operator once, against the reference; at most 1 minute
+	$(call stage,smoke,$(GPU) benchmarks/smoke.py $(GPU_OUT)/gpu-smoke.json)
+
+# Tests that would begin in the last 40 seconds are left out.
+GPU_BENCH := $(addprefix benchmarks/bench_,losses_cuda.py latents.py host.py training.py)
+gpu-bench: has-gpu $(GPU_VENV)/.done  ## measures the targets, what matters most first; at most 4 minutes
+	$(call stage,bench,$(GPU) -m pytest -s --tb=short --continue-on-collection-errors --results=$(GPU_RESULTS) \
+	  --seconds=$$(($(LIMIT_bench) - 40)) $(GPU_BENCH) $(ARGS))
+
+# Eight processes share the GPU; those tests come first. Not those of Triton's interpreter, which needs an older numpy.
+gpu-test: has-gpu $(GPU_VENV)/.done  ## the test suite, what needs the GPU first; at most 8 minutes
+	@$(PYTHON) benchmarks/check_gpu.py hypothesis xdist
+	$(call stage,test,env FAIL_WITHOUT_CUDA=1 OMP_NUM_THREADS=1 $(GPU) -m pytest -v --tb=short -n 8 --maxschedchunk=1 \
+	  --continue-on-collection-errors -m "not slow and not aot" --ignore=tests/kernels/test_interpreted.py $(ARGS))
+
+SANITIZED := tests/kernels/test_cuda_emulated.py::TestOnAGPU::test_it_is_what_was_emulated \
+  tests/latents/test_operators.py::test_both_devices_round_alike \
+  tests/kernels/test_triton.py::TestNumbers::test_terms_on_their_own
+gpu-sanitize: gpu-memcheck gpu-racecheck  ## compute-sanitizer's memcheck and racecheck on a few tests; 3 minutes each
+gpu-memcheck gpu-racecheck: gpu-%: has-gpu $(GPU_VENV)/.done
+	$(call stage,$*,env FAIL_WITHOUT_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+	  compute-sanitizer --tool $* --error-exitcode 9 $(GPU) -m pytest -v -p no:xdist $(SANITIZED))
 
 # A piece of less than 8 minutes; Ctrl-C's signal, on which a run saves where it is.
 PIECE ?= 440
+gpu-paper: started := $(shell date +%s)
 gpu-paper: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, in pieces: the full Table 2 and figure 3; call it until it is done
 	@for what in table2 fig3; do \
 	  left=$$(($(PIECE) + $(started) - $$(date +%s))); test $$left -gt 0 || left=1; \
