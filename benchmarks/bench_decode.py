@@ -1,7 +1,7 @@
 """Decoding and loading videos: each backend against its library called directly, and the cache against decoding.
 
     pytest benchmarks/bench_decode.py                        checks and times
-    pytest benchmarks/bench_decode.py --check-only           checks alone
+    pytest benchmarks/bench_decode.py --benchmark-disable    checks alone
 
 We generate the videos: 480x320, 128 frames, H.264 with a single keyframe, as large as CLEVRER's, so that a random
 window of 26 frames has to be decoded from frame 0. A backend reads the same windows as its library, with one thread,

@@ -1,7 +1,7 @@
 """Inference of z* for the MLP predictor: ours against loops in plain torch.
 
     pytest benchmarks/bench_latents.py                        checks and times
-    pytest benchmarks/bench_latents.py --check-only           checks alone
+    pytest benchmarks/bench_latents.py --benchmark-disable    checks alone
 
 N = 256, and z has 20 components. Every provider makes K = 100 steps of the same rule with a tolerance of 0, so that
 none wins by stopping early. Only the last lines of each shape have a tolerance. They show what is saved by freezing

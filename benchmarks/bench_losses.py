@@ -1,7 +1,7 @@
 """vcr_loss on a CPU, forward and backward, against plain PyTorch: the reference and the Gram form, eager and compiled.
 
     pytest benchmarks/bench_losses.py [--full]               checks and times
-    pytest benchmarks/bench_losses.py --check-only           checks only
+    pytest benchmarks/bench_losses.py --benchmark-disable    checks only
 
 Before anything is timed, the loss and gradient of every provider are compared with the reference in float64. Then the
 providers take turns, so that a slow spell of the machine meets all of them. The input of a step is not in the cache,

@@ -1,7 +1,7 @@
 """vcr_loss on a CUDA GPU, forward and backward, against plain PyTorch in three precisions.
 
     pytest benchmarks/bench_losses_cuda.py [--full]               checks and times
-    pytest benchmarks/bench_losses_cuda.py --check-only           checks alone
+    pytest benchmarks/bench_losses_cuda.py --benchmark-disable    checks alone
 
 The loss and gradient of every provider are checked against the reference in float64, and those of its CUDA graph again
 after timing. Columns:

@@ -1,7 +1,7 @@
 """A whole training step, data included: ours against the way that the code of a paper is usually written.
 
     pytest benchmarks/bench_training.py                        checks and times
-    pytest benchmarks/bench_training.py --check-only           checks alone
+    pytest benchmarks/bench_training.py --benchmark-disable    checks alone
 
 `reference` is eager float32: the losses of reference.py, z* through autograd, torch's default Adam, and a DataLoader
 that renders (MovingMNIST) or decodes (CLEVRER) one video at a time. `compiled reference` has model and losses compiled,

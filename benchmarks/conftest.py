@@ -69,7 +69,6 @@ STARTED = pytest.StashKey[float]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="more rounds and larger shapes (takes half an hour)")
-    parser.addoption("--check-only", action="store_true", help="compares outputs and times nothing")
     parser.addoption("--seconds", type=float, default=float("inf"), help="leaves out tests that would begin later")
     results = records.ROOT / "benchmarks" / "results"
     parser.addoption("--results", type=Path, default=results, help="the folder of the files")
@@ -110,7 +109,8 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def check_only(request: pytest.FixtureRequest) -> bool:
-    return bool(request.config.getoption("--check-only"))
+    """With pytest-benchmark's --benchmark-disable outputs are compared and nothing is timed."""
+    return bool(request.config.getoption("benchmark_disable", False))
 
 
 @pytest.fixture(scope="session")
