@@ -1,4 +1,4 @@
-// fista_mlp on a CUDA GPU of compute capability 9.0: three launches prepare, and one makes all K steps. The first call
+// fista_mlp on a CUDA GPU of compute capability 9.0: two launches prepare, and one makes all K steps. The first call
 // with new sizes also loads kernels and asks CUDA how many clusters of each plan run at once.
 #include "fista_mlp.cuh"
 
@@ -56,7 +56,7 @@ int clusters_at_once(const Plan& plan, int device, int shared_limit) {
   int found = 0;
   const cudaError_t error = cudaOccupancyMaxActiveClusters(&found, kernel, &one.config);
   if (error == cudaErrorInvalidClusterSize) {
-    found = 0, cudaGetLastError();  // which forgets the error
+    found = 0, forget_error();
   } else {
     check(error, kName);
   }
@@ -67,8 +67,9 @@ template <typename Mode>
 void run(const FistaInput& in, FistaPrepared made, Tensor& a0, const Tensor& w2, const FistaOutput& out,
          cudaStream_t stream) {
   const Plan& plan = in.plan;
-  const int work = std::max(plan.cluster * plan.fragments() * 32, in.n * plan.hidden);
-  fista_prepare_kernel<Mode><<<std::min((work + kThreads - 1) / kThreads, 4096), kThreads, 0, stream>>>(in, made);
+  const int64_t work = std::max(int64_t(plan.cluster) * plan.fragments() * 32, int64_t(in.n) * plan.hidden);
+  const auto blocks = static_cast<unsigned>(std::min<int64_t>((work + kThreads - 1) / kThreads, 4096));
+  fista_prepare_kernel<Mode><<<blocks, kThreads, 0, stream>>>(in, made);
   check(cudaGetLastError(), kName);
   const Tensor c = torch::stable::matmul(a0, torch::stable::transpose(w2, 0, 1));
   made.c = data<float>(c);

@@ -24,8 +24,13 @@ inline cudaStream_t current_stream(int device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// CUDA keeps the last error until it is asked for it. The check after the next launch would report it once more.
+inline void forget_error() { cudaGetLastError(); }
+
 inline void check(cudaError_t error, const char* name) {
-  STD_TORCH_CHECK(error == cudaSuccess, name, ": ", cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  forget_error();
+  STD_TORCH_CHECK(false, name, ": ", cudaGetErrorString(error));
 }
 
 // Raises an error if the current stream is being captured in a CUDA graph. What must happen once and cannot happen
