@@ -9,7 +9,7 @@ together, as if concatenated, but nothing is concatenated.
 
 float64 is computed in float64, all narrower types in float32, also under autocast. The terms have the dtype of the
 computation, gradients that of h. NaN or Inf in h gives NaN. Nothing here waits for the GPU, except a group whose
-`samples` are not given.
+`samples` are not given, and alpha, beta, threshold or eps if it is a tensor there.
 """
 
 from collections.abc import Sequence
@@ -108,10 +108,10 @@ def vcr_loss(
 
     Raises:
         ValueError: if N < 2, h has fewer than two dimensions, or a tensor or the sequence is empty; if the tensors
-            differ in N, d or device; if alpha, beta, threshold or eps is not finite, or eps < 0; if backend, form,
-            gradient or route is unknown; if the backend does not support h. With a group: if this process is not in
-            it, if the processes differ in T, d or dtype, if `samples` does not fit, or if form or backend rule out the
-            route.
+            differ in N, d or device; if alpha, beta, threshold or eps is not finite (tensors are not read for that), or
+            eps < 0; if backend, form, gradient or route is unknown; if the backend does not support h. With a group: if
+            this process is not in it, if the processes differ in T, d or dtype, if `samples` does not fit, or if form
+            or backend rule out the route.
         TypeError: if h is not a tensor or a sequence of tensors, if a dtype is not one of the four, if the tensors
             differ in dtype, or if alpha, beta, threshold or eps is no number, or a tensor that requires a gradient.
         RuntimeError: if a Triton kernel is not loaded yet while a CUDA graph is captured, here or in backward. Make the
