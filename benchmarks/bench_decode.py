@@ -70,7 +70,17 @@ def direct_torchcodec(path: Path, frames: range) -> torch.Tensor:
     return VideoDecoder(str(path), num_ffmpeg_threads=1).get_frames_in_range(frames.start, frames.stop).data
 
 
-DIRECT_CALLS = {"decord": direct_decord, "torchcodec": direct_torchcodec}
+def direct_av(path: Path, frames: range) -> torch.Tensor:
+    import av
+
+    with av.open(str(path)) as container:
+        container.streams.video[0].codec_context.thread_count = 1
+        decoded = itertools.islice(container.decode(video=0), frames.start, frames.stop)
+        pictures = [torch.from_numpy(frame.to_ndarray(format="rgb24")) for frame in decoded]
+    return torch.stack(pictures).permute(0, 3, 1, 2)
+
+
+DIRECT_CALLS = {"decord": direct_decord, "torchcodec": direct_torchcodec, "av": direct_av}
 assert {*DIRECT_CALLS, "dali"} == {*BACKENDS}, "a backend that nothing measures"
 
 

@@ -133,7 +133,7 @@ class Data(Group):
         "switch", "stochastic: the digit is centred where it turns (switch) or in the first frame [ours: figure 3]"
     )
     subpixel: bool = setting(True, "draw digits between pixels, bilinearly; false rounds their positions [ours]")
-    decoder: Literal["auto", "decord", "torchcodec", "dali"] = setting(
+    decoder: Literal["auto", "decord", "torchcodec", "av", "dali"] = setting(
         "auto", "decoder of video files; `vjvcr-fast info` shows what is installed"
     )
     cache: str = setting("", "folder of decoded frames; if empty, vjvcr-cache in the data's folder; off: no cache")

@@ -86,7 +86,7 @@ def decoded_or_refused(pool: workers.Pool, path: Path, content: bytes, backend: 
     path.unlink()
 
 
-@pytest.mark.parametrize("backend", ["auto", "decord", "torchcodec"])
+@pytest.mark.parametrize("backend", ["auto", "decord", "torchcodec", "av"])
 @fuzz(60, 250, kind=st.sampled_from(KINDS), data=DRAWN)
 def test_videos(whole: Any, pool: workers.Pool, tmp_path: Path, backend: str, kind: str, data: st.DataObject) -> None:
     needs({"auto": "decord"}.get(backend, backend))

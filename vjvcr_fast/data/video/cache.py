@@ -30,7 +30,7 @@ from torch import Tensor
 
 from vjvcr_fast.data.files import ahead, one_line, progress, write_atomic
 from vjvcr_fast.data.video import workers
-from vjvcr_fast.data.video.decode import VideoError, decode
+from vjvcr_fast.data.video.decode import VideoError, decode, for_dali
 from vjvcr_fast.data.video.file import Source
 
 FAMILIES = ("ffmpeg", "dali")
@@ -134,9 +134,10 @@ def fill(
 ) -> Filled:
     """Decodes the videos that are not in the cache `folder` yet, and resizes their frames to (height, width) `size`.
 
-    backend: "auto", "decord" or "torchcodec", which give equal frames, or "dali", which decodes on `device`. pool: the
-    processes that decode. on_bad: "stop" raises the VideoError of the first video that cannot be read, after the videos
-    before it are safe; "skip" goes on and returns the reasons. verify: check all sums, and decode damaged videos again.
+    backend: "auto", "decord", "torchcodec" or "av", which give equal frames, or "dali", which decodes on `device`.
+    pool: the processes that decode. on_bad: "stop" raises the VideoError of the first video that cannot be read, after
+    the videos before it are safe; "skip" goes on and returns the reasons. verify: check all sums, and decode damaged
+    videos again.
 
     Raises CacheError if the disk is too small, another process fills the folder, or its frames have another size or
     decoder.
@@ -173,12 +174,12 @@ def _decoded(
     """Each video with a function that returns its frames or raises VideoError. The pool decodes some videos ahead."""
     places = [(video, range(0, video.frames * video.stride, video.stride)) for video in videos]
     if backend == "dali" and device.type == "cuda":
-        from vjvcr_fast.data.video.dali import DaliDecoder, encoded
+        from vjvcr_fast.data.video.dali import DaliDecoder
 
         decoder = DaliDecoder(device, 2, size)  # it also decodes for training, so the frames are the same
 
         def on_gpu(path: Path, frames: range) -> Tensor:
-            return decoder.read([(path, frames)], [encoded(path)])[0].cpu()
+            return decoder.read([(path, frames)], [for_dali(path)])[0].cpu()
 
         yield from ((video, partial(on_gpu, video.path, frames)) for video, frames in places)
     else:
@@ -259,7 +260,7 @@ def _check_meta(folder: Path, size: tuple[int, int], backend: str) -> None:
 
 
 def _family(backend: str) -> str:
-    """The group of decoders that `backend` belongs to. decord and torchcodec give the same frames, bit for bit."""
+    """The group of decoders that `backend` belongs to. decord, torchcodec and av give the same frames."""
     return FAMILIES[backend == "dali"]
 
 

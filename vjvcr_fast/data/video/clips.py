@@ -21,7 +21,7 @@ from vjvcr_fast.data.files import ahead, say
 from vjvcr_fast.data.hashing import Orders, key, uniform
 from vjvcr_fast.data.video import workers
 from vjvcr_fast.data.video.cache import FrameCache
-from vjvcr_fast.data.video.decode import VideoError, decode, resolve
+from vjvcr_fast.data.video.decode import VideoError, decode, for_dali, resolve
 from vjvcr_fast.data.video.file import DamagedError, Source
 
 THREADS = 2  # that read files for DALI, and that DALI uses itself
@@ -207,12 +207,12 @@ class VideoClips:
 
     def _decoded_on_gpu(self, requests: Iterable[list[Window]], prefetch: int) -> Iterator[Clips]:
         """By DALI. Files are read ahead, decoded batch by batch."""
-        from vjvcr_fast.data.video.dali import DaliDecoder, encoded
+        from vjvcr_fast.data.video.dali import DaliDecoder
 
         decoder = DaliDecoder(self.device, THREADS, self.size)
         with ThreadPoolExecutor(THREADS) as readers:
             places = ((windows, [self._place(w) for w in windows]) for windows in requests)
-            reading = ((windows, at, readers.map(encoded, [path for path, _ in at])) for windows, at in places)
+            reading = ((windows, at, readers.map(for_dali, [path for path, _ in at])) for windows, at in places)
             for windows, at, contents in ahead(reading, max(prefetch, 1)):
                 yield Clips(decoder.read(at, [*contents]), self._targets(windows))
 

@@ -35,8 +35,7 @@ class DaliDecoder:
         """Decodes windows, (file, frames) pairs with equally many frames each: (N, T, 3, H, W) uint8 on the device.
 
         On a GPU the tensor comes in stream order, without waiting. Needs a size. contents: the bytes of the files, as
-        `encoded` returns them. The files are not checked: open them once with `open_video`, which notices those that
-        are cut off.
+        `encoded` returns them. The files are not checked here, but by `for_dali`.
 
         Raises VideoError naming the files that cannot be decoded or end before the window; ValueError for too many
         windows.

@@ -1,23 +1,23 @@
-"""One `open_video` for every decoder: decord and torchcodec on the CPU, DALI on the GPU.
+"""One `open_video` for every decoder: decord, torchcodec and PyAV on the CPU, DALI on the GPU.
 
-Frame i is the i-th displayed frame. Both CPU decoders return the same frames, bit for bit, unless the file asks for a
-rotation (see `file`), because a video is only given to a decoder that reads it correctly:
+Frame i is the i-th displayed frame, turned as it is shown. The CPU decoders return the same frames, bit for bit (the
+exceptions are in docs/guides/own-videos.md), because a video is only given to a decoder that reads it correctly:
 - decord does not get what `REFUSED` lists; torchcodec reads these;
-- H.264 with gradual refresh, and edit lists that start between keyframes, are refused (see `file`), because both
-  decoders would return other frames without saying so.
+- PyAV, "av", reads what both would read wrong (`Facts.alone`), from the first frame on.
 
-file.py reads what a file says about itself, such as sizes, edit lists and (one day) a rotation. That needs no decoder,
-so it comes first: no process loads both decord and torchcodec, which would end it at some videos (see `workers`). What
-the other one must read is read in another process (`IsolatedVideo`).
+file.py reads what a file says about itself, such as sizes, edit lists and rotations. That comes first: no process loads
+both decord and torchcodec, which would end it at some videos (see `workers`). What the other one must read is read in
+another process (`IsolatedVideo`).
 
-"auto" on a CPU means decord, and torchcodec for what decord does not get; where torchcodec is loaded already, it reads
-all that it can. With one thread, on CLEVRER's files (480x320
-H.264 with one keyframe), opening one and reading 16 frames from a random place took 73 and 77 ms, and all 128 frames
-137 and 161 ms. If decord cannot decode frames, "auto" asks torchcodec for them. "auto" on a CUDA device means DALI if
-it is installed, else a CPU decoder.
+"auto" on a CPU means decord, torchcodec for what decord does not get, and PyAV for the rest; where torchcodec is loaded
+already, it reads all that it can. With one thread, on CLEVRER's files (480x320 H.264 with one keyframe), opening one
+and reading 16 frames from a random place took decord and torchcodec 73 and 77 ms, and all 128 frames 137 and 161 ms. If
+decord cannot decode frames, "auto" asks torchcodec for them. "auto" on a CUDA device means DALI if it is installed,
+else a CPU decoder.
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -36,20 +36,22 @@ from torch import Tensor
 
 from vjvcr_fast.data.files import load, reason
 from vjvcr_fast.data.video import workers
-from vjvcr_fast.data.video.dali import DaliVideo
-from vjvcr_fast.data.video.file import Facts, UnservedError, Video, VideoError, examine, resize
+from vjvcr_fast.data.video.dali import DaliVideo, encoded
+from vjvcr_fast.data.video.ffmpeg import AvVideo
+from vjvcr_fast.data.video.file import UPRIGHT, Facts, UnservedError, Video, VideoError, examine, resize
 
 __all__ = ["BACKENDS", "Video", "VideoError", "explain", "open_video", "resize"]
 
-BACKENDS = ("decord", "torchcodec", "dali")
-AUTO = {"cpu": ("decord", "torchcodec"), "cuda": ("dali", "decord", "torchcodec")}
+BACKENDS = ("decord", "torchcodec", "av", "dali")
+AUTO = {"cpu": ("decord", "torchcodec", "av"), "cuda": ("dali", "decord", "torchcodec", "av")}
 NARROW = 256  # decord2 3.4 fails at some widths: of the multiples of 4 from 16 to 796, at 16, 24, 32, 48, 96 and 144
 DISTRIBUTIONS = {
     "decord": ("decord2", "decord"),
     "torchcodec": ("torchcodec",),
+    "av": ("av",),
     "dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120", "nvidia-dali-cuda110"),
 }
-EXTRAS = {"decord": "video", "torchcodec": "torchcodec", "dali": "dali"}
+EXTRAS = {"decord": "video", "torchcodec": "torchcodec", "av": "video", "dali": "dali"}
 TIMEOUT = 60.0  # seconds for a call to a stand-in
 KEPT = 4  # videos that such a process keeps open
 _LOADING = threading.Lock()  # held while it is decided which decoder this process loads
@@ -101,7 +103,7 @@ class DecordVideo(Video):
         except Exception as error:  # decord's own among them
             raise UnservedError(f"{path}: decord cannot open it ({reason(error)})") from error
         _check_count(self, len(self._reader))
-        if facts.width < NARROW:
+        if min(facts.height, facts.width) < NARROW:
             try:
                 self._read([0])
             except Exception as error:  # other errors are reported when frames are read
@@ -121,14 +123,16 @@ class TorchcodecVideo(Video):
     def __init__(self, path: Path, facts: Facts, device: torch.device, threads: int) -> None:
         self._decoders = load(workers.MODULES["torchcodec"], EXTRAS["torchcodec"])
         super().__init__(path, facts, device, threads)
-        self._facts, self._decoder = facts, self._opened()
-        self.height, self.width = self._decoder.metadata.height, self._decoder.metadata.width  # after its rotation
+        self._decoder = self._opened()
         _check_count(self, len(self._decoder))
 
     def _opened(self) -> Any:
         settings = {"dimension_order": "NHWC", "device": "cpu", "seek_mode": "exact"}
         try:
-            return self._decoders.VideoDecoder(str(self.path), num_ffmpeg_threads=self.threads, **settings)
+            number, threads = self._facts.stream, self.threads
+            return self._decoders.VideoDecoder(
+                str(self.path), stream_index=number, num_ffmpeg_threads=threads, **settings
+            )
         except (RuntimeError, ValueError) as error:
             raise UnservedError(f"{self.path}: torchcodec cannot open it ({reason(error)})") from error
 
@@ -141,7 +145,9 @@ class TorchcodecVideo(Video):
             if end - first == len(indices):
                 return self._decoder.get_frames_in_range(first, end).data
             return self._decoder.get_frames_at(indices).data
-        except RuntimeError:
+        except RuntimeError as error:
+            if "pre-allocated tensor of shape" in str(error) and not self._facts.mirrored:  # frames have several sizes
+                return AvVideo(self.path, self._facts, self.device, self.threads)._read(indices)
             if not self._facts.open_gops:
                 raise
             # Starting at the last keyframe, torchcodec may miss the end of the video; from frame 0 it does not.
@@ -157,8 +163,16 @@ def _check_count(video: Video, count: int) -> None:
 class IsolatedVideo(Video):
     """A video that another process reads, within a time limit for each call; None: that of a stand-in."""
 
-    def __init__(self, path: Path, backend: str, device: torch.device, threads: int, timeout: float | None) -> None:
-        self.path, self._timeout, self._options = path, timeout, (backend, device, threads, next(_NUMBERS))
+    def __init__(
+        self,
+        path: Path,
+        backend: str,
+        device: torch.device,
+        threads: int,
+        stream: int | None,
+        timeout: float | None,
+    ) -> None:
+        self.path, self._timeout, self._options = path, timeout, (backend, device, threads, stream, next(_NUMBERS))
         self._pool, self._process = _pool(timeout, backend), os.getpid()
         vars(self).update(self._ask(_about))
         self.device = device
@@ -184,9 +198,9 @@ def _pool(timeout: float | None, backend: str) -> workers.Pool:
 
 
 @functools.lru_cache(KEPT)
-def _kept(path: Path, backend: str, device: torch.device, threads: int, number: int) -> Video:
+def _kept(path: Path, backend: str, device: torch.device, threads: int, stream: int | None, number: int) -> Video:
     """In a process that reads for others: a video, opened. number: of the IsolatedVideo that asks for it."""
-    video = open_video(path, backend, device, threads)
+    video = open_video(path, backend, device, threads, stream=stream)
     if video.backend != "dali":
         video.device = torch.device("cpu")  # from where the frames are sent
     return video
@@ -202,7 +216,7 @@ def _frames(path: Path, options: tuple[Any, ...], indices: list[int], size: Any)
     return _kept(path, *options).frames(indices, size).permute(0, 2, 3, 1).cpu().contiguous().numpy()
 
 
-OPENERS: dict[str, Any] = {"decord": DecordVideo, "torchcodec": TorchcodecVideo, "dali": DaliVideo}
+OPENERS: dict[str, Any] = {"decord": DecordVideo, "torchcodec": TorchcodecVideo, "av": AvVideo, "dali": DaliVideo}
 
 
 def open_video(
@@ -211,11 +225,13 @@ def open_video(
     device: str | torch.device = "cpu",
     threads: int = 1,
     timeout: float | None = None,
+    stream: int | None = None,
 ) -> Video:
     """Opens a video file. `Video.frames` then reads its frames.
 
-    backend: "decord", "torchcodec", "dali" or "auto". device: "cpu" or a CUDA device, where frames are delivered; the
-    CPU decoders decode on the CPU and copy them there. threads: of the decoder.
+    backend: "decord", "torchcodec", "av", "dali" or "auto". device: "cpu" or a CUDA device, where frames are delivered;
+    the CPU decoders decode on the CPU and copy them there. threads: of the decoder. stream: which of the file's video
+    streams, counted from 0; None: the one that FFmpeg takes, usually the default one or the largest.
 
     timeout: None reads the file in this process, and a decoder may take as long as it likes, also for ever. Seconds:
     another process reads it, and is killed if opening or one call of `frames` takes longer. It takes about a second to
@@ -227,8 +243,8 @@ def open_video(
     and has a limit of 60 s. So do not import decord yourself where torchcodec is loaded.
 
     Raises VideoError, naming the file and the reason, if the file is not a complete video, the backend cannot decode it
-    or the time is over; ImportError, naming the extra, if the backend (for "auto": every backend) or av is missing, or
-    pebble where another process is needed; ValueError for other backends, devices, threads or times.
+    or the time is over; ImportError, naming the extra, if the backend or av is missing, or pebble where another process
+    is needed; ValueError for other backends, devices, threads or times.
     """
     if backend not in (*BACKENDS, "auto"):
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
@@ -236,26 +252,21 @@ def open_video(
         raise ValueError(f"threads must be at least 1, got {threads}")
     path, place = Path(path), _device(device)
     if timeout is not None:
-        return IsolatedVideo(path, backend, place, threads, timeout)
-    facts, refusals = examine(path), dict(workers.tried() or {})
-    for name in (backend,) if backend != "auto" else _order(place):
+        return IsolatedVideo(path, backend, place, threads, stream, timeout)
+    facts, refusals = examine(path, stream), dict(workers.tried() or {})
+    *others, last = (backend,) if backend != "auto" else _order(place)
+    for name in others:
         if name in refusals:
             continue
         try:
             video = _opened(name, path, facts, place, threads, refusals)
-            if backend == "auto" and name == "decord" and "torchcodec" not in refusals:
+            if name == "decord" and "torchcodec" not in refusals:
                 # decord decodes ahead, and may fail at damage that lies behind the frames asked for.
                 video.otherwise = partial(_opened, "torchcodec", path, facts, place, threads, refusals)
             return video
         except (ImportError, UnservedError) as error:
-            if backend != "auto":
-                raise
             refusals[name] = error
-    unserved = next((error for error in refusals.values() if isinstance(error, UnservedError)), None)
-    if unserved is None:
-        raise ImportError(f"no decoder: {'; '.join(map(str, refusals.values()))}")
-    others = [str(error).removeprefix(f"{path}: ") for error in refusals.values() if error is not unserved]
-    raise VideoError("; ".join([str(unserved), *others]))
+    return _opened(last, path, facts, place, threads, refusals)
 
 
 def _order(place: torch.device) -> list[str]:
@@ -268,22 +279,51 @@ def _opened(
     name: str, path: Path, facts: Facts, place: torch.device, threads: int, refusals: dict[str, Exception]
 ) -> Video:
     """Opens a video with a decoder, here or, if this process must not load it, in another one."""
-    if name == "decord":
-        kind = next((about.kind for about in REFUSED if about.shows and about.shows(facts)), None)
-        if kind is not None:
-            raise UnservedError(f"{path}: decord does not read this kind of video right ({kind}); torchcodec does")
+    _check_facts(path, name, facts)
     if name in workers.MODULES:
         with _LOADING:
             here = _may_load(name)
             if here:
-                load(workers.MODULES[name], EXTRAS[name])
+                _load(name)
         if not here:
             if importlib.util.find_spec(name) is None:
                 load(name, EXTRAS[name])  # says what to install
             if workers.tried() is not None:
                 raise workers.Elsewhere(name, refusals)
-            return IsolatedVideo(path, name, place, threads, None)
+            return IsolatedVideo(path, name, place, threads, facts.asked, None)
     return OPENERS[name](path, facts, place, threads)
+
+
+def _check_facts(path: Path, backend: str, facts: Facts) -> None:
+    """Raises UnservedError if the backend would not read a video right, because of what its file says about it."""
+    wrong, others = "", "torchcodec and av do"
+    if facts.alone and backend != "av":
+        wrong, others = facts.alone, "av does"
+    elif facts.asked is not None and backend in ("decord", "dali"):
+        wrong = "one of several video streams"
+    elif backend == "decord":
+        wrong = next((about.kind for about in REFUSED if about.shows and about.shows(facts)), "")
+    elif backend == "dali" and facts.matrix != UPRIGHT:
+        wrong, others = "turned to be shown", "decord, torchcodec and av do"
+    if wrong:
+        raise UnservedError(f"{path}: {backend} does not read this kind of video right ({wrong}); {others}")
+
+
+def for_dali(path: Path) -> Any:
+    """The bytes of a file, for `DaliDecoder.read`. Raises VideoError if it is no video that DALI reads right."""
+    _check_facts(path, "dali", examine(path))
+    return encoded(path)
+
+
+def _load(name: str) -> None:
+    """Loads a decoder. decord asks for its libraries to be shown to the whole process, where PyAV's and torchcodec's
+    FFmpeg would call decord's libdav1d, of another version, instead of their own. So that is not done."""
+    asked = ctypes.RTLD_GLOBAL
+    try:
+        ctypes.RTLD_GLOBAL = ctypes.RTLD_LOCAL  # type: ignore[misc]
+        load(workers.MODULES[name], EXTRAS[name])
+    finally:
+        ctypes.RTLD_GLOBAL = asked  # type: ignore[misc]
 
 
 def _may_load(name: str) -> bool:
@@ -334,8 +374,8 @@ def explain() -> dict[str, str]:
             lines[name] = f"{version}, but av is not installed: pip install 'vjvcr_fast[video]'"
         else:
             roles = [f"auto on {device}" for device in AUTO if first[device] == name]
-            if name == "torchcodec" and not roles:
-                roles = ["auto for what decord does not read right"]
+            if not roles and name != "dali":
+                roles = [f"auto for what {'decord does' if name == 'torchcodec' else 'the others do'} not read right"]
             lines[name] = ": ".join([version, ", ".join(roles) or "where asked for"])
     return lines
 

@@ -1,13 +1,12 @@
 """What all decoders share: what a video file contains, whether it is complete, and its frames as tensors.
 
-`examine` reads the packets of every file once before a decoder opens it. It decodes nothing and takes about 4 ms. So
-all backends report the same faults, and decoders only get complete videos. Frames are numbered in display order.
+`examine` reads the packets of every file once before a decoder opens it, and decodes its first frame. So all backends
+report the same faults, and decoders only get complete videos. Frames are numbered in display order, and are upright.
 
 Where to add another kind of video:
 - what a file says about itself, such as a rotation or an edit list, is read and judged in `_facts`;
-- decoded frames are changed, for example turned upright, in `Video.frames`, between `_read` and the check of their
-  shape. Today no rotation is read: torchcodec turns frames by itself and then states their size. decord does not turn
-  them, so such a video needs a turn for decord only.
+- if decord and torchcodec return other frames than FFmpeg in some order of reading, it is a reason in `Facts.alone`;
+- decoded frames are changed, for example mirrored, in `Video.frames`, between `_read` and the check of their shape.
 """
 
 import contextlib
@@ -15,6 +14,7 @@ import functools
 import math
 import operator
 import stat
+import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +24,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vjvcr_fast.data.files import load, reason
+from vjvcr_fast.data.video.formats import refreshed_later, stated_end
 
-MATROSKA, SEGMENT = b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"  # the first bytes of the file and of its one segment
 # No frame of these is stored as zeros only; a part of a file that was never written is.
 NEVER_ZERO = ("av1", "h264", "hevc", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "vp8", "vp9")
 REMEMBERED = 1 << 14  # files whose facts are remembered, at less than 1 kB each
+UPRIGHT = (1, 0, 0, 1)
+# Display matrices, by their signs (a, b, c, d): what turns the stored frame as it is to be shown, as FFmpeg's filters.
+# decord and torchcodec turn frames too, but where the matrix mirrors (a d - b c < 0) they forget to.
+TURNS = {
+    UPRIGHT: (),
+    (0, 1, -1, 0): (("transpose", "clock"),),
+    (-1, 0, 0, -1): (("hflip", ""), ("vflip", "")),
+    (0, -1, 1, 0): (("transpose", "cclock"),),
+    (-1, 0, 0, 1): (("hflip", ""),),
+    (1, 0, 0, -1): (("vflip", ""),),
+    (0, 1, 1, 0): (("transpose", "cclock_flip"),),
+    (0, -1, -1, 0): (("transpose", "clock_flip"),),
+}
+NO_INDEX = ("mpeg", "mpegts")  # containers without an index of frames: after a seek decoders are lost
+NO_TIMES = ("asf", "avi")  # containers without times of display
 
 
 class VideoError(RuntimeError):
@@ -60,9 +75,11 @@ class Source(NamedTuple):
 
 
 class Facts(NamedTuple):
-    """What a video file contains. height, width: in pixels, as stored, before any rotation. container: FFmpeg's name of
-    it, such as "mp4". open_gops: whether frames are stored after a keyframe but shown before it. tail: the frames from
-    the last keyframe to the end."""
+    """What a video file contains. height, width: in pixels, as shown. container: FFmpeg's name of it, such as "mp4".
+    open_gops: whether frames are stored after a keyframe but shown before it. tail: how many frames are decoded to get
+    the last one. matrix: how stored frames are turned to be shown, a key of TURNS. stream: the number of the video's
+    stream in the file. asked: its number among the video streams, if decoders take another one unasked. alone: why only
+    "av" reads it right; "" if others may."""
 
     frames: int
     fps: float
@@ -72,20 +89,30 @@ class Facts(NamedTuple):
     container: str
     open_gops: bool
     tail: int
+    matrix: tuple[int, int, int, int]
+    stream: int
+    asked: int | None
+    alone: str
+
+    @property
+    def mirrored(self) -> bool:
+        a, b, c, d = self.matrix
+        return a * d - b * c < 0
 
 
 class Video:
     """A complete video, opened by a backend. Do not share it between threads.
 
     path: the file. backend: its decoder. device: where frames are delivered. frame_count: how many there are. fps:
-    frames per second on average, 0 if the file does not say. height, width: in pixels, as the decoder displays them.
+    frames per second on average, 0 if the file does not say. height, width: in pixels, as frames are shown.
     """
 
     backend = ""
+    mirrors = False  # whether `_read` also mirrors, where the display matrix does
     otherwise: "Callable[[], Video] | None" = None  # opens it for another backend, to ask if this one cannot decode
 
     def __init__(self, path: Path, facts: Facts, device: torch.device, threads: int) -> None:
-        self.path, self.device, self.threads = path, device, threads
+        self.path, self.device, self.threads, self._facts = path, device, threads, facts
         self.frame_count, self.fps, self.height, self.width = facts.frames, facts.fps, facts.height, facts.width
 
     def frames(self, indices: Iterable[int] | Tensor, size: int | tuple[int, int] | None = None) -> Tensor:
@@ -112,6 +139,8 @@ class Video:
             with contextlib.suppress(VideoError):
                 damage = find_damage(self.path)
             raise DamagedError(f"{self.path}: {where}{f'; {damage}' if damage else ''}") from error
+        if self._facts.mirrored and not self.mirrors:
+            found = found.flip(1 if self._facts.matrix[0] else 2)  # of what was turned by 90 degrees, left and right
         expected = (len(each), self.height, self.width, 3)
         if found.shape != expected:
             raise VideoError(f"{self.path}: {self.backend} decodes {tuple(found.shape)}, the file states {expected}")
@@ -170,8 +199,12 @@ def _pair(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
 # -- Files ----------------------------------------------------------------------------------------------------------
 
 
-def examine(path: Path) -> Facts:
-    """Reads what a video file contains. Raises VideoError if it is not a whole video; ImportError if av is missing."""
+def examine(path: Path, stream: int | None = None) -> Facts:
+    """Reads what a video file contains. stream: which of its video streams, counted from 0; None: the one that FFmpeg
+    takes. Pictures that are attached to a file, such as a cover, are none.
+
+    Raises VideoError if it is not a whole video; ImportError if av is missing.
+    """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
@@ -182,40 +215,57 @@ def examine(path: Path) -> Facts:
         raise VideoError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if not head:
         raise VideoError(f"{path}: an empty file")
-    end = _stated_end(head)
+    end = stated_end(head)
     if end > status.st_size:
         raise VideoError(f"{path}: cut off: {status.st_size:,} of {end:,} bytes")
-    return _demux(path, status.st_size, status.st_mtime_ns)
+    return _demux(path, status.st_size, status.st_mtime_ns, stream)
+
+
+def opened(path: Path) -> Any:
+    """The file in PyAV, to be used with `with`."""
+    # "file:" allows names with a colon. The whitelist keeps playlists from opening other addresses.
+    return load("av", "video").open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="ignore")
 
 
 @functools.lru_cache(REMEMBERED)
-def _demux(path: Path, size: int, time: int) -> Facts:
+def _demux(path: Path, size: int, time: int, number: int | None) -> Facts:
     """Reads all packets. size and time are part of the cache key, so that a changed file is read again."""
     av = load("av", "video")
     try:
-        # "file:" allows names with a colon. The whitelist keeps playlists from opening other addresses.
-        options = {"protocol_whitelist": "file"}
-        with av.open(f"file:{path}", options=options, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise VideoError(f"{path}: no video in it that can be decoded")
+        with opened(path) as container:
+            stream = _chosen(path, container, number)
             if stream.frames > size:  # decord would allocate memory for all of them, and abort
                 raise VideoError(f"{path}: damaged: it states {stream.frames:,} frames in {size:,} bytes")
-            return _facts(path, container, stream)
+            asked = None if stream == container.streams.best("video") else number or 0
+            return _facts(path, container, stream)._replace(asked=asked)
     except (av.FFmpegError, ValueError) as error:
         raise VideoError(f"{path}: not a video that can be read ({getattr(error, 'strerror', error)})") from error
+
+
+def _chosen(path: Path, container: Any, number: int | None) -> Any:
+    """The video stream with this number, or the one that FFmpeg takes."""
+    picture = load("av", "video").stream.Disposition.attached_pic
+    videos = [s for s in container.streams.video if s.codec_context and not s.disposition & picture]
+    best = container.streams.best("video")
+    if not videos:
+        raise VideoError(f"{path}: no video in it that can be decoded" + (", only a picture" if best else ""))
+    if number is None:
+        return best if best in videos else videos[0]
+    if not 0 <= number < len(videos):
+        raise VideoError(f"{path}: has {len(videos)} video streams, from 0 on; there is no stream {number}")
+    return videos[number]
 
 
 def find_damage(path: Path) -> str | None:
     """Decodes a whole video and names the first frame that cannot be decoded, or only with a guess in place of what is
     damaged, as in "frame 30 is damaged"; None if there is none. Keeps one frame in memory. decord and torchcodec do not
     report guesses. Some damage, of VP9 above all, is not noticed here either. Raises VideoError if reading fails."""
-    av = load("av", "video")
+    av, facts = load("av", "video"), examine(path)
     times, shown = list[int](), set[int]()
     first: tuple[float, str] | None = None  # the time of what is damaged
     try:
-        with av.open(f"file:{path}", options={"protocol_whitelist": "file"}, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
+        with opened(path) as container:
+            stream = container.streams[facts.stream]
             stream.codec_context.thread_count = 1  # so that an error belongs to the packet that was sent
             for packet in container.demux(stream):
                 if packet.size and packet.pts is not None and not packet.is_discard:
@@ -233,99 +283,98 @@ def find_damage(path: Path) -> str | None:
     except (av.FFmpegError, ValueError, AttributeError) as error:
         raise VideoError(f"{path}: cannot be read to its end ({getattr(error, 'strerror', error)})") from None
     lost = set(times) - shown
-    if first is None and lost:
+    if first is None and lost and not facts.alone:  # whose times are guesses, or which starts with what is left out
         first = min(lost), "cannot be decoded (it is left out)"
     return first and f"frame {sum(time < first[0] for time in times)} {first[1]}"
 
 
 def _facts(path: Path, container: Any, stream: Any) -> Facts:
-    stored = tail = 0
-    open_gops = False
-    key: int | None = None
     codec = stream.codec_context
-    name = codec.codec.canonical_name
     kind = "mp4" if "mp4" in container.format.name else container.format.name.split(",")[0]
-    stated = stream.frames
+    codec.thread_count = 1
+    name, size = codec.codec.canonical_name, (codec.height, codec.width)
+    stated = 0 if kind == "avi" else stream.frames  # AVI also counts frames that only repeat the one before
     if kind == "mp4":  # an edit list removes frames from the index
         stated = min(stated, len(stream.index_entries))
+    stored = tail = 0
+    swapped = refreshed = beheaded = open_gops = False
+    first = start = key = None
+    times, hidden = list[int](), list[int]()
     for packet in container.demux(stream):
+        first = first or _decoded(codec, packet)
         if not packet.size:
             continue
         if packet.is_corrupt:
             raise VideoError(f"{path}: cut off or damaged: frame {stored} of {stated or 'unknown'} is not whole")
-        if packet.is_discard:
-            raise VideoError(f"{path}: its edit list starts between keyframes, where no decoder finds the right frames")
         if name in NEVER_ZERO and not any(bytes(packet)):
             raise VideoError(f"{path}: cut off or damaged: frame {stored} of {stated or 'unknown'} is all zeros")
         stored, tail = stored + 1, 1 if packet.is_keyframe else tail + 1
+        swapped |= packet.pts != packet.dts
+        if packet.pts is not None:
+            (hidden if packet.is_discard else times).append(packet.pts)
         if packet.is_keyframe:
-            key = packet.pts
-            if name == "h264" and _refreshed_later(bytes(packet), codec.extradata or b""):
-                raise VideoError(f"{path}: H.264 with gradual refresh, whose frames no decoder finds after a seek")
+            beheaded |= start is None and stored > 1
+            key = -math.inf if packet.pts is None else packet.pts
+            start = key if start is None else start
+            refreshed |= name == "h264" and refreshed_later(bytes(packet), codec.extradata or b"")
         elif packet.pts is not None and key is not None and packet.pts < key:
-            open_gops = True
+            open_gops, beheaded = True, beheaded or packet.pts < start
     if stored < stated:
         raise VideoError(f"{path}: cut off: {stored} of {stated} frames")
-    if not stored:
+    shown = stored - len(hidden)
+    misread = name == "mpeg4" and codec.has_b_frames and (kind == "avi" or times == sorted(times))
+    matrix, found = _matrix(path, first), size if first is None else (first.height, first.width)
+    alone = {
+        "it starts between keyframes": beheaded,
+        "its keyframes are whole only some frames later, a gradual refresh": refreshed,
+        "its edit list starts between keyframes": bool(hidden and times) and min(hidden) < max(times),
+        "MPEG files have no index of frames": kind in NO_INDEX,
+        "its frames have no times of display": len(times) < shown or misread or (kind in NO_TIMES and swapped),
+        "some of its frames have the same time": len({*times}) < len(times),
+        "its frames have another size than it states": found != size,
+        "its frames themselves say how to turn them": matrix != UPRIGHT and _turned_inside(path, stream),
+    }
+    if beheaded or refreshed or misread:
+        shown = _counted(path, stream.index)
+    if not shown:
         raise VideoError(f"{path}: a video without frames")
-    return Facts(stored, float(stream.average_rate or 0), codec.height, codec.width, name, kind, open_gops, tail)
+    height, width = found if matrix[0] else found[::-1]
+    why, fps = next((why for why, holds in alone.items() if holds), ""), float(stream.average_rate or 0)
+    tail = shown if why else tail
+    return Facts(shown, fps, height, width, name, kind, open_gops, tail, matrix, stream.index, None, why)
 
 
-def _refreshed_later(packet: bytes, header: bytes) -> bool:
-    """Whether an H.264 keyframe is incomplete until some frames later (gradual refresh).
-
-    Its recovery point, an SEI message of kind 6, then states a number of frames above 0.
-    """
-    if header[:1] == b"\x01" and len(header) > 4:  # as in mp4: the length of each unit comes before it
-        width, at, units = (header[4] & 3) + 1, 0, []
-        while at < len(packet):
-            start = at + width
-            at = start + int.from_bytes(packet[at:start], "big")
-            units.append(packet[start:at])
-    else:
-        units = packet.split(b"\0\0\1")
-    for unit in units:
-        at = 1
-        while unit[:1] and unit[0] & 31 == 6 and at + 2 < len(unit):  # an SEI unit: messages of kind, length, content
-            kind, at = _sei_number(unit, at)
-            length, at = _sei_number(unit, at)
-            if kind == 6 and at < len(unit) and not unit[at] & 128:  # the number 0 is coded as one bit, a 1
-                return True
-            at += length
-    return False
+def _decoded(codec: Any, packet: Any) -> Any:
+    """The frame that comes out of a decoder when a packet is put in, if one does."""
+    with contextlib.suppress(load("av", "video").FFmpegError):  # reported when it is read
+        return next(iter(codec.decode(packet if packet.size else None)), None)
 
 
-def _sei_number(unit: bytes, at: int) -> tuple[int, int]:
-    """Reads a number coded as a sum of bytes, of which all but the last are 255. Returns it and where it ends."""
-    number = 0
-    while at < len(unit):
-        number, at = number + unit[at], at + 1
-        if unit[at - 1] != 255:
-            break
-    return number, at
+def _matrix(path: Path, frame: Any) -> tuple[int, int, int, int]:
+    """How a frame is turned to be shown: a key of TURNS. Raises VideoError for other angles."""
+    stated = frame and frame.side_data.get("DISPLAYMATRIX")
+    if not stated:
+        return UPRIGHT
+    a, b, _, c, d = struct.unpack("5i", bytes(stated)[:20])
+    small = max(map(abs, (a, b, c, d))) / 64  # within a degree, as FFmpeg
+    a, b, c, d = ((x > small) - (x < -small) for x in (a, b, c, d))
+    if (a, b, c, d) not in TURNS:
+        raise VideoError(f"{path}: is to be turned by other than 90, 180 or 270 degrees before it is shown")
+    return a, b, c, d
 
 
-def _stated_end(head: bytes) -> int:
-    """The size in bytes that a file states, which tells whether it was cut off; 0 if it states none.
-
-    AVI, Matroska and WebM files state one. The last two do not state a number of frames.
-    """
-    if head.startswith(b"RIFF"):
-        return 8 + int.from_bytes(head[4:8], "little")
-    if not head.startswith(MATROSKA):
-        return 0
-    size, at = _matroska_size(head, 4)
-    if head[at + size : at + size + 4] != SEGMENT:
-        return 0
-    size, at = _matroska_size(head, at + size + 4)
-    return at + size
+def _turned_inside(path: Path, stream: Any) -> bool:
+    """Whether frames state how to turn them, which decord and torchcodec do not see, not only the file."""
+    codec = stream.codec_context
+    bare = type(codec).create(codec.codec.name, "r")
+    bare.extradata = codec.extradata
+    with opened(path) as container:
+        frames = (_decoded(bare, packet) for packet in container.demux(container.streams[stream.index]))
+        first = next((frame for frame in frames if frame), None)
+    return _matrix(path, first) != UPRIGHT
 
 
-def _matroska_size(head: bytes, at: int) -> tuple[int, int]:
-    """Reads a number whose length in bytes is 1 + the leading zeros of its first byte. Returns it and where it ends.
-
-    All bits after the length set mean "unknown", which is returned as 0.
-    """
-    length = 9 - head[at].bit_length() if at < len(head) else 1
-    bits = int.from_bytes(head[at : at + length], "big") & ((1 << 7 * length) - 1)
-    return 0 if bits == (1 << 7 * length) - 1 else bits, at + length
+def _counted(path: Path, stream: int) -> int:
+    """The number of frames that are shown, found by decoding all of them."""
+    with opened(path) as container:
+        return sum(1 for _ in container.decode(container.streams[stream]))
