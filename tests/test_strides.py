@@ -47,7 +47,7 @@ from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.chunked import backward_chunked
 from vjvcr_fast.training.telemetry import statistics
 
-FACTS: Any = SimpleNamespace(frames=9, fps=1.0, height=2, width=2)
+FACTS: Any = SimpleNamespace(frames=9, fps=1.0, height=2, width=2, mirrored=False)
 
 # Modules, classes and functions without an entry, and why.
 EXCEPTIONS = {
