@@ -69,3 +69,11 @@ inline Isa isa() {
 }
 
 }  // namespace vjvcr
+
+// The variable of that name in the namespace of the instruction set to be used.
+#ifdef VJVCR_X86
+#define VJVCR_OF_THIS_CPU(name) \
+  (isa() == Isa::avx512 ? avx512::name : isa() == Isa::avx2 ? avx2::name : baseline::name)
+#else
+#define VJVCR_OF_THIS_CPU(name) baseline::name
+#endif

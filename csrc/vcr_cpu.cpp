@@ -31,12 +31,12 @@
 #include <tuple>
 #include <vector>
 
+#include "memory_cpu.h"
 #include "tensors.h"
 
 namespace vjvcr {
 namespace {
 
-constexpr int64_t kPad = 32;    // numbers; a multiple of the columns of a tile
 constexpr int64_t kStrip = 64;  // features that a thread centres at once, at least
 constexpr int64_t kBeyond = 8;  // rows that are readable beyond the last
 constexpr int64_t kSkew = 16;   // rows that begin a power of two apart would meet in the same places of the cache
@@ -47,9 +47,6 @@ constexpr int64_t kPiece = 384 << 10;          // bytes of a piece, about
 constexpr int64_t kLeast = 512, kMost = 4096;  // terms of a sum in a piece
 constexpr int64_t kGroups = 16;                // parts of a product that are computed side by side, at most
 constexpr double kWorthIt = 1e6;               // multiplications that a thread makes at least
-
-constexpr int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
-constexpr int64_t blocks_of(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
 struct Pair {
   int64_t i, j;
@@ -135,24 +132,6 @@ struct Kernels {
 namespace vjvcr {
 namespace {
 
-template <typename T>
-const Kernels<T>& kernels() {
-#ifdef VJVCR_X86
-  if (isa() == Isa::avx512) return avx512::kKernels<T>;
-  if (isa() == Isa::avx2) return avx2::kKernels<T>;
-#endif
-  return baseline::kKernels<T>;
-}
-
-// Calls body(worker) for 0 <= worker < workers, side by side.
-template <typename Body>
-void side_by_side(int64_t workers, const Body& body) {
-  if (workers == 1) return body(0);
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) body(worker);
-  });
-}
-
 // What is asked for. a, b: the coefficients above; `variance` and `covariance` say which terms there are.
 struct Wish {
   double threshold, eps, a, b;
@@ -162,23 +141,6 @@ struct Wish {
 // The sums that make up the two terms.
 struct Sums {
   double hinge = 0, penalty = 0;
-};
-
-// Numbers, aligned for any vector.
-template <typename T>
-class Buffer {
- public:
-  Buffer() = default;
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(std::aligned_alloc(64, round_up(count * sizeof(T), 64)))) {
-    STD_TORCH_CHECK(data_ != nullptr, "vcr: out of memory");
-  }
-  T* get() const { return data_.get(); }
-
- private:
-  struct Free {
-    void operator()(T* data) const { std::free(data); }
-  };
-  std::unique_ptr<T, Free> data_;
 };
 
 // Runs body(i, worker) for begin <= i < end, shared among up to `threads` workers, in order on each of them.
@@ -195,7 +157,7 @@ template <typename T>
 class Loss {
  public:
   Loss(const View& h, const View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish)
-      : h_(h), out_(out), n_(n), steps_(steps), d_(d), wish_(wish), run_(kernels<T>()),
+      : h_(h), out_(out), n_(n), steps_(steps), d_(d), wish_(wish), run_(VJVCR_OF_THIS_CPU(kKernels<T>)),
         by_features_(wish.covariance ? wish.gram : n < d) {
     size_ = by_features_ ? n : d, length_ = by_features_ ? d : n;
     const int64_t fits = kPiece / (int64_t(sizeof(T)) * size_), most = std::min(std::max(fits, kLeast), kMost);

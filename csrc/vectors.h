@@ -68,19 +68,19 @@ inline T total(Register<T> x) {
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// A tile of kRows rows and kVectors vectors: sum += x y, where x is (kRows, count) with strides and y (count, ...) rows.
-template <typename T>
-inline void multiply(Register<T> (&sum)[kRows][kVectors], const T* x, int64_t by_row, int64_t by_term, const T* y,
+// A tile of kRows rows and V vectors: sum += x y, where x is (kRows, count) with strides and y (count, ...) rows.
+template <typename T, int V>
+inline void multiply(Register<T> (&sum)[kRows][V], const T* x, int64_t by_row, int64_t by_term, const T* y,
                      int64_t pitch, int64_t count) {
   for (int64_t k = 0; k < count; ++k) {
-    Register<T> right[kVectors];
+    Register<T> right[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) right[v] = load(y + k * pitch + v * kLanes<T>);
+    for (int v = 0; v < V; ++v) right[v] = load(y + k * pitch + v * kLanes<T>);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
       const Register<T> left = all(x[r * by_row + k * by_term]);
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sum[r][v] = multiply_add<T>(left, right[v], sum[r][v]);
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add<T>(left, right[v], sum[r][v]);
     }
   }
 }
