@@ -7,7 +7,7 @@
 #ifdef __CUDACC__
 #define VJVCR_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define VJVCR_HOST_DEVICE inline
+#define VJVCR_HOST_DEVICE inline __attribute__((always_inline))  // so that a loop around it can be vectorised
 #endif
 
 namespace vjvcr {

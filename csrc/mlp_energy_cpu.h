@@ -1,178 +1,114 @@
-// What fista_mlp and newton_mlp share on the CPU: the energy of an MLP predictor about a start, for a whole batch, and
-// how samples leave the batch. The matrix products are torch's; between two of them lies one pass over each row.
+// What fista_mlp and newton_mlp share on the CPU: how samples are spread over threads. The energy itself is in
+// mlp_block_cpu.h, for each instruction set.
 //
-// A sample that is frozen needs no more steps, but it still costs its rows of every product. So once an eighth of the
-// batch is frozen, `retire` writes those samples out and moves the others up, into the gaps.
+// A thread keeps a block of samples, side by side in the lanes of its vectors. A sample comes in, makes all its steps,
+// and leaves when it is frozen. Then the next one comes in. So lanes stay full, and nothing waits between two steps.
+// No lane depends on another: a sample's result is the same, to the bit, in any lane and on any number of threads.
 //
-//   buffer               | written by             | read by           | safe because
-//   u_, value_           | gradient, row i in a   | the next pass,    | passes do not overlap; each call of gradient
-//                        | pass over sample i     | value(i)          | writes them anew, so retire need not move them
-//   all other rows,      | retire, which copies   | the next step     | one thread copies them, in ascending order of
-//   samples              | row i to row j <= i    |                   | i; row j has been copied or written out before
-//   a sample's scratch   | the pass over the      | the same pass     | every pass over a sample has its own
-//                        | sample                 |                   |
+//   memory               | written by             | read by           | safe because
+//   operands             | pack, part by part     | all blocks        | all threads have packed before one searches
+//   a block              | its thread             | the same thread   | every thread has its own
+//   next                 | a thread that takes    | the same thread   | the addition is atomic
+//                        | a sample               |                   |
+//   results, row i       | the thread that took   | the caller        | a sample is taken once
+//                        | sample i               |                   |
 #pragma once
 
 #include <algorithm>
 #include <cmath>
-#include <numeric>
-#include <vector>
 
+#include "memory_cpu.h"
 #include "tensors.h"
 
 namespace vjvcr {
 namespace {
 
-constexpr int64_t kGrain = 8192;  // numbers that a thread works on at least
-constexpr int64_t kWorthIt = 8;   // samples leave once one in so many is frozen
-constexpr int kLanes = 16;        // partial sums that `sum` keeps side by side
+constexpr double kWorthIt = 1e6;  // multiplications that a thread makes at least
 
-// The sum of term(k), k < count, in a fixed order that the compiler can keep in vector registers.
-template <typename T, typename Term>
-T sum(int64_t count, const Term& term) {
-  T lanes[kLanes] = {};
-  int64_t k = 0;
-  for (; k + kLanes <= count; k += kLanes) {
-    for (int i = 0; i < kLanes; ++i) lanes[i] += term(k + i);
-  }
-  for (; k < count; ++k) lanes[k % kLanes] += term(k);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
+// One matrix of a product: its rows are those of the result. by_row, by_term: strides, so a matrix can be transposed.
+template <typename T>
+struct Operand {
+  const T* from;
+  int64_t by_row, by_term, rows, terms;
+};
+enum { kW1, kW1T, kW2, kW2T, kGram, kOperands };
 
 template <typename T>
-T relu(T x) {
-  return x < T(0) ? T(0) : x;  // NaN stays NaN
-}
-
-// Copies row `from` to row `to`.
-template <typename T>
-void move_row(Tensor& rows, int64_t from, int64_t to) {
-  const int64_t width = rows.size(1);
-  T* memory = mutable_data<T>(rows);
-  if (from != to) std::copy_n(memory + from * width, width, memory + to * width);
-}
-
-template <typename T>
-class MlpEnergy {
- public:
-  MlpEnergy(const Tensor& p, const Tensor& w1z, const Tensor& w2, const Tensor& b2, const Tensor& gram,
-            const Tensor& u0, const Tensor& r, const Tensor& start, T scale, T weight)
-      : n_(p.size(0)), m_(w1z.size(1)), hidden_(p.size(1)), scale_(scale), weight_(weight), w1z_(w1z), w2_(w2),
-        gram_(gram), b2_(b2), w1z_t_(torch::stable::transpose(w1z, 0, 1)), w2_t_(torch::stable::transpose(w2, 0, 1)),
-        p_(torch::stable::clone(p)), u0_(torch::stable::clone(u0)), r_(torch::stable::clone(r)),
-        start_(data<T>(start), data<T>(start) + n_), u_(torch::stable::empty_like(p)), value_(n_), at_(n_) {
-    std::iota(at_.begin(), at_.end(), 0);
-  }
-
-  int64_t size() const { return n_; }
-
-  // The energy of sample i, with its penalty, at the point of the last call of `gradient`.
-  T value(int64_t i) const { return value_[i]; }
-
-  // The row of sample i in the operator's arguments.
-  int64_t at(int64_t i) const { return at_[i]; }
-
-  // Runs body(i) for every sample, in parallel. width: how many numbers one sample reads or writes.
-  template <typename Body>
-  void for_each(int64_t width, const Body& body) const {
-    torch::stable::parallel_for(0, n_, kGrain / width + 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) body(i);
-    });
-  }
-
-  // The gradients at v, (N, m) both, without the penalty. Also sets `value`.
-  Tensor gradient(const Tensor& v) {
-    Tensor a = torch::stable::matmul(v, w1z_t_);
-    for_each(hidden_, [&](int64_t i) {
-      const T* p = data<T>(p_) + i * hidden_;
-      T* row = mutable_data<T>(a) + i * hidden_;
-      for (int64_t k = 0; k < hidden_; ++k) row[k] = relu(row[k] + p[k]);
-    });
-    Tensor change = torch::stable::matmul(a, w2_t_);
-    for_each(hidden_, [&](int64_t i) {
-      const T *b2 = data<T>(b2_), *u0 = data<T>(u0_) + i * hidden_;
-      T *row = mutable_data<T>(change) + i * hidden_, *u = mutable_data<T>(u_) + i * hidden_;
-      for (int64_t k = 0; k < hidden_; ++k) {
-        u[k] = relu(row[k] + b2[k]);
-        row[k] = u[k] - u0[k];
-      }
-    });
-    Tensor g = torch::stable::matmul(change, gram_);
-    for_each(hidden_, [&](int64_t i) {
-      const T *r = data<T>(r_) + i * hidden_, *u = data<T>(u_) + i * hidden_, *d = data<T>(change) + i * hidden_;
-      const T* z = data<T>(v) + i * m_;
-      T* row = mutable_data<T>(g) + i * hidden_;
-      const T energy = sum<T>(hidden_, [&](int64_t k) { return (row[k] - T(2) * r[k]) * d[k]; });
-      const T norm = sum<T>(m_, [&](int64_t k) { return std::abs(z[k]); });
-      value_[i] = start_[i] + scale_ * energy + weight_ * norm;
-      for (int64_t k = 0; k < hidden_; ++k) row[k] = u[k] > T(0) ? row[k] - r[k] : T(0);
-    });
-    Tensor back = torch::stable::matmul(g, w2_);
-    for_each(hidden_, [&](int64_t i) {
-      const T* row_a = data<T>(a) + i * hidden_;
-      T* row = mutable_data<T>(back) + i * hidden_;
-      for (int64_t k = 0; k < hidden_; ++k) row[k] = row_a[k] > T(0) ? row[k] : T(0);
-    });
-    Tensor gradient = torch::stable::matmul(back, w1z_);
-    T* all = mutable_data<T>(gradient);
-    for (int64_t k = 0; k < n_ * m_; ++k) all[k] *= T(2) * scale_;
-    return gradient;
-  }
-
-  // Puts sample `from` in the place of sample `to`.
-  void move(int64_t from, int64_t to) {
-    for (Tensor* rows : {&p_, &u0_, &r_}) move_row<T>(*rows, from, to);
-    start_[to] = start_[from], at_[to] = at_[from];
-  }
-
-  // Keeps the first n samples.
-  void narrow(int64_t n) {
-    n_ = n;
-    for (Tensor* rows : {&p_, &u0_, &r_, &u_}) *rows = torch::stable::narrow(*rows, 0, 0, n);
-  }
-
- private:
-  int64_t n_, m_, hidden_;
-  T scale_, weight_;
-  Tensor w1z_, w2_, gram_, b2_, w1z_t_, w2_t_, p_, u0_, r_;
-  std::vector<T> start_;
-  Tensor u_;
-  std::vector<T> value_;
-  std::vector<int64_t> at_;
+struct Problem {
+  int64_t n, m, hidden, steps;
+  T scale, weight;
+  const T *z0, *p, *b2, *u0, *r, *start;
+  T *z, *energy, *step;
+  int64_t* taken;
+  bool* lost;
+  int64_t at_once;  // samples that a thread has at most
+  int64_t* next;    // the first sample that no thread has taken
+  const T* packed[kOperands];
 };
 
-// Writes frozen samples to `result` and takes them out of the batch, once they are enough; with `all`, every sample.
-// samples: their state, of which energy, step, steps, active and lost are read. rows: the batch's other tensors, z
-// first.
-template <typename T, typename State>
-void retire(MlpEnergy<T>& energy, std::vector<State>& samples, const std::vector<Tensor*>& rows, bool all,
-            Result& result) {
-  const int64_t n = energy.size(), m = rows[0]->size(1);
-  const auto leaves = [&](const State& sample) { return all || !sample.active; };
-  const int64_t leaving = std::count_if(samples.begin(), samples.begin() + n, leaves);
-  if (leaving == 0 || (leaving < n && leaving * kWorthIt < n)) return;
-  auto& [z, value, step, steps, lost] = result;
-  int64_t kept = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const State& sample = samples[i];
-    if (leaves(sample)) {
-      const int64_t to = energy.at(i);
-      std::copy_n(data<T>(*rows[0]) + i * m, m, mutable_data<T>(z) + to * m);
-      mutable_data<T>(value)[to] = sample.energy;
-      mutable_data<T>(step)[to] = sample.step;
-      mutable_data<int64_t>(steps)[to] = sample.steps;
-      mutable_data<bool>(lost)[to] = sample.lost;
-      continue;
-    }
-    energy.move(i, kept);
-    for (Tensor* tensor : rows) move_row<T>(*tensor, i, kept);
-    samples[kept++] = sample;
+// The search for one instruction set. panel: rows that are packed together. lanes, width: samples in a vector and in a
+// block. rows(m, hidden): of a block's memory, `width` numbers each.
+template <typename T, typename Options>
+struct Kernels {
+  int64_t panel, lanes, width;
+  int64_t (*rows)(int64_t m, int64_t hidden);
+  void (*pack)(const Operand<T>&, int64_t begin, int64_t end, T* to);
+  void (*search)(const Problem<T>&, const Options&, T* memory);
+};
+
+// Searches for all samples. The tensors are those that check_mlp checks.
+template <typename T, typename Options>
+void solve(const Kernels<T, Options>& run, const Options& options, int64_t steps, double scale, double weight,
+           const Tensor& z0, const Tensor& p, const Tensor& w1z, const Tensor& w2, const Tensor& b2, const Tensor& gram,
+           const Tensor& u0, const Tensor& r, const Tensor& start, Result& result) {
+  const int64_t n = z0.size(0), m = z0.size(1), hidden = p.size(1);
+  if (n == 0) return;
+  const Operand<T> operands[kOperands] = {{data<T>(w1z), m, 1, hidden, m},
+                                          {data<T>(w1z), 1, m, m, hidden},
+                                          {data<T>(w2), hidden, 1, hidden, hidden},
+                                          {data<T>(w2), 1, hidden, hidden, hidden},
+                                          {data<T>(gram), 1, hidden, hidden, hidden}};
+  const double work = double(n) * double(steps + 1) * double(hidden) * double(3 * hidden + 2 * m);
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), blocks_of(n, run.lanes));
+  const int64_t threads = std::max<int64_t>(1, std::min(most, int64_t(std::min(work / kWorthIt, 1e6))));
+  int64_t next = 0;
+  auto& [z, energy, step, taken, lost] = result;
+  Problem<T> problem{.n = n,
+                     .m = m,
+                     .hidden = hidden,
+                     .steps = steps,
+                     .scale = T(scale),
+                     .weight = T(weight),
+                     .z0 = data<T>(z0),
+                     .p = data<T>(p),
+                     .b2 = data<T>(b2),
+                     .u0 = data<T>(u0),
+                     .r = data<T>(r),
+                     .start = data<T>(start),
+                     .z = mutable_data<T>(z),
+                     .energy = mutable_data<T>(energy),
+                     .step = mutable_data<T>(step),
+                     .taken = mutable_data<int64_t>(taken),
+                     .lost = mutable_data<bool>(lost),
+                     .at_once = std::min(run.width, blocks_of(n, threads)),
+                     .next = &next,
+                     .packed = {}};
+  int64_t offsets[kOperands + 1] = {};
+  for (int i = 0; i < kOperands; ++i) {
+    offsets[i + 1] = offsets[i] + round_up(round_up(operands[i].rows, run.panel) * operands[i].terms, kPad);
   }
-  energy.narrow(kept);
-  for (Tensor* tensor : rows) *tensor = torch::stable::narrow(*tensor, 0, 0, kept);
+  const int64_t block = round_up(run.rows(m, hidden) * run.width, kPad);
+  const Buffer<T> memory(offsets[kOperands] + threads * block);
+  for (int i = 0; i < kOperands; ++i) problem.packed[i] = memory.get() + offsets[i];
+  side_by_side(threads, [&](int64_t thread) {
+    for (int i = 0; i < kOperands; ++i) {
+      const int64_t panels = blocks_of(operands[i].rows, run.panel);
+      run.pack(operands[i], thread * panels / threads, (thread + 1) * panels / threads, memory.get() + offsets[i]);
+    }
+  });
+  side_by_side(threads, [&](int64_t thread) {
+    run.search(problem, options, memory.get() + offsets[kOperands] + thread * block);
+  });
 }
 
 }  // namespace

@@ -87,12 +87,12 @@ csrc csrc/latent_math.h test_operators test_fuzz_latents test_latents
 + return x >= lower ? (x > upper ? upper : x) : lower;
 - !(v * x > T(0))
 + !(v * x >= T(0))
-csrc csrc/mlp_energy_cpu.h test_operators test_newton
-- for (Tensor* rows : {&p_, &u0_, &r_}) move_row
-+ for (Tensor* rows : {&p_, &u0_}) move_row
-csrc csrc/newton_cpu.cpp test_newton test_latents
-- std::min(T(2) * sample.step, T(1)) : sample.step / T(2);
-+ T(2) * sample.step : sample.step / T(2);
+csrc csrc/mlp_block_cpu.h test_operators test_newton
+- for (T* array : {p_, u0_, r_}) move(array
++ for (T* array : {p_, u0_}) move(array
+csrc csrc/newton_cpu_kernels.h test_newton test_latents
+- sample.step < T(0.5) ? T(2) * sample.step : T(1);
++ T(2) * sample.step;
 data vjvcr_fast/data/moving_mnist.py test_moving_mnist
 - self.switch = x_frames - 1 if
 + self.switch = x_frames if

@@ -4,6 +4,8 @@ them, if they were built, as `torch.ops.vjvcr`.
 All tensors are contiguous, on one device, and all float32 or all float64. Only the loss takes any strides and, besides,
 float16 and bfloat16. Tensors that do not fit raise a RuntimeError.
 N is the number of samples, m the number of components of z, H the width of the hidden layers.
+On a CPU the environment variable VJVCR_CPU chooses an instruction set, baseline, avx2 or avx512, for the loss, fista_mlp
+and newton_mlp.
 
 proximal_step(z, v, gradient, step, momentum, weight, lower, upper) -> ()
     In place, in one pass, on a CPU or a GPU. z, v, gradient: (N, ...); step, momentum: (N,).
@@ -18,14 +20,15 @@ fista_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, scale, weight, lower, upper, m
     All steps of FISTA for an MLP predictor from z0 (N, m), as the loop in vjvcr_fast/latents/descent.py makes them. The
     other tensors are those of `latents.ExpandedMLPEnergy`; gram is G. A negative momentum stands for FISTA's own. bf16:
     products in bfloat16, on a GPU only. Returns z (N, m) and, (N,) each: energies with the penalty, the last step
-    sizes, steps taken (int64), and whether the last trial was not finite (bool). On a GPU it needs compute capability
-    9.0 and float32; `plan` says which sizes it serves.
+    sizes, steps taken (int64), and whether the last trial was not finite (bool). On a CPU a sample's results do not
+    depend, to the bit, on the other samples nor on the number of threads. On a GPU it needs compute capability 9.0 and
+    float32; `plan` says which sizes it serves.
 
 vcr_cpu(hs, alpha, beta, threshold, eps, gram, variance, covariance, made) -> (loss, variance, covariance, gradients)
 vcr_cpu_backward(hs, g_loss, g_variance, g_covariance, alpha, ..., covariance, made) -> gradients
     The VCR loss of (N, T, d) tensors on a CPU, of any dtype and strides, and the gradients of the loss, or of its three
     terms for the incoming gradients, of the tensors that are `made`. The others' are empty. alpha, ..., covariance: see
-    `losses.analytic.Settings`. The environment variable VJVCR_CPU chooses the instruction set: baseline, avx2, avx512.
+    `losses.analytic.Settings`.
 
 newton_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, B, scale, weight, low, tolerance, steps, sweeps, settled, damped,
            least, most) -> (z, energy, step, steps, lost)

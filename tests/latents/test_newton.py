@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import ways
 from test_latents import relative
 from test_operators import mlp
 from tolerances import LATENT_CONVEX, LATENT_PLAIN, LATENT_ROUTES
@@ -58,20 +59,28 @@ def plain(energy: MLPEnergy, i: int, curvature: Tensor, **options: Any) -> tuple
 @pytest.mark.parametrize(
     "size", [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}, {"latent": 20}], ids=str
 )
-def test_it_is_the_specification_of_every_sample(size: dict[str, int], options: dict[str, Any]) -> None:
+def test_it_is_the_specification_of_every_sample(
+    size: dict[str, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With each instruction set of this CPU."""
     energy = mlp(**size)
-    found = infer(energy, **options)
+    found = []
+    for way in ways.HERE:
+        ways.take(way, monkeypatch)
+        found.append(infer(energy, **options))
     start = torch.zeros(len(energy.p), energy.w1z.shape[1], dtype=torch.float64)
     curvature = energy.expand(start).curvature()
     low = 0.0 if "nonnegative" in options else -torch.inf
     options = {name: value for name, value in options.items() if name != "nonnegative"}
     for i in range(0, len(energy.p), 1 + len(energy.p) // 10):
         z, steps = plain(energy, i, curvature, low=low, **options)
-        assert found.steps[i] == steps
-        assert (found.z[i] == 0).equal(z == 0)
-        assert relative(found.z[i], z) < LATENT_PLAIN
-    right = energy.to(torch.float64)(found.z) + 1e-2 * found.z.abs().sum(dim=1)
-    assert relative(found.energy, right) < LATENT_PLAIN
+        for one in found:
+            assert one.steps[i] == steps
+            assert (one.z[i] == 0).equal(z == 0)
+            assert relative(one.z[i], z) < LATENT_PLAIN
+    for one in found:
+        right = energy.to(torch.float64)(one.z) + 1e-2 * one.z.abs().sum(dim=1)
+        assert relative(one.energy, right) < LATENT_PLAIN
 
 
 @needs_operators

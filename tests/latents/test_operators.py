@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tolerances
 import torch
+import ways
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import relative
@@ -180,11 +181,27 @@ def assert_same(found: LatentResult, right: LatentResult, bound: float) -> None:
     assert relative(found.energy, right.energy) <= bound
 
 
+@pytest.fixture(params=ways.HERE)
+def instructions(request, monkeypatch):
+    """Each instruction set of this CPU."""
+    ways.take(request.param, monkeypatch)
+
+
+@pytest.fixture
+def threads():
+    """torch.set_num_threads, for this test only."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("rule", RULES)
 def test_fista_mlp_is_the_loop_in_torch(rule):
     assert_same(infer(RULES[rule], mlp()), infer_in_torch(RULES[rule], mlp()), tolerances.LATENT_PLAIN)
 
 
+@pytest.mark.usefixtures("instructions")
 @pytest.mark.parametrize("size", [{"n": 1}, {"n": 2, "hidden": 1}, {"hidden": 17, "width": 1}, {"n": 70, "hidden": 33}])
 @pytest.mark.parametrize("latent", [1, 3, 20])
 def test_fista_mlp_of_other_sizes(size, latent):
@@ -215,6 +232,39 @@ def test_samples_leave_the_batch_as_they_are():
         alone = infer(rule, MLPEnergy(**{**fields, **own}))
         assert relative(alone.z[0], together.z[i]) <= tolerances.LATENT_PLAIN
         assert alone.steps[0] == together.steps[i]
+
+
+@pytest.mark.usefixtures("instructions")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["fista_mlp", "newton_mlp"])
+def test_a_sample_has_the_same_bits_in_any_batch_and_on_any_number_of_threads(name, dtype, threads):
+    """Samples that are frozen after different steps, and one without a finite energy."""
+    n = 70
+    energy = mlp(n=n, seed=1, hidden=100).to(dtype)
+    energy.p[1, 2] = math.nan
+    z0 = torch.zeros(n, 5, dtype=dtype)
+    made = energy.expand(z0)
+    tensors = dict(zip(("z0", "p", "w1z", "w2", "b2", "gram", "u0", "r", "start"), made.operands(z0), strict=True))
+    options = {"scale": made.scale, "weight": 1e-2, "tolerance": 1e-3, "steps": 60}
+    if name == "fista_mlp":
+        options |= {"lower": -math.inf, "upper": math.inf, "momentum": -1.0, "backtracking": True, "lr": 1.0}
+        options["bf16"] = False
+    else:
+        tensors["B"] = reference.with_ridge(made.curvature())
+        options |= {"low": -math.inf, "sweeps": 4, "settled": 1e-3, "damped": 0.2, "least": 1e-2, "most": 1e2}
+
+    def call(part: slice, count: int) -> list[Tensor]:
+        threads(count)
+        own = {key: tensors[key][part] for key in ("z0", "p", "u0", "r", "start")}
+        found = getattr(torch.ops.vjvcr, name)(**{**tensors, **own}, **options)
+        return [x.nan_to_num(nan=-1.0) for x in found]
+
+    right = call(slice(None), 1)
+    assert len(right[3].unique()) > 8
+    assert right[4].nonzero().tolist() == [[1]]
+    for part in (slice(None), slice(0, 1), slice(1, 4), slice(20, 53)):
+        for count in (1, 2, 5):
+            assert all(a.equal(b[part]) for a, b in zip(call(part, count), right, strict=True))
 
 
 def test_the_energy_of_long_runs_in_float64():
