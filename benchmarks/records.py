@@ -54,7 +54,10 @@ def achieved(milliseconds: float, nbytes: float, flops: float, copy: float, prod
 
 def goals(row: Row, least: dict[str, float]) -> Row:
     """The row with a "target" that says, for every key of `least`, whether the row's value reaches that bound."""
-    said = [f"{key} >= {bound:g}: {'met' if row[key] >= bound else 'missed'}" for key, bound in least.items()]
+    said = [
+        f"{key} >= {bound:g}: {'met' if row[key] >= bound else 'missed'} ({row[key]:.3g})"
+        for key, bound in least.items()
+    ]
     return row | ({"target": "; ".join(said)} if said else {})
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import mkldnn
 
 PRECISIONS = ("fp32", "tf32", "bf16")  # float32 "highest", float32 with TF32 products, bfloat16 input
 MOST_COPIES = 64  # of the inputs, however small they are
@@ -252,7 +253,9 @@ def precision(name: str) -> Iterator[torch.dtype]:
 
 class Ceilings(NamedTuple):
     """What this machine reaches. copy: bytes/s of a copy in its memory, read and written together. products: flop/s of
-    the product of two square matrices, by precision."""
+    the product of two square matrices, by precision. On a CPU "fp32" is the faster of two libraries, which are there by
+    name, too: torch.mm's, and oneDNN with weights in an order of its own. On processors of AMD torch.mm, which is
+    MKL's, reaches less than half of what they can."""
 
     copy: float
     products: dict[str, float]
@@ -269,6 +272,11 @@ def ceilings(device: Device) -> Ceilings:
         with precision(name) as dtype:
             a, b = (torch.randn(side, side, device=device.torch_device).to(dtype) for _ in range(2))
             products[name] = _rate(device, functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * side**3)
+    if isinstance(device, Host) and torch.backends.mkldnn.is_available():
+        layer = mkldnn.to_mkldnn(torch.nn.Linear(side, side, bias=False).eval())
+        with torch.no_grad():
+            ordered = _rate(device, functools.partial(layer, torch.randn(side, side).to_mkldnn()), 2 * side**3)
+        products |= {"torch.mm": products["fp32"], "oneDNN": ordered, "fp32": max(products["fp32"], ordered)}
     return Ceilings(copy, products)
 
 

@@ -5,12 +5,14 @@ What is meant for a GPU runs here on the host, with shapes too small to mean any
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +22,9 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # behind tests, whose conftest.py processes of tests import
 
+import bench_losses  # noqa: E402
 import bench_losses_cuda  # noqa: E402
+import bench_losses_grid  # noqa: E402
 import compare as compare_commits  # noqa: E402
 import providers  # noqa: E402
 import records  # noqa: E402
@@ -110,7 +114,7 @@ def test_targets_met_and_missed():
 def test_goals_of_a_row():
     row = {"provider": "ours", "x reference": 3.0, "x compiled reference": 1.2}
     said = records.goals(row, {"x reference": 3.0, "x compiled reference": 1.3})
-    assert said == row | {"target": "x reference >= 3: met; x compiled reference >= 1.3: missed"}
+    assert said == row | {"target": "x reference >= 3: met (3); x compiled reference >= 1.3: missed (1.2)"}
     assert records.goals(row, {}) == row
 
 
@@ -311,12 +315,81 @@ def test_precision_is_set_and_restored(name):
 def test_ceilings():
     found = timing.ceilings(Host())
     assert found.copy > 0
-    assert set(found.products) == set(timing.PRECISIONS)
+    assert set(found.products) >= set(timing.PRECISIONS)
+    assert all(found.products["fp32"] >= found.products.get(library, 0) for library in ("torch.mm", "oneDNN"))
+
+
+# -- The benchmarks of a CPU ----------------------------------------------------------------------------------------
+
+SMALL = timing.Ceilings(1e9, dict.fromkeys(timing.PRECISIONS, 1e9))
+
+
+def plain(vicreg: bool) -> bench_losses.Functions:
+    """What is compared, without what compiles."""
+    return {name: f for name, f in bench_losses.compared(vicreg).items() if "compiled" not in name}
+
+
+@pytest.fixture
+def one_copy(monkeypatch):
+    monkeypatch.setattr(bench_losses, "copies", lambda *_: 2)
+
+
+@pytest.mark.parametrize("case", [Case(6, (2, 3), 20, eager=1e9, plain=1e-9, product=2.0), Case(20, (3,), 6)])
+def test_losses_are_checked_and_timed(case, one_copy):
+    rows = bench_losses.compare(case, plain(False), SMALL, (0.0, 2, 2))
+    assert all(row["x plain"] > 0 and row["copies"] > 0 and row["_rounds"] == 2 for row in rows.values())
+    said = rows["ours"]["target"]
+    if case.eager:
+        assert re.fullmatch(
+            r"x eager >= 1e\+09: missed \(.+\); x plain >= 1e-09: met \(.+\); of product >= 2: .+", said
+        )
+    else:
+        assert said.startswith("x plain >= 1: ")
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6)])
+def test_vicreg_with_and_without_lightly(shape, one_copy, monkeypatch):
+    """A stand-in for the package, which must agree with the formula as all providers do."""
+    case = Case(shape[0], (1, 1), shape[1])
+    monkeypatch.setitem(sys.modules, "lightly.loss", None)
+    assert "no lightly" in bench_losses.compare(case, plain(True), None, (0.0, 1, 1), vicreg=True)["lightly"]["note"]
+    module, made = ModuleType("lightly.loss"), []
+
+    class VICRegLoss(torch.nn.Module):
+        def __init__(self, **weights: float) -> None:
+            super().__init__()
+            made.append(weights)
+
+        def forward(self, z_a: torch.Tensor, z_b: torch.Tensor) -> torch.Tensor:
+            assert z_a.shape == z_b.shape == shape
+            return providers.vicreg([z_a.unsqueeze(1), z_b.unsqueeze(1)])
+
+    module.VICRegLoss = VICRegLoss
+    monkeypatch.setitem(sys.modules, "lightly", ModuleType("lightly"))
+    monkeypatch.setitem(sys.modules, "lightly.loss", module)
+    rows = bench_losses.compare(case, plain(True), SMALL, (0.0, 2, 2), vicreg=True)
+    assert made == [{"lambda_param": 25.0, "mu_param": 25.0, "nu_param": 1.0}]
+    fastest = min(row["_median_ms"] for name, row in rows.items() if name != "ours")
+    assert rows["ours"]["x plain"] == pytest.approx(fastest / rows["ours"]["_median_ms"]), "lightly counts as plain"
+
+
+def test_a_wrong_loss_is_not_timed(one_copy):
+    wrong = {"ours": lambda parts: 1.001 * providers.ours(parts)}
+    with pytest.raises(AssertionError, match=r"ours at 6, 2, 20: off by 1\.0e-03"):
+        bench_losses.compare(Case(6, (2,), 20), wrong, SMALL, (0.0, 1, 1))
+
+
+def test_the_grid():
+    """60 shapes over the whole range. Of the plain covariances (T, d, d) there are some five in memory at once."""
+    shapes = bench_losses_grid.SHAPES
+    assert len(set(shapes)) == len(shapes) == 60
+    for sizes, limits in zip(zip(*shapes, strict=True), [(2, 16_384), (1, 128), (1, 8192)], strict=True):
+        assert (min(sizes), max(sizes)) == limits
+        assert len(set(sizes)) >= 8
+    assert all(5 * 4 * t * d * d + 8 * 4 * n * t * d <= 4e9 for n, t, d in shapes)
 
 
 # -- The benchmark of a GPU, on the host ----------------------------------------------------------------------------
-
-SMALL = timing.Ceilings(1e9, dict.fromkeys(timing.PRECISIONS, 1e9))
 
 
 def compare(case: Case, name: str = "fp32", device: timing.Device | None = None) -> tuple[list[records.Row], list[str]]:
