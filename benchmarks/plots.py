@@ -5,6 +5,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+LEAST_INTENSITY = 1.0  # flops a byte
+
 
 def sweeps(file: Path, quantities: dict[str, str], out: Path) -> None:
     """Draws what a benchmark measured as d, N and T grow: a column of panels for each of the three, a row for each of
@@ -26,5 +28,53 @@ def sweeps(file: Path, quantities: dict[str, str], out: Path) -> None:
     for axis, label in zip(axes[:, 0], quantities, strict=True):
         axis.set_ylabel(label)
     axes[0, 0].legend(fontsize=8)
+    _save(figure, out)
+
+
+def roofline(file: Path, out: Path) -> None:
+    """Draws how much of the unavoidable work each provider did a second, against flops a byte of that work, under what
+    this machine's copies and products allow. A point is a shape. Shapes with next to no work are left out."""
+    results = json.loads(file.read_text())
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    rows = [row for row in results["rows"] if row.get("flop_per_byte", 0.0) >= LEAST_INTENSITY]
+    styles = {"ours": "o", "compiled smaller form": "s", "eager reference": "x"}
+    for provider, style in styles.items():
+        points = [(row["flop_per_byte"], 1e3 * row["tflop_per_s"]) for row in rows if row["provider"] == provider]
+        if points:
+            axis.plot(*zip(*points, strict=True), style, markersize=5, label=provider)
+    copy, products = results["copy_gb_per_s"], results["product_tflop_per_s"]
+    most = 1e3 * products["fp32"]
+    ends = [min(row["flop_per_byte"] for row in rows), most / copy, max(row["flop_per_byte"] for row in rows)]
+    axis.plot(ends, [min(most, copy * x) for x in ends], "k-", linewidth=1, label="copies and products of this machine")
+    if "torch.mm" in products:
+        axis.axhline(1e3 * products["torch.mm"], color="k", linestyle=":", linewidth=1, label="torch.mm")
+    axis.set(xscale="log", yscale="log", xlabel="unavoidable flops a byte", ylabel="unavoidable GFLOP/s")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+    _save(figure, out)
+
+
+def ratios(file: Path, out: Path) -> None:
+    """Draws how many times as fast as plain PyTorch ours is, against the size of h. A point is a shape of the grid."""
+    rows = json.loads(file.read_text())["rows"]
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    titles = {"x plain": "times as fast as the best plain PyTorch", "x eager": "times as fast as the eager reference"}
+    for axis, (key, title) in zip(figure.subplots(1, 2, sharex=True), titles.items(), strict=True):
+        for form, style in (("N < d: Gram form", "o"), ("N >= d: covariance form", "s")):
+            points = []
+            for row in rows:
+                n, t, d = map(int, row["N, T, d"].split(", "))
+                if (n < d) == form.startswith("N < d"):
+                    points.append((n * t * d, row[key]))
+            axis.plot(*zip(*points, strict=True), style, markersize=5, label=form)
+        axis.axhline(1.0, color="k", linewidth=1)
+        axis.set(xscale="log", yscale="log", xlabel="N T d", ylabel=title)
+        axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=8)
+    _save(figure, out)
+
+
+def _save(figure: Figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

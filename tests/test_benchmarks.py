@@ -229,9 +229,31 @@ def test_rows_are_joined():
     assert report.pivot(rows, "who", "N") == [{"N": 1, "a": rows[0], "b": rows[2]}, {"N": 2, "a": rows[1]}]
 
 
+def test_the_headline_has_what_was_measured():
+    ours, reference = {"provider": "ours", "x eager": 3.0, "median_ms": 1.0}, {"provider": "compiled reference"}
+    shapes = [{"N, T, d": "160, 100, 2048"}, {"N, T, d": "2, 1, 1"}, {"N, d": "256, 8192"}]
+    rows = [shape | row for shape in shapes for row in (ours, reference | {"median_ms": 2.5})]
+    found = report.headline(rows)
+    assert [(row["shown as"], row["compiled"]) for row in found] == [
+        ("VICReg (256, 8192)", 2.5),
+        ("VCR (160, 100, 2048)", 2.5),
+    ]
+    shown = {f"VCR ({case})" for case in bench_losses.CASES + bench_losses.MORE_CASES}
+    shown |= {f"VICReg ({case.n}, {case.d})" for case in bench_losses.VICREG + bench_losses.MORE_VICREG}
+    assert set(report.SHOWN) <= shown, "a --full run has them all"
+
+
 def test_figures(tmp_path):
     pytest.importorskip("matplotlib")
     import plots
+
+    rates = {"copy_gb_per_s": 20.0, "product_tflop_per_s": {"fp32": 0.4, "torch.mm": 0.2}}
+    measured = [{"provider": "ours", "flop_per_byte": x, "tflop_per_s": 0.1} for x in (0.25, 8.0, 40.0)]
+    ratios = [{"N, T, d": shape, "x plain": 2.0, "x eager": 9.0} for shape in ("2, 1, 1", "2, 1, 8")]
+    for draw, content in ((plots.roofline, rates | {"rows": measured}), (plots.ratios, {"rows": ratios})):
+        (tmp_path / "made-cpu.json").write_text(json.dumps(content))
+        draw(tmp_path / "made-cpu.json", tmp_path / f"{draw.__name__}.png")
+        assert (tmp_path / f"{draw.__name__}.png").read_bytes().startswith(b"\x89PNG")
 
     row = {"provider": "ours", "N": 4, "d": 8, "T": 2, "copies": 2.0, "error": 1e-7}
     rows = [row | {"sweep": size, size: value} for size in "NdT" for value in (4, 16)]
