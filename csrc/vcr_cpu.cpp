@@ -14,6 +14,9 @@
 // is centred again and its gradient written. So h is read twice, mostly from the cache the second time, and the gradient
 // is written once. Only the upper half of a product is computed.
 //
+// Where d is small, several time steps are worked on as one with their features side by side, and several samples as one.
+// Of the product the blocks on the diagonal are theirs; the rest is set to zero.
+//
 // Threads take whole time steps. What is left over, fewer steps than threads, is shared out within a step. Both ways add
 // in the same order, so results do not depend on the number of threads.
 #if defined(__linux__)
@@ -47,6 +50,9 @@ constexpr int64_t kPiece = 384 << 10;          // bytes of a piece, about
 constexpr int64_t kLeast = 512, kMost = 4096;  // terms of a sum in a piece
 constexpr int64_t kGroups = 16;                // parts of a product that are computed side by side, at most
 constexpr double kWorthIt = 1e6;               // multiplications that a thread makes at least
+constexpr int64_t kPacked = 32;                // features of steps and samples that are side by side, at most, ...
+constexpr int64_t kPackedAlone = 256;          // ... and without a product
+constexpr int64_t kLeastRows = 64;             // samples that are not side by side, at least
 
 struct Pair {
   int64_t i, j;
@@ -143,6 +149,11 @@ struct Sums {
   double hinge = 0, penalty = 0;
 };
 
+// How many time steps and samples are worked on as one: their features, side by side, have one stride.
+struct Pack {
+  int64_t steps = 1, samples = 1;
+};
+
 // Runs body(i, worker) for begin <= i < end, shared among up to `threads` workers, in order on each of them.
 template <typename Body>
 void share(int64_t threads, int64_t begin, int64_t end, const Body& body) {
@@ -152,13 +163,15 @@ void share(int64_t threads, int64_t begin, int64_t end, const Body& body) {
   });
 }
 
-// The loss of one tensor (N, T, d), and its gradient, which goes to `out`.
+// The loss of one tensor (N, T, d), and its gradient, which goes to `out`. `pack` divides N and T.
 template <typename T>
 class Loss {
  public:
-  Loss(const View& h, const View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish)
-      : h_(h), out_(out), n_(n), steps_(steps), d_(d), wish_(wish), run_(VJVCR_OF_THIS_CPU(kKernels<T>)),
-        by_features_(wish.covariance ? wish.gram : n < d) {
+  Loss(const View& h, const View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish, const Pack& pack)
+      : h_(packed(h, pack)), out_(packed(out, pack)), all_(n), block_(d), own_(pack.steps * d), wish_(wish),
+        run_(VJVCR_OF_THIS_CPU(kKernels<T>)), by_features_(wish.covariance ? wish.gram : n < d) {
+    n_ = n / pack.samples, steps_ = steps / pack.steps, d_ = own_ * pack.samples;
+    n = n_, d = d_;
     size_ = by_features_ ? n : d, length_ = by_features_ ? d : n;
     const int64_t fits = kPiece / (int64_t(sizeof(T)) * size_), most = std::min(std::max(fits, kLeast), kMost);
     pieces_ = (length_ + most - 1) / most;
@@ -218,12 +231,18 @@ class Loss {
     T *first, *mean, *squares, *diagonal;
   };
 
+  static View packed(View view, const Pack& pack) {
+    view.by_t *= pack.steps, view.by_n *= pack.samples;
+    return view;
+  }
+
   int64_t begin_of(int64_t p) const { return p * piece_; }
   int64_t end_of(int64_t p) const { return std::min((p + 1) * piece_, length_); }
 
   Sums step(State& state, int64_t t, int64_t threads) {
     State::clear(state.first, 3 * padded_);
     run_.add_samples(h_, t, 0, 1, 0, d_, state.mean, state.first, state.scratch_of(0));
+    for (int64_t k = own_; k < d_; ++k) state.first[k] = state.first[k - own_];
     if (!by_features_) means(state, t, threads);
     bool last_is_there = false;  // in the buffer of thread 0
     if (groups_ == 1) {
@@ -247,15 +266,30 @@ class Loss {
       State::clear(sums, padded_);
       run_.add_samples(h_, t, begin_of(p), end_of(p), 0, d_, state.first, sums, state.scratch_of(thread));
     });
-    added_up(state, state.mean, double(n_));
+    added_up(state, state.mean, double(all_));
   }
 
-  // to <- the sum of what `partial` has for the pieces, over `divisor`.
+  // to <- the sum of what `partial` has for the pieces, and for all samples of a pack, over `divisor`.
   void added_up(State& state, T* to, double divisor) {
-    for (int64_t k = 0; k < d_; ++k) {
+    for (int64_t k = 0; k < own_; ++k) {
       double sum = 0;
-      for (int64_t p = 0; p < pieces_; ++p) sum += double(state.partial.get()[p * padded_ + k]);
-      to[k] = T(sum / divisor);
+      for (int64_t p = 0; p < pieces_; ++p) {
+        for (int64_t at = k; at < d_; at += own_) sum += double(state.partial.get()[p * padded_ + at]);
+      }
+      for (int64_t at = k; at < d_; at += own_) to[at] = T(sum / divisor);
+    }
+  }
+
+  // Leaves of the product of a pack the blocks on the diagonal, each the sum over the samples.
+  void unpack(T* product) {
+    for (int64_t i = 0; i < d_; ++i) {
+      T* row = product + i * product_pitch_;
+      const int64_t end = (i / block_ + 1) * block_;
+      for (int64_t j = i; j < end && i < own_; ++j) {
+        for (int64_t at = own_; at < d_; at += own_) row[j] += product[(i + at) * product_pitch_ + j + at];
+      }
+      for (int64_t j = i; j < end && i >= own_; ++j) row[j] = product[(i - own_) * product_pitch_ + j - own_];
+      for (int64_t j = end; j < d_; ++j) row[j] = 0;
     }
   }
 
@@ -326,26 +360,28 @@ class Loss {
   Sums finish(State& state, int64_t threads) {
     Sums sums;
     if (!by_features_) added_up(state, state.squares, 1);
-    for (int64_t k = 0; k < d_; ++k) {
+    for (int64_t k = 0; k < own_; ++k) {
       const T square = state.squares[k];
       double diagonal = 0;
       if (wish_.variance) {
-        const double sigma = std::sqrt(double(square) / double(n_ - 1) + wish_.eps), left = wish_.threshold - sigma;
+        const double sigma = std::sqrt(double(square) / double(all_ - 1) + wish_.eps), left = wish_.threshold - sigma;
         sums.hinge += left < 0 ? 0 : left;  // NaN stays NaN
         diagonal = wish_.a * ((sigma < wish_.threshold ? 1.0 : 0.0) / sigma);
       }
+      if (block_ == 1) sums.penalty += 0 * double(square);  // NaN stays NaN
       if (wish_.covariance && wish_.gram) {
         sums.penalty -= double(square) * double(square);
         diagonal += wish_.b * double(square);
       }
-      state.diagonal[k] = T(diagonal);
+      for (int64_t at = k; at < d_; at += own_) state.diagonal[at] = T(diagonal);
     }
     if (!wish_.covariance) return sums;
     T* product = state.product(0);
+    if (block_ < d_) unpack(product);
     share(size_ < kBlock ? 1 : threads, 0, size_, [&](int64_t i, int64_t) {
       state.norms.get()[i] = run_.norm_of_row(product, product_pitch_, size_, i, !wish_.gram);
     });
-    for (int64_t i = 0; i < size_; ++i) sums.penalty += state.norms.get()[i];
+    for (int64_t i = 0; i < (wish_.gram ? n_ : own_); ++i) sums.penalty += state.norms.get()[i];
     if (wish_.gradient) {
       run_.scale_rows(product, product_pitch_, size_, T(wish_.b), 0, size_);
       share(threads, 0, blocks_of(size_, kBlock), [&](int64_t block, int64_t) {
@@ -378,7 +414,8 @@ class Loss {
   }
 
   View h_, out_;
-  int64_t n_, steps_, d_;
+  int64_t all_, block_, own_;     // N; d; features of a sample in a pack
+  int64_t n_, steps_, d_;         // N, T and d as if packs were samples and time steps
   Wish wish_;
   const Kernels<T>& run_;
   bool by_features_;              // pieces are features, in Gram form; else they are samples
@@ -420,6 +457,56 @@ View view_of(const Tensor& h) {
   return {const_cast<void*>(h.const_data_ptr()), h.scalar_type(), h.stride(0), h.stride(1), h.stride(2)};
 }
 
+// How the tensor is packed, if both views allow it. A dimension of size 1 has no stride of its own.
+Pack pack_of(View& h, View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish) {
+  const int64_t most = (wish.covariance ? kPacked : kPackedAlone) / d;
+  if (wish.gram || n < d || most < 2) return {};
+  bool as_one_step = true, as_one_sample = true;
+  for (View* view : {&h, &out}) {
+    if (view->data == nullptr) continue;
+    if (steps == 1) view->by_t = d == 1 ? view->by_n : d * view->by_d;
+    if (d == 1) view->by_d = view->by_t;
+    as_one_step = as_one_step && view->by_t == d * view->by_d;
+    as_one_sample = as_one_sample && view->by_n == steps * view->by_t;
+  }
+  Pack pack;
+  if (!as_one_step) return pack;
+  pack.steps = std::min(steps, most);
+  if (as_one_sample && pack.steps == steps) {
+    pack.samples = std::max<int64_t>(1, std::min(most / steps, n / kLeastRows));
+    while (n % pack.samples != 0) --pack.samples;
+  }
+  return pack;
+}
+
+View at_step(View view, int64_t t) {
+  const int64_t bytes = view.dtype == ScalarType::Double ? 8 : view.dtype == ScalarType::Float ? 4 : 2;
+  if (view.data != nullptr) view.data = static_cast<char*>(view.data) + t * view.by_t * bytes;
+  return view;
+}
+
+// The terms' sums of one tensor, and its gradient.
+template <typename T>
+Sums run(View h, View out, int64_t n, int64_t steps, int64_t d, Wish wish) {
+  wish.covariance = wish.covariance && (wish.gram || d > 1);  // one feature has no covariances
+  const Pack pack = pack_of(h, out, n, steps, d, wish);
+  const auto sum_of = [&](int64_t begin, int64_t end, const Pack& pack) {
+    Sums total;
+    Loss<T> loss(at_step(h, begin), at_step(out, begin), n, end - begin, d, wish, pack);
+    for (const Sums& one : loss.all_steps()) total.hinge += one.hinge, total.penalty += one.penalty;
+    return total;
+  };
+  const int64_t rest = steps % pack.steps;
+  Sums total = sum_of(0, steps - rest, pack);
+  if (rest > 0) {
+    const Sums last = sum_of(steps - rest, steps, {rest, 1});
+    total.hinge += last.hinge, total.penalty += last.penalty;
+  }
+  // NaN of one step stays out of the gradients of the others.
+  if (pack.steps > 1 && !std::isfinite(total.hinge + total.penalty)) total = sum_of(0, steps, {});
+  return total;
+}
+
 // The terms' sums of all tensors, and the gradients of those that are `made`. a, b: as in Wish.
 template <typename T>
 Sums run(const std::vector<Tensor>& hs, const Options& options, double a, double b, const std::vector<int64_t>& made,
@@ -429,8 +516,9 @@ Sums run(const std::vector<Tensor>& hs, const Options& options, double a, double
     const Tensor& h = hs[i];
     const Wish wish{options.threshold, options.eps, a, b, options.gram && options.covariance, options.variance,
                     options.covariance, made[i] != 0};
-    Loss<T> loss(view_of(h), made[i] ? view_of(gradients[i]) : View{}, h.size(0), h.size(1), h.size(2), wish);
-    for (const Sums& one : loss.all_steps()) total.hinge += one.hinge, total.penalty += one.penalty;
+    const Sums one =
+        run<T>(view_of(h), made[i] ? view_of(gradients[i]) : View{}, h.size(0), h.size(1), h.size(2), wish);
+    total.hinge += one.hinge, total.penalty += one.penalty;
   }
   return total;
 }

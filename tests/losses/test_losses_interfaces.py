@@ -358,7 +358,10 @@ class TestOperator:
         with pytest.raises(RuntimeError, match="VJVCR_CPU=mmx: this CPU has baseline"):
             loss_of(random(*WIDE))
 
-    @pytest.mark.parametrize("shape", [(160, 5, 300), (40, 3, 5000), (3000, 1, 40), (700, 1, 513), (130, 7, 130)])
+    @pytest.mark.parametrize(
+        "shape",
+        [(160, 5, 300), (40, 3, 5000), (3000, 1, 40), (700, 1, 513), (130, 7, 130), (4096, 37, 3), (64_000, 1, 1)],
+    )
     def test_threads_change_no_bit(self, shape):
         """Steps for some threads, the rest shared out within a step; with a sum of products, and with one."""
         before, results = torch.get_num_threads(), []
