@@ -254,8 +254,8 @@ def precision(name: str) -> Iterator[torch.dtype]:
 class Ceilings(NamedTuple):
     """What this machine reaches. copy: bytes/s of a copy in its memory, read and written together. products: flop/s of
     the product of two square matrices, by precision. On a CPU "fp32" is the faster of two libraries, which are there by
-    name, too: torch.mm's, and oneDNN with weights in an order of its own. On processors of AMD torch.mm, which is
-    MKL's, reaches less than half of what they can."""
+    name, too: torch.mm's, and oneDNN with weights in an order of its own. On an AMD EPYC torch.mm, which is
+    MKL's, reaches less than half of oneDNN's rate."""
 
     copy: float
     products: dict[str, float]
