@@ -29,7 +29,7 @@ from records import Row
 from timing import BusyElsewhere, Ceilings, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
 
 # About how many seconds the rounds of a case take; how many there are at least and at most.
-QUICK, FULL = (2.0, 3, 200), (6.0, 5, 1000)
+QUICK, FULL = (2.0, 3, 200), (6.0, 3, 1000)
 MOST_SECONDS, MOST_BYTES = 60.0, 8e9  # a compiled reference that needs more for a step is not timed
 
 CASES = [
