@@ -155,6 +155,66 @@ def test_a_data_loader_may_have_such_processes(made: dict[str, Path]) -> None:
         assert [*loader] == [[3, 15]] * 3
 
 
+# -- Nothing but the reason is printed -------------------------------------------------------------------------------
+
+CLOSES = """
+from pebble.pool.process import WorkerManager
+from vjvcr_fast.data.video.workers import Pool
+stop = WorkerManager.force_stop_workers
+def late(self):
+    for worker in self.workers.values():
+        worker.join(30)
+    stop(self)
+WorkerManager.force_stop_workers = late
+with Pool(1) as pool:
+    pool.schedule(print)
+"""
+INTERRUPTED = """
+import multiprocessing, os, signal, time
+from vjvcr_fast.data.video.workers import Pool
+with Pool(1) as pool:
+    task = pool.schedule(abs, -1)
+    time.sleep(0.3)
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    print(task.result())
+"""
+
+
+def test_a_pool_may_be_closed_while_a_worker_starts() -> None:
+    """The worker, which is killed late here, still finds the locks."""
+    process = run(CLOSES)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "", "")
+
+
+def test_ctrl_c_while_a_worker_starts() -> None:
+    """A terminal sends it to workers, too. They leave it to their caller, also while they import torch."""
+    process = run(INTERRUPTED)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "1\n", "")
+
+
+CHILD = """
+import multiprocessing, sys
+from vjvcr_fast.data import open_video
+video = open_video(sys.argv[1], timeout=30)
+def reads():
+    print(*video.frames([3]).shape, flush=True)
+child = multiprocessing.get_context("fork").Process(target=reads)
+child.start()
+child.join(30)
+print(child.exitcode)
+"""
+
+
+def test_a_child_process_that_reads_ends(made: dict[str, Path]) -> None:
+    """It waits for its own children, which wait for it to end, unless it ends them first."""
+    process = run(CHILD, made["h264"])
+    out, err = process.communicate(timeout=90)
+    assert (process.returncode, out, err) == (0, "1 3 48 80\n0\n", "")
+
+
 # -- A time limit ---------------------------------------------------------------------------------------------------
 
 HANGS = """

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import BrokenExecutor, CancelledError, Future, InvalidStateError, TimeoutError
 from contextvars import ContextVar
 from functools import partial
+from multiprocessing import util
 from multiprocessing.context import SpawnContext, SpawnProcess
 from pathlib import Path
 from types import ModuleType
@@ -145,7 +146,8 @@ class Pool:
         with self._lock:
             if self._groups is None:
                 self._groups = _Groups(max(self.workers, 1), self._environment, self._decoder)
-                self._end = weakref.finalize(self, self._groups.end)
+                # Not weakref's: a child of multiprocessing only calls these when it ends, before it waits for workers.
+                self._end = util.Finalize(self, self._groups.end, exitpriority=1)
             return self._groups
 
 
@@ -271,17 +273,30 @@ class _Process(SpawnProcess):
 
     @staticmethod
     def _Popen(process_obj: Any) -> Any:  # noqa: N802
+        """Inherits that Ctrl-C is blocked. pebble makes workers ignore it, but only once they have imported torch."""
         with _STARTING:
             main = sys.modules["__main__"]
             sys.modules["__main__"] = ModuleType("__main__")
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 return SpawnProcess._Popen(process_obj)
             finally:
                 sys.modules["__main__"] = main
+                signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 class _Context(SpawnContext):
+    """Keeps the locks of a pool. pebble drops them before it ends the workers, and one that is still starting would
+    print a traceback because it does not find them."""
+
     Process = _Process
+
+    def __init__(self) -> None:
+        self._locks: list[Any] = []
+
+    def RLock(self) -> Any:  # noqa: N802
+        self._locks.append(super().RLock())
+        return self._locks[-1]
 
 
 def _prepare(environment: Mapping[str, str], decoder: str) -> None:
