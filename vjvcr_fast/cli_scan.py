@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vjvcr_fast.config import Config, resolve_device
+from vjvcr_fast.data.folder import files_below
 from vjvcr_fast.data.video.dali import CODECS
 from vjvcr_fast.data.video.decode import resolve
 from vjvcr_fast.data.video.scan import DataError, Split
@@ -31,7 +32,9 @@ def report(config: Config, every_frame: bool = False) -> dict[str, Any]:
 
     splits: for each its files, usable videos, frames, seconds, windows; bad: {name: reason}; short: names of videos
     without a window; notes. kinds: container, codec, width, height, fps and decoder, with the number of videos, frames
-    and seconds. cache: the folder, bytes of a full cache and free bytes on its disk, or None if it is off.
+    and seconds; "decord or torchcodec": some were read by one, some by the other, which makes no difference. others:
+    {suffix: number} of a folder's files that belong to no split. cache: the folder, bytes of a full cache and free
+    bytes on its disk, or None if it is off.
 
     Raises ConfigError for videos that are not files; DataError if there are none.
     """
@@ -39,7 +42,7 @@ def report(config: Config, every_frame: bool = False) -> dict[str, Any]:
     need(data.dataset != "moving-mnist", "data.dataset", data.dataset, "folder, clevrer or cater, which have files")
     splits: dict[str, dict[str, Any]] = {}
     kinds: dict[str, list[dict[str, Any]]] = {}
-    cached, errors = 0, list[DataError]()
+    cached, errors, looked_at = 0, list[DataError](), set[str]()
     with open_pool(config) as pool:
         for name in SPLITS:
             try:
@@ -50,6 +53,7 @@ def report(config: Config, every_frame: bool = False) -> dict[str, Any]:
                 split, problem = nothing if error.split is None else error.split, str(error)
             splits[name] = _split(split) | ({"problem": problem} if problem else {})
             kinds[name] = [*split.found.values()]
+            looked_at |= {*split.found, *split.bad}
             cached += sum(source.frames for source in split.sources)
     if len(errors) == len(SPLITS) and all(error.split is None for error in errors):
         raise errors[0]
@@ -62,6 +66,7 @@ def report(config: Config, every_frame: bool = False) -> dict[str, Any]:
         "every_frame": every_frame,
         "splits": splits,
         "kinds": _kinds([found for of_split in kinds.values() for found in of_split], config),
+        "others": _others(data_root(config), looked_at) if data.dataset == "folder" else {},
         "cache": _cache(config, cached),
     }
 
@@ -99,6 +104,9 @@ def table(found: dict[str, Any]) -> str:
         for reason, names in _grouped(split["bad"]).items():
             lines += ["", f"{name}, bad: {_names(names)}", f"  {reason}"]
         lines += ["", *split["notes"]] if split["notes"] else []
+    if found["others"]:
+        counts_of = ", ".join(f"{count:,} {suffix}" for suffix, count in found["others"].items())
+        lines += ["", f"Files not looked at: {counts_of}"]
     cache = found["cache"]
     if cache:
         room = f"{_bytes(cache['bytes'])}, {_bytes(cache['free'])} free on its disk"
@@ -126,14 +134,25 @@ def _split(split: Split) -> dict[str, Any]:
 def _kinds(found: list[dict[str, Any]], config: Config) -> list[dict[str, Any]]:
     """One entry for each kind of video that can be read, the most frequent first."""
     on_gpu = resolve(config.data.decoder, resolve_device(config.train.device)) == "dali"
-    keys = ("container", "codec", "width", "height", "fps", "decoder")
+    keys = ("container", "codec", "width", "height", "fps")
     totals: dict[tuple[Any, ...], Counter[str]] = {}
+    decoders: dict[tuple[Any, ...], set[str]] = {}
     for of in found:
         decoder = "dali" if on_gpu and of["codec"] in CODECS["cuda"] else of["decoder"]
-        key = tuple((of | {"decoder": decoder, "fps": round(of["fps"], 2)})[name] for name in keys)
+        key = tuple((of | {"fps": round(of["fps"], 2)})[name] for name in keys)
+        decoders.setdefault(key, set()).add(decoder)  # several: it depends on what a worker has read before
         totals.setdefault(key, Counter()).update({"videos": 1, "frames": of["frames"], "seconds": _seconds(of)})
     most = sorted(totals.items(), key=lambda item: -item[1]["videos"])
-    return [dict(zip(keys, key, strict=True)) | dict(total) for key, total in most]
+    return [
+        dict(zip(keys, key, strict=True)) | {"decoder": " or ".join(sorted(decoders[key]))} | dict(total)
+        for key, total in most
+    ]
+
+
+def _others(root: Path, looked_at: set[str]) -> dict[str, int]:
+    """{suffix, or the name if there is none: number} of the files of a folder that belong to no split."""
+    left = [path for path in files_below(root) if path.relative_to(root).as_posix() not in looked_at]
+    return dict(Counter(path.suffix.lower() or path.name for path in left).most_common())
 
 
 def _cache(config: Config, frames: int) -> dict[str, Any] | None:

@@ -95,12 +95,17 @@ def test_windows_start_anywhere(root: Path, made: list[Path], stride: int) -> No
     assert whole.source == "folder of videos: 5 videos"
 
 
-def test_short_videos_are_left_out_and_noted(root: Path) -> None:
+def test_short_videos_are_left_out_and_noted(root: Path, tmp_path: Path) -> None:
     whole = load_split(root, None, 10, 10)
     assert len(whole) == 3
     assert whole.notes[0].startswith("all: 2 with fewer than 20 frames at stride 1 left out: ")
     with pytest.raises(FolderError, match="5 videos for all, but none has 99 frames at stride 1"):
         load_split(root, None, 90, 9)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    (bad / "a.ts").write_text("x")
+    with pytest.raises(FolderError, match="1 videos for all, but none has 4 frames at stride 1; 1 cannot be read"):
+        load_split(bad, None, 2, 2, on_bad="skip")
 
 
 def test_clips_in_a_few_lines(root: Path) -> None:
@@ -125,7 +130,7 @@ def test_what_is_wrong_with_a_folder(tmp_path: Path, made: list[Path]) -> None:
     (tmp_path / "file").write_text("x")
     says(tmp_path / "file", "not a folder")
     (tmp_path / "empty").mkdir()
-    says(tmp_path / "empty", r"no videos; of files named \*\.avi, ")
+    says(tmp_path / "empty", r"no videos; of files named \*\.3gp, ")
     (tmp_path / "one").mkdir()
     shutil.copy(made[0], tmp_path / "one")
     says(tmp_path / "one", "only one video; training and validation need one each", "train")

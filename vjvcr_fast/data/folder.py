@@ -22,7 +22,10 @@ from vjvcr_fast.data.video.file import Source
 from vjvcr_fast.data.video.scan import DataError, Split
 from vjvcr_fast.data.video.workers import Pool
 
-SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".webm", ".wmv")
+SUFFIXES = (
+    *(".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}
 CACHE = "vjvcr-cache"
 HELD_OUT = 10  # one video in so many is for validation
@@ -91,7 +94,7 @@ def load_split(
             short.append(name)
     if not whole.sources:
         none = f"{len(items)} videos for {whole.name}, but none has {length} frames at stride {stride}"
-        raise FolderError(f"{folder}: {none}", whole)
+        raise FolderError(f"{folder}: {none}" + (f"; {len(whole.bad)} cannot be read" if whole.bad else ""), whole)
     if short:
         shown = ", ".join(short[:3]) + (" ..." if len(short) > 3 else "")
         fewer = f"fewer than {length} frames at stride {stride}"
@@ -105,8 +108,13 @@ def find_root(root: Path) -> Path:
 
 
 def videos_below(folder: Path) -> list[Path]:
-    """Every file in or below a folder with one of SUFFIXES, sorted by path. Links are followed, but no folder is
-    entered twice. Raises FolderError for a folder that cannot be read."""
+    """The files of `files_below` with one of SUFFIXES."""
+    return [path for path in files_below(folder) if path.suffix.lower() in SUFFIXES]
+
+
+def files_below(folder: Path) -> list[Path]:
+    """Every file in or below a folder that is not hidden, sorted by path. Links are followed, but no folder is entered
+    twice. Raises FolderError for a folder that cannot be read."""
 
     def refuse(error: OSError) -> None:
         raise FolderError(f"{error.filename}: {error.strerror}")
@@ -123,7 +131,7 @@ def videos_below(folder: Path) -> list[Path]:
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name != CACHE)
             yield from (Path(top, name) for name in names if not name.startswith("."))
 
-    return sorted(path for path in walk() if path.suffix.lower() in SUFFIXES)
+    return sorted(walk())
 
 
 def _of_split(folder: Path, split: str | None) -> list[Path]:

@@ -27,7 +27,7 @@ from vjvcr_fast.data.video.file import examine as facts_of
 # Decoding the last frame means decoding from the last keyframe on. If that is so many frames, a second of video, a scan
 # takes twice as long (10 ms instead of 5 at 480x320). CLEVRER's videos have 128 frames: 127 ms instead of 14.
 TAIL = 25
-FORMAT = 1  # of the index: results of another one are not used
+FORMAT = 2  # of the index: results of another one are not used; 1 had sizes and counts before rotations and edits
 ON_BAD = ("stop", "skip")
 SIMULATED = "simulated.json"  # in a folder of scenes that `vjvcr-fast simulate` made
 
