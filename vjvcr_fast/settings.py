@@ -173,7 +173,11 @@ class Model(Group):
     checkpoint: bool = setting(False, "simvp: recompute activations in backward, which needs less memory")
     alpha: float = setting(0.5, "weight of the variance hinge", at_least(0))
     beta: float = setting(0.1, "weight of the covariance penalty", at_least(0))
-    gamma: float = setting(1.0, "weight of the pixel term where there is a hidden term too [ours]", at_least(0))
+    gamma: float = setting(
+        1.0,
+        "weight of the pixel term, of pixels in [0, 1]; 10.5: as if divided by MNIST's deviation [ours]",
+        at_least(0),
+    )
     distance: Literal["mean", "sum"] = setting("mean", "D: mean or sum over the elements of a frame [ours, studied]")
     threshold: float = setting(1.0, "tau, the standard deviation that the variance hinge asks for")
     eps: float = setting(1e-4, "added to the variance under the hinge's root [ours, studied: VICReg's]", at_least(0))

@@ -248,9 +248,10 @@ def by_definition(model: EnergyModel, row: str, x: Tensor, y: Tensor) -> Tensor:
     decoded = model.decoder(predicted)
     if row == "vj-vcr-decoder":
         return reference.energy_vjvcr(h_x, h_y, predicted, alpha, beta, gamma, decoded, y)
+    unit = gamma**0.5  # equation (7) has no gamma, but pixels may have another unit
     if row == "generative-vcr":
-        return reference.energy_generative(decoded, y, torch.cat([h_x, h_y], dim=1), alpha, beta)
-    return reference.energy_generative(decoded, y)
+        return reference.energy_generative(unit * decoded, unit * y, torch.cat([h_x, h_y], dim=1), alpha, beta)
+    return reference.energy_generative(unit * decoded, unit * y)
 
 
 @MODES
@@ -277,8 +278,8 @@ def test_terms_are_unweighted_and_absent_ones_zero(row: str) -> None:
         "variance": has.vcr,
         "covariance": has.vcr,
     }
-    gamma = WEIGHTS["gamma"] if has.hidden else 1.0  # a generative row's pixel term is its prediction term
-    total = terms.hidden + gamma * terms.pixel + WEIGHTS["alpha"] * terms.variance + WEIGHTS["beta"] * terms.covariance
+    alpha, beta, gamma = WEIGHTS.values()
+    total = terms.hidden + gamma * terms.pixel + alpha * terms.variance + beta * terms.covariance
     assert relative(terms.loss, total) < FLOAT64
 
 
@@ -450,7 +451,7 @@ def test_energy_with_a_latent(row: str, latent: dict[str, int]) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_latent_energy_is_the_part_that_z_enters(row: str, gamma: float, latent: dict[str, int]) -> None:
     model, x, y = energy_with(row, latent).eval(), frames(T_X), frames(T_Y)
-    model.gamma = gamma if model.terms.hidden else 1.0
+    model.gamma = gamma if gamma > 0 or model.terms.hidden else 1.0
     z = torch.rand(N, 4, dtype=torch.float64)
     h_x, h_y = model.encoder(x), model.encode_targets(y)
     predicted = model.predictor(h_x, z)

@@ -48,9 +48,11 @@ class Energy(NamedTuple):
 class EnergyModel(nn.Module):
     """E(x, y, z) = [D(Pred(h_x, z), h_y)] + [alpha l_var + beta l_cov of (h_x, h_y)] + [gamma D(Dec(Pred(h_x, z)), y)].
 
-    Each bracket is a term that the `row` may or may not have. In a generative row the pixel term is the prediction
-    term, and its weight is 1 instead of gamma. D is the squared error: its mean over videos and frames, and within a
-    frame its mean (distance="mean") or its sum (distance="sum").
+    Each bracket is a term that the `row` may or may not have. D is the squared error: its mean over videos and frames,
+    and within a frame its mean (distance="mean") or its sum (distance="sum").
+
+    gamma also says in which unit pixels are compared: values divided by a deviation s have 1 / s^2 times the error.
+    Equation (7), the generative rows', has no gamma: with pixels in [0, 1] it is 1.
 
     x and y go through the same encoder one after the other, so that nothing of y reaches h_x, not even through batch
     statistics. If the encoder has batch norm, x and y have running statistics of their own, since a mixture would fit
@@ -94,9 +96,8 @@ class EnergyModel(nn.Module):
         # If training never encodes y, there are only the statistics of x, and they serve y too.
         self.twin = _twin(encoder) if self.terms.hidden or self.terms.vcr else None
         self.register_load_state_dict_pre_hook(_without_twin)
-        self.alpha, self.beta, self.threshold, self.eps = alpha, beta, threshold, eps
+        self.alpha, self.beta, self.gamma, self.threshold, self.eps = alpha, beta, gamma, threshold, eps
         self.group: Any = None  # of torch.distributed: its processes hold equal parts of one batch
-        self.gamma = gamma if self.terms.hidden else 1.0
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor | Infer | None = None) -> Energy:
         """The energy of a batch, in float32 or float64.
