@@ -131,6 +131,7 @@ SAMPLES = {
     "model.channels": "1,2,3",
     "model.row": "generative",
     "model.pool": "4",
+    "model.padding": "replicate",
     "train.device": "cpu",
     "train.precision": "bf16",
     "train.compile": "off",
@@ -256,7 +257,15 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
         ({"data.speed": "-1,2"}, "data.speed=(-1.0, 2.0): must be LOW,HIGH with 0 <= LOW <= HIGH"),
         ({"model.alpha": -0.1}, "model.alpha=-0.1: must be at least 0"),
         ({"model.eps": -1}, "model.eps=-1.0: must be at least 0"),
+        (
+            {"model.gamma": 0, "model.row": "generative-vcr"},
+            "model.gamma=0.0: must be above 0 where model.row=generative-vcr",
+        ),
         ({"model.norm_scale": 0}, "model.norm_scale=0.0: must be above 0"),
+        (
+            {"model.kind": "simvp", "model.padding": "replicate"},
+            "model.padding=replicate: must be zeros where model.kind=simvp",
+        ),
         ({"train.warmup": -1}, "train.warmup=-1: must be 0 (none) or more"),
         (
             {"model.distance": "sum", "latent.kind": "sparse"},

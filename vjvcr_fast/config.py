@@ -61,6 +61,7 @@ class Config:
         means = latent.kind == "none" or model.distance == "mean"
         need(means, "model.distance", model.distance, f"mean where latent.kind={latent.kind}")
         need(conv or model.norm_scale == 1, "model.norm_scale", model.norm_scale, "1 where model.kind=simvp")
+        need(conv or model.padding == "zeros", "model.padding", model.padding, "zeros where model.kind=simvp")
         need(conv or latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
         fits = latent.kind != "actions" or data.dataset == "cater"
         need(fits, "latent.kind", "actions", f"another for {of_data}; only cater has actions")

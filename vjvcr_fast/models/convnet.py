@@ -11,7 +11,7 @@ space into one axis for the temporal part.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +24,10 @@ def _block(conv: nn.Module, channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 
-def _temporal(channels: int) -> nn.Sequential:
+def _temporal(channels: int, padding: str) -> nn.Sequential:
     """Two convolutions over time for inputs (N, C, T, cells), which keep T."""
-    conv = (nn.Conv2d(channels, channels, (3, 1), padding=(1, 0), bias=False) for _ in range(2))
+    settings: dict[str, Any] = {"padding": (1, 0), "padding_mode": padding, "bias": False}
+    conv = (nn.Conv2d(channels, channels, (3, 1), **settings) for _ in range(2))
     return nn.Sequential(*(_block(c, channels) for c in conv))
 
 
@@ -46,19 +47,27 @@ class ConvEncoder(nn.Module):
         size: S, a multiple of 8.
         pool: side of the pooled map, a divisor of S / 8.
         norm_scale: initial scale of the last batch norm.
+        padding: what the temporal convolutions see before the first frame and after the last: "zeros" or "replicate",
+            the nearest frame once more.
 
     Raises ValueError for sizes that do not fit.
     """
 
     def __init__(
-        self, in_channels: int, channels: Sequence[int], size: int, pool: int, norm_scale: float = 1.0
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        size: int,
+        pool: int,
+        norm_scale: float = 1.0,
+        padding: str = "zeros",
     ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
         self.d = channels[-1] * pool * pool
         widths = [in_channels, *channels]
         self.spatial = nn.Sequential(*(_block(nn.Conv2d(a, b, 3, 2, 1, bias=False), b) for a, b in pairwise(widths)))
-        self.temporal = _temporal(channels[-1])
+        self.temporal = _temporal(channels[-1], padding)
         nn.init.constant_(cast(Tensor, cast(nn.Sequential, self.temporal[-1])[1].weight), norm_scale)
         self.window = size // 8 // pool
 
@@ -74,11 +83,11 @@ class ConvDecoder(nn.Module):
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
 
-    def __init__(self, in_channels: int, channels: Sequence[int], size: int, pool: int) -> None:
+    def __init__(self, in_channels: int, channels: Sequence[int], size: int, pool: int, padding: str = "zeros") -> None:
         super().__init__()
         check_sizes(channels, size, pool)
         self.pool, self.window = pool, size // 8 // pool
-        self.temporal = _temporal(channels[-1])
+        self.temporal = _temporal(channels[-1], padding)
         widths = list(reversed(channels))
         self.spatial = nn.Sequential(
             *(_block(_upsample(a, b, bias=False), b) for a, b in pairwise(widths)),

@@ -72,7 +72,7 @@ def build_encoder(config: Config) -> nn.Module:
     """The encoder of `config.model`, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
-        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool, model.norm_scale)
+        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool, model.norm_scale, model.padding)
     return SimVPEncoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
@@ -80,7 +80,7 @@ def build_decoder(config: Config) -> nn.Module:
     """The mirror of the encoder, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
-        return ConvDecoder(data.channels, model.channels, data.canvas, model.pool)
+        return ConvDecoder(data.channels, model.channels, data.canvas, model.pool, model.padding)
     return SimVPDecoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
