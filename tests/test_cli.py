@@ -1,5 +1,6 @@
 """The command line: help at every level, one line for everything that is wrong, the right exit code."""
 
+import fnmatch
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from vjvcr_fast import cli
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, fields, preset
 from vjvcr_fast.data.digits import WAYS, load_digits
+from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.paper import table1 as paper
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError
@@ -254,6 +256,28 @@ def test_options_reach_the_config(asked: list[Any]) -> None:
     assert (config.train.steps, config.train.probe_every, config.train.lr, config.train.seed) == (7, 3, 0.5, 5)
     assert (config.model.channels, config.model.row, config.data.subpixel) == ((4, 4, 8), "generative", False)
     assert out == Path("runs/moving-mnist-mini-generative-seed5")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--channels=16,32,64", "--batch=32"], "N = 32, d = 256 * of about 0.53 (hinge 0.47); N = * would allow 0.9"),
+        (["--alpha=0.5", "--beta=0.05"], "N = 64, d = 128 can lift features to a standard deviation of about 0.9?"),
+        (["--beta=0"], "N = 64, d = 128 can lift features to a standard deviation of about 1.00"),
+        (["--row=generative"], ""),
+        (["--alpha=0"], ""),
+    ],
+)
+def test_train_says_what_vcr_can_reach(
+    capsys: pytest.CaptureFixture[str], asked: list[Any], options: list[str], says: str
+) -> None:
+    """N that it names is the smallest that reaches 0.9."""
+    assert main(["train", *options]) == 0
+    line = next((line for line in capsys.readouterr().out.splitlines() if line.startswith("VCR")), "")
+    assert fnmatch.fnmatchcase(line, f"VCR with {says}" if says else "")
+    if match := re.search(r"N = ([\d,]+) would", line):
+        model, d, n = asked[0][0].model, asked[0][0].d, int(match[1].replace(",", ""))
+        assert attainable_std(model.alpha, model.beta, n, d) >= 0.9 > attainable_std(model.alpha, model.beta, n - 1, d)
 
 
 def test_a_name_in_two_groups_has_no_short_option(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:

@@ -4,23 +4,23 @@ Every field of the configuration is an option: `--train.lr 0.01`, or `--lr 0.01`
 """
 
 import argparse
-import difflib
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn, get_args
+from typing import NamedTuple, get_args
 
 import torch
 
 from vjvcr_fast import __version__
-from vjvcr_fast.cli_options import add_fields, add_preset, config_of, config_of_run, overrides
+from vjvcr_fast.cli_options import Parser, add_fields, add_preset, config_of, config_of_run, overrides, reject
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override, parse, resolve_device
 from vjvcr_fast.paper.jobs import processes_for
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
+from vjvcr_fast.training.log import reach
 from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, train
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: the command stopped at once
@@ -48,14 +48,6 @@ TARGETS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line, by default that of this process. Returns the exit code: 0; 1 if the command failed; 2 for a
     wrong option or value; 75 if a signal stopped it after a checkpoint; 130 if Ctrl-C stopped it at once."""
@@ -64,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_flush_denormal(True)
     arguments, unknown = _parser().parse_known_args(argv)
     if unknown:
-        _reject(unknown, arguments.parser)
+        reject(unknown, arguments.parser)
     arguments.own_process = argv is None
     code = _run(arguments)
     if processes.launched() > 1:
@@ -106,8 +98,8 @@ def _say(text: str, to_all: bool = True, start: str = "") -> None:
         print(f"{start}vjvcr-fast{which}: {text}", file=sys.stderr)
 
 
-def _parser() -> _Parser:
-    parser = _Parser(
+def _parser() -> Parser:
+    parser = Parser(
         prog="vjvcr-fast",
         description="VJ-VCR (arXiv 2412.10925): video JEPA with variance-covariance regularisation.",
         epilog="`vjvcr-fast COMMAND --help` lists the options of a command, with every field of the configuration.",
@@ -116,7 +108,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"vjvcr_fast {__version__}")
     commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
 
-    def add(command: Callable[[argparse.Namespace], int | None], usage: str = "[OPTIONS]") -> _Parser:
+    def add(command: Callable[[argparse.Namespace], int | None], usage: str = "[OPTIONS]") -> Parser:
         name, about = command.__name__.strip("_"), inspect.getdoc(command) or ""
         summary, usage = about.partition("\n")[0], f"{parser.prog} {name} {usage}"
         sub = commands.add_parser(name, help=summary, description=about, usage=usage, allow_abbrev=False)
@@ -128,7 +120,7 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_experiments(add: Callable[..., _Parser]) -> None:
+def _add_experiments(add: Callable[..., Parser]) -> None:
     """The commands that train or evaluate."""
     sub = add(_train)
     add_preset(sub)
@@ -166,7 +158,7 @@ def _add_experiments(add: Callable[..., _Parser]) -> None:
     sub.add_argument("--list", action="store_true", help="list the entries without running them")
 
 
-def _add_files(add: Callable[..., _Parser]) -> None:
+def _add_files(add: Callable[..., Parser]) -> None:
     """The commands that read or write video files, and info."""
     sub = add(_scan, "DIR [OPTIONS]")
     sub.add_argument("root", type=Path, metavar="DIR", help="folder of videos, or with --data of a data set")
@@ -227,6 +219,8 @@ def _train(arguments: argparse.Namespace) -> None:
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes all videos once"
         print(f"no cache of decoded frames, so every window is decoded from its file; {hint}", file=sys.stderr)
     _use_one_thread(arguments, config)
+    if processes.speaks() and (text := reach(config)):
+        print(text, flush=True)
     train(config, out, probe=training_probe if config.data.has_speed else None, resume=arguments.resume)
     if processes.speaks():
         print(f"trained: {out} (metrics.jsonl, best.pt); next: vjvcr-fast evaluate {out}", flush=True)
@@ -389,12 +383,3 @@ def _info(arguments: argparse.Namespace) -> None:
 
     for name, text in report(arguments.root):
         print(f"{name:17} {text}")
-
-
-def _reject(unknown: list[str], parser: argparse.ArgumentParser) -> NoReturn:
-    """Ends with one line: the unknown option, the nearest ones that exist, and where all are listed."""
-    name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
-    near = difflib.get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    what = "no such option" if name.startswith("-") else "unexpected argument"
-    parser.error(f"{name}: {what}; {hint}`{parser.prog} --help` lists all")

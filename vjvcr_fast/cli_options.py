@@ -1,16 +1,27 @@
-"""Options of the command line that change the configuration: --preset, --config, and one or two for every field.
+"""Options of the command line: its parser, and the options that change the configuration: --preset, --config, and
+one or two for every field.
 
 The field `lr` of Train is `--train.lr`, and `--lr` if no other group has an `lr`. `--frames-in` is `--frames_in`.
 """
 
+import difflib
+import sys
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
 from vjvcr_fast.config import PRESETS, Config, ConfigError, default_preset, fields, help_text, override, preset
 from vjvcr_fast.settings import Dataset
+
+
+class Parser(ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message}", file=sys.stderr)
+        sys.exit(2)
 
 
 def add_preset(parser: ArgumentParser, more: str = "") -> None:
@@ -58,3 +69,12 @@ def config_of_run(run: Path, arguments: Namespace) -> Config:
     if not (run / "config.json").exists():
         raise ConfigError(f"{run}: not the folder of a run: it has no config.json")
     return override(Config.load(run / "config.json"), overrides(arguments))
+
+
+def reject(unknown: list[str], parser: ArgumentParser) -> NoReturn:
+    """Ends with one line: the unknown option, the nearest ones that exist, and where all are listed."""
+    name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
+    near = difflib.get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    what = "no such option" if name.startswith("-") else "unexpected argument"
+    parser.error(f"{name}: {what}; {hint}`{parser.prog} --help` lists all")

@@ -2,9 +2,10 @@
 
 vcr.py has the public functions, vicreg.py VICReg. backends.py decides which code computes a loss: analytic.py (plain
 PyTorch; formulas and gradients of both forms), ops.py (the Triton kernels as operators) or reference.py. distributed.py
-computes the loss of a batch that is spread over several processes.
+computes the loss of a batch that is spread over several processes. attainable.py tells how far VCR can lift features.
 """
 
+from vjvcr_fast.losses.attainable import attainable_std
 from vjvcr_fast.losses.vcr import (
     Form,
     Made,
@@ -26,6 +27,7 @@ __all__ = [
     "VCRLoss",
     "VCRTerms",
     "VICRegLoss",
+    "attainable_std",
     "covariance_penalty",
     "variance_hinge",
     "vcr_loss",

@@ -11,9 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vjvcr_fast.config import Train
+from vjvcr_fast.config import Config, Train
 from vjvcr_fast.data.files import progress, write_atomic
+from vjvcr_fast.losses.attainable import attainable_std, batch_for
+from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training import checkpoint
+
+
+def reach(config: Config) -> str:
+    """How far VCR can lift the features of this config, in one line (`attainable_std`); empty if it lifts nothing."""
+    model, n = config.model, config.train.batch
+    if not ROWS[model.row].vcr or model.alpha == 0 or model.threshold <= 0:
+        return ""
+    std = min(attainable_std(model.alpha, model.beta, n, config.d, model.threshold), model.threshold)
+    text = f"VCR with N = {n:,}, d = {config.d:,} can lift features to a standard deviation of about {std:.2f}"
+    goal = 0.9 * model.threshold
+    if std >= goal:
+        return text
+    enough = batch_for(goal, model.alpha, model.beta, config.d, model.threshold)
+    return f"{text} (hinge {model.threshold - std:.2f}); N = {enough:,} would allow {goal:.2g}"
 
 
 class Log(ExitStack):
