@@ -141,6 +141,8 @@ def test_version() -> None:
         (["train", "--device", "cuda:63"], ["train.device='cuda:63': this machine has"]),
         (["train", "--preset", "mini"], ["preset='mini': must be one of moving-mnist, moving-mnist-mini"]),
         (["train", "--preset", "moving-mnist", "--config", "c.json"], ["--config", "not allowed with", "--preset"]),
+        (["train", "--preset", "moving-mnist", "--scale", "small"], ["--scale", "not allowed with", "--preset"]),
+        (["train", "--scale", "big"], ["--scale", "big", "mini", "small", "full"]),
         (["train", "--config", "none.json"], ["none.json: not a readable config file", "No such file"]),
         (["scan"], ["DIR"]),
         (["scan", "videos", "--data=moving-mnist"], ["data.dataset=moving-mnist: must be folder, clevrer or cater"]),
@@ -294,6 +296,14 @@ def test_default_preset(asked: list[Any], monkeypatch: pytest.MonkeyPatch, gpu: 
     main(["reproduce", "table1"])
     assert [call[0] for call in asked] == [preset(name)] * 2
     assert [call[1] for call in asked] == [Path(f"runs/{name}-vj-vcr-seed0"), Path(f"runs/table1-{name}")]
+
+
+@pytest.mark.parametrize(("scale", "name"), [("mini", "clevrer-mini"), ("small", "clevrer-small"), ("full", "clevrer")])
+def test_scale(asked: list[Any], scale: str, name: str) -> None:
+    """The default preset in another size, of the data set asked for."""
+    main(["train", "--scale", scale, "--data", "clevrer", "--cache=off"])
+    main(["reproduce", "table1", "--scale", scale, "--data", "clevrer"])
+    assert [call[0].preset for call in asked] == [name] * 2
 
 
 def test_a_config_file_is_a_starting_point(asked: list[Any], tiny: Config) -> None:

@@ -12,6 +12,7 @@ from vjvcr_fast import settings
 from vjvcr_fast.config import (
     LATENTS,
     PRESETS,
+    SCALES,
     Config,
     ConfigError,
     Data,
@@ -29,6 +30,7 @@ from vjvcr_fast.config import (
     preset,
     resolve_device,
 )
+from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.models.energy import ROWS
 
 # -- Presets --------------------------------------------------------------------------------------------------------
@@ -110,6 +112,20 @@ def test_default_preset(monkeypatch: pytest.MonkeyPatch, there: bool, name: str)
     assert default_preset() == name
     stochastic = default_preset("moving-mnist-stochastic")
     assert stochastic == name.replace("moving-mnist", "moving-mnist-stochastic")
+    assert [default_preset("cater", scale) for scale in SCALES] == ["cater-mini", "cater-small", "cater"]
+    with pytest.raises(ConfigError, match="scale='big': must be one of mini, small, full"):
+        default_preset("cater", "big")
+
+
+@pytest.mark.parametrize("name", ["moving-mnist", "moving-mnist-stochastic", "clevrer", "cater"])
+def test_small_presets_are_in_the_regime_of_the_full_ones(name: str) -> None:
+    """VCR lifts features as far, and its weights and the latents are the same."""
+    full, small = preset(name), preset(f"{name}-small")
+    for field in ("alpha", "beta", "gamma", "threshold", "eps", "row"):
+        assert getattr(small.model, field) == getattr(full.model, field)
+    assert (small.latent, small.data.dataset) == (full.latent, full.data.dataset)
+    reached = [attainable_std(c.model.alpha, c.model.beta, c.train.batch, c.d) for c in (full, small)]
+    assert reached[1] == pytest.approx(reached[0], abs=0.02)
 
 
 def test_nothing_can_be_changed_in_place() -> None:

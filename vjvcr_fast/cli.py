@@ -143,10 +143,11 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     seeds = "several give mean and standard deviation, but fig3 shows the first one (default: 0)"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=seeds)
     _add_processes(sub)
-    folder = "folder of results and runs (default: runs/table1-PRESET, runs/table2-PRESET, ..., runs/all)"
+    folder = "folder of results and runs (default: runs/table1-PRESET, runs/table2-PRESET, ..., runs/all, "
+    folder += "runs/all-SCALE)"
     sub.add_argument("--out", type=Path, metavar="DIR", help=folder)
     for name in SIMULATED:
-        text = f"all: folder of {name.upper()}'s videos (default: a CPU simulates them, a GPU leaves the part out)"
+        text = f"all: folder of {name.upper()}'s videos (default: mini, small: simulate them; full: leave them out)"
         sub.add_argument(f"--{name}", metavar="DIR", help=text)
     add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
 
@@ -367,13 +368,13 @@ def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots:
     from vjvcr_fast.paper.reproduce_all import PAGE, reproduce_all
 
     if arguments.preset or arguments.config:
-        raise ConfigError("reproduce all has presets of its own: leave out --preset and --config")
+        raise ConfigError("reproduce all has presets of its own: --scale instead of --preset and --config")
     for name, given in roots.items():
         if not Path(given).is_dir():
             raise ConfigError(f"--{name}={given}: no such folder")
     processes_for(arguments.processes, override(Config(), overrides(arguments)))  # wrong values fail now, not later
-    out = arguments.out or Path("runs") / "all"
-    text = reproduce_all(out, seeds, overrides(arguments), roots, arguments.processes)
+    out = arguments.out or Path("runs") / (f"all-{arguments.scale}" if arguments.scale else "all")
+    text = reproduce_all(out, seeds, overrides(arguments), roots, arguments.processes, arguments.scale)
     print(f"\n{text}\nwrote {out / PAGE}")
 
 

@@ -12,7 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn, get_args
 
-from vjvcr_fast.config import PRESETS, Config, ConfigError, default_preset, fields, help_text, override, preset
+from vjvcr_fast.config import (
+    PRESETS,
+    SCALES,
+    Config,
+    ConfigError,
+    default_preset,
+    fields,
+    help_text,
+    override,
+    preset,
+)
 from vjvcr_fast.settings import Dataset
 
 
@@ -25,11 +35,13 @@ class Parser(ArgumentParser):
 
 
 def add_preset(parser: ArgumentParser, more: str = "") -> None:
-    """Adds --preset and --config, one of which may be given. more: what the help says about the default preset."""
+    """Adds --preset, --scale and --config, one of which may be given. more: what the help says about the default."""
     names = ", ".join(PRESETS)
     text = f"one of {names} (default: moving-mnist on a CUDA GPU, moving-mnist-mini elsewhere{more})"
+    scale = "the default preset in another size: mini (minutes on a CPU), small (half an hour a run) or full (a GPU)"
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--preset", metavar="NAME", help=text)
+    group.add_argument("--scale", choices=SCALES, help=scale)
     group.add_argument("--config", type=Path, metavar="FILE", help="start from the config.json of a run instead")
 
 
@@ -55,12 +67,15 @@ def config_of(arguments: Namespace, name: str = "moving-mnist") -> Config:
     """The configuration that the options ask for. Raises ConfigError.
 
     Without --preset and --config it starts from the preset `name`, or from that of the data set asked for, if `name` is
-    one of a data set; from the mini preset where there is no GPU.
+    one of a data set; in the size --scale, or mini where there is no GPU.
     """
     dataset = vars(arguments).get("data.dataset", name)
     if name in get_args(Dataset) and dataset in get_args(Dataset):
         name = "clevrer" if dataset == "folder" else dataset
-    base = Config.load(arguments.config) if arguments.config else preset(arguments.preset or default_preset(name))
+    if arguments.config:
+        base = Config.load(arguments.config)
+    else:
+        base = preset(arguments.preset or default_preset(name, arguments.scale))
     return override(base, overrides(arguments))
 
 

@@ -127,6 +127,14 @@ _PRESETS = (
         train=Train(steps=1_200, batch=64, validate_every=300, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=400),
     ),
+    # At most half an hour a run on one CPU thread, as all small presets. The full preset's pictures; 6 target frames.
+    Config(
+        "moving-mnist-small",
+        Data(frames_out=6),
+        Model(channels=(8, 16, 32), hidden=512),
+        train=Train(steps=5_000, batch=64, validate_every=500, validation_videos=1_024),
+        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=2_000),
+    ),
     # The paper's stochastic MovingMNIST. It has no latent until one of LATENTS is chosen.
     Config("moving-mnist-stochastic", Data(frames_out=3, stochastic=True)),
     # The same for two CPU cores; all sizes are [ours].
@@ -136,6 +144,13 @@ _PRESETS = (
         Model(channels=(16, 32, 64), hidden=512),
         train=Train(steps=1_000, batch=64, validate_every=250, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=600),
+    ),
+    Config(
+        "moving-mnist-stochastic-small",
+        Data(frames_out=3, stochastic=True),
+        Model(channels=(8, 16, 32), hidden=512),
+        train=Train(steps=5_000, batch=64, validate_every=500, validation_videos=1_024),
+        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=2_000),
     ),
     # The paper's CLEVRER. d = 2048 per frame is [ours], and so is the length of an epoch: every frame once, that is,
     # 10,000 videos of 128 frames in windows of 26. 20 epochs are 3,840 steps.
@@ -154,6 +169,14 @@ _PRESETS = (
         Model(kind="simvp", channels=(16, 32, 32), features=8, hidden=128, depth=4, heads=4, alpha=1.0),
         train=Train(steps=800, batch=32, weight_decay_generative=0.0, validate_every=200, validation_videos=256),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, probe_lr_generative=1e-4, decoder_steps=300),
+    ),
+    # For 2,000 simulated videos: a third of the paper's frames, every third one.
+    Config(
+        "clevrer-small",
+        Data("clevrer", frames_in=3, frames_out=7, stride=3),
+        Model(kind="simvp", channels=(8, 16, 32), features=4, hidden=128, depth=4, heads=4, alpha=1.0),
+        train=Train(steps=3_000, batch=32, weight_decay_generative=0.0, validate_every=300, validation_videos=512),
+        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, probe_lr_generative=1e-4, decoder_steps=1_000),
     ),
     # The paper's CATER, where z is the actions in the target frames. An epoch [ours] is one window of every video,
     # 3,850 in batches of 160; 480 steps are 20 epochs.
@@ -174,8 +197,20 @@ _PRESETS = (
         Train(steps=700, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=320),
         Evaluate(probe_batch=32),
     ),
+    # For 4,000 simulated videos.
+    Config(
+        "cater-small",
+        Data("cater", canvas=64, frames_in=10, frames_out=10, stride=15),
+        Model(kind="simvp", channels=(8, 16, 32), features=6, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4),
+        Latent("actions"),
+        Train(steps=1_500, batch=32, weight_decay_generative=0.0, validate_every=150, validation_videos=960),
+        Evaluate(probe_batch=32),
+    ),
 )
 PRESETS: dict[str, Config] = {config.preset: config for config in _PRESETS}
+
+# What a preset's name ends in, except that full adds nothing.
+SCALES = ("mini", "small", "full")
 
 # The latents of Table 2, and none, for figure 3: changes to a stochastic preset.
 LATENTS: dict[str, dict[str, Any]] = {
@@ -192,9 +227,11 @@ def preset(name: str) -> Config:
     return PRESETS[name]
 
 
-def default_preset(name: str = "moving-mnist") -> str:
-    """The name itself where there is a CUDA GPU, else that of its mini preset."""
-    return name if torch.cuda.is_available() else f"{name}-mini"
+def default_preset(name: str = "moving-mnist", scale: str | None = None) -> str:
+    """The preset `name` in one of SCALES; if none is given, full where there is a CUDA GPU, else mini."""
+    scale = scale or ("full" if torch.cuda.is_available() else "mini")
+    need(scale in SCALES, "scale", repr(scale), f"one of {', '.join(SCALES)}")
+    return name if scale == "full" else f"{name}-{scale}"
 
 
 def latent(config: Config, name: str) -> Config:

@@ -76,19 +76,37 @@ def test_a_part_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
-    assert reproduce_all._data("cater", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
+    assert reproduce_all._data("cater", "cater-small", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
 
 
-def test_a_gpu_simulates_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reproduce_all, "default_preset", lambda name: name)
-    assert reproduce_all._data("cater", tmp_path, {}, {}) == "left out: give the folder of its videos, --cater DIR"
+def test_full_presets_simulate_nothing(tmp_path: Path) -> None:
+    left_out = reproduce_all._data("cater", "cater", tmp_path, {}, {})
+    assert left_out == "left out: give the folder of its videos, --cater DIR"
+
+
+@pytest.mark.parametrize("scale", [None, "small"])
+def test_commands_of_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str | None) -> None:
+    """Presets and simulated videos of the scale; the mini presets of video files are shortened."""
+    asked: list[str] = []
+    monkeypatch.setattr(reproduce_all, "_run", lambda command, log: asked.append(" ".join(command)) or Made(1, 1, "no"))
+    monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(reproduce_all.Path, "is_dir", lambda path: True)
+    monkeypatch.setattr(reproduce_all.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(reproduce_all, "_data", lambda name, preset, *_: f"videos-of-{preset}")
+    with pytest.raises(ReproduceError):
+        reproduce_all.reproduce_all(tmp_path, [0], {}, {}, scale=scale)
+    ending = scale or "mini"
+    for part, command in zip(PARTS, asked, strict=True):
+        assert f"{part.target} --preset {part.preset}-{ending} " in command
+        assert (f"--data.root=videos-of-{part.preset}-{ending}" in command) == bool(part.files)
+        assert ("--train.steps=" in command) == (part.files != "" and scale is None)
 
 
 def test_videos_that_could_not_be_simulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed simulation counts as a failure, and the page shows what it took."""
     monkeypatch.setattr(reproduce_all, "PARTS", LACKING)
     monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: True)
-    monkeypatch.setitem(reproduce_all.SIMULATED, "cater", ["--videos", "none"])
+    monkeypatch.setitem(reproduce_all.SIMULATED, "cater-mini", ["--videos", "none"])
     with pytest.raises(ReproduceError, match="1 of 3 parts failed"):
         reproduce_all.reproduce_all(tmp_path, [0], {}, {})
     page = (tmp_path / "summary.md").read_text()
@@ -118,7 +136,8 @@ def test_every_part_is_a_command_with_these_files() -> None:
 
     for part in PARTS:
         assert part.target in TARGETS
-        assert {part.preset, f"{part.preset}-mini"} <= set(PRESETS)
+        assert {part.preset, f"{part.preset}-mini", f"{part.preset}-small"} <= set(PRESETS)
+        assert not part.files or {f"{part.preset}-mini", f"{part.preset}-small"} <= set(reproduce_all.SIMULATED)
 
 
 @pytest.mark.slow

@@ -1,9 +1,10 @@
 """`vjvcr-fast reproduce all`: makes every table and figure of the paper, one after the other, and a page with all.
 
 Each part is a command of its own, in its own process. If one fails, the page says so and the others are still made;
-and we can measure the memory of each. On a CPU we use the mini presets. Those of CLEVRER and CATER are shortened (see
-SHORT), so that everything fits in half an hour on two cores; `reproduce table1`, `fig2` and `fig4` make them in full.
-On a GPU we use the full presets, and make the parts of CLEVRER and CATER only if their videos are given.
+and we can measure the memory of each. `--scale` says which presets are used; else mini on a CPU and full on a GPU. With
+mini, those of CLEVRER and CATER are shortened (see SHORT), so that everything fits in half an hour on two cores;
+`reproduce table1`, `fig2` and `fig4` make them in full. With full, the parts of CLEVRER and CATER are made only if
+their videos are given. With mini and small these are simulated.
 """
 
 import contextlib
@@ -26,7 +27,7 @@ from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop
 
 PAGE = "summary.md"
 COST = "cost.json"
-# Our choice: changes to the mini presets of video files, and how the videos for them are simulated.
+# Our choice: changes to the mini presets of video files, and how the videos for a preset are simulated.
 SHORT: dict[str, dict[str, Any]] = {
     "clevrer": {
         "train.steps": 300,
@@ -37,15 +38,17 @@ SHORT: dict[str, dict[str, Any]] = {
     "cater": {"train.steps": 250, "train.validate_every": 50},
 }
 SIMULATED = {
-    "clevrer": ["--videos", "300", "--size", "120,80", "--no-shadows"],
-    "cater": ["--videos", "400", "--size", "120,80", "--no-shadows"],
+    "clevrer-mini": ["--videos", "300", "--size", "120,80", "--no-shadows"],
+    "clevrer-small": ["--videos", "2000", "--size", "120,80", "--no-shadows"],
+    "cater-mini": ["--videos", "400", "--size", "120,80", "--no-shadows"],
+    "cater-small": ["--videos", "4000", "--size", "160,120", "--no-shadows"],
 }
 
 
 class Part(NamedTuple):
     """A table or figure.
 
-    title: its heading. target: what `reproduce` calls it. preset: without -mini. folder: of its runs and files in
+    title: its heading. target: what `reproduce` calls it. preset: the full one. folder: of its runs and files in
     `out`. images: files that the page shows. files: the data set of video files that it needs, if any.
     """
 
@@ -79,24 +82,30 @@ Done = dict[str, Made | str]  # title -> what it took, or why it was left out
 
 
 def reproduce_all(
-    out: Path, seeds: Sequence[int], options: Mapping[str, str], roots: Mapping[str, str], processes: str = "auto"
+    out: Path,
+    seeds: Sequence[int],
+    options: Mapping[str, str],
+    roots: Mapping[str, str],
+    processes: str = "auto",
+    scale: str | None = None,
 ) -> str:
     """Makes all parts in the folder `out`, or what is missing of them. Returns the page, summary.md, as Markdown.
 
     seeds: for every part. options: {dotted field: value}, for every part; data.root and data.download are those of the
-    digits. roots: the folders of "clevrer" and "cater". If one is missing, a mini preset's videos are simulated, if
-    MuJoCo is installed; else its parts are left out. processes: runs side by side, see `jobs.processes_for`.
+    digits. roots: the folders of "clevrer" and "cater". If one is missing, the videos of a mini or small preset are
+    simulated, if MuJoCo is installed; else its parts are left out. processes: runs side by side, see
+    `jobs.processes_for`. scale: of the presets, see `default_preset`.
 
     Raises ReproduceError if parts failed, after the page is written.
     """
     out.mkdir(parents=True, exist_ok=True)
     simulated, done, roots = Done(), Done(), dict(roots)
     for part in PARTS:
-        root = ""
+        name, root = default_preset(part.preset, scale), ""
         if part.files:
-            root = roots[part.files] = _data(part.files, out, roots, simulated)
+            root = roots[part.files] = _data(part.files, name, out, roots, simulated)
         lacking = root and not Path(root).is_dir()
-        done[part.title] = root if lacking else _make(part, out, seeds, options, root, processes)
+        done[part.title] = root if lacking else _make(part, name, out, seeds, options, root, processes)
         text = page(out, seeds, simulated | done)
         write_atomic(out / PAGE, text)
     done = simulated | done
@@ -106,23 +115,24 @@ def reproduce_all(
     return text
 
 
-def _data(name: str, out: Path, roots: Mapping[str, str], simulated: Done) -> str:
+def _data(name: str, preset: str, out: Path, roots: Mapping[str, str], simulated: Done) -> str:
     """The folder of a data set's videos, or why there is none. If they are simulated, `simulated` gets the cost."""
     if name in roots:
         return roots[name]
-    if not default_preset(name).endswith("-mini"):
+    if preset not in SIMULATED:
         return f"left out: give the folder of its videos, --{name} DIR"
     missing = [module for module in ("mujoco", "av", "pebble") if importlib.util.find_spec(module) is None]
     if missing:
         return f"left out: no {', '.join(missing)} to simulate videos: pip install 'vjvcr_fast[simulate,video]'"
     folder = out / f"{name}-videos"
-    made = _run(["simulate", name, *SIMULATED[name], "--out", str(folder)], out / f"{name}-videos.log")
+    made = _run(["simulate", name, *SIMULATED[preset], "--out", str(folder)], out / f"{name}-videos.log")
     simulated[f"videos in the format of {name}"] = made
     return f"left out: its videos were not simulated, see {name}-videos.log" if made.failed else str(folder)
 
 
-def _make(part: Part, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str, processes: str) -> Made:
-    name = default_preset(part.preset)
+def _make(
+    part: Part, name: str, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str, processes: str
+) -> Made:
     fields = dict(SHORT.get(part.files, {})) if name.endswith("-mini") else {}
     of_digits = ("data.root", "data.download") if part.files else ()
     fields |= {field: value for field, value in options.items() if field not in of_digits}
