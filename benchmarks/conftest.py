@@ -24,7 +24,7 @@ import timing
 import torch
 
 from vjvcr_fast.data.files import reason, write_atomic
-from vjvcr_fast.paper.pages import processor
+from vjvcr_fast.paper.machine import processor
 
 GPU = torch.cuda.is_available()
 collect_ignore = ["bench_losses.py", "bench_losses_grid.py"] if GPU else ["bench_losses_cuda.py"]

@@ -19,6 +19,7 @@ from vjvcr_fast.config import Config, fields, preset
 from vjvcr_fast.data.digits import WAYS, load_digits
 from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.paper import table1 as paper
+from vjvcr_fast.paper.store import Store
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics
 from vjvcr_fast.training.loop import DivergedError, StopRequestedError
 
@@ -316,13 +317,18 @@ def test_a_config_file_is_a_starting_point(asked: list[Any], tiny: Config) -> No
 
 
 def test_reproduce(capsys: pytest.CaptureFixture[str], asked: list[Any]) -> None:
-    assert main(["reproduce", "table1", "--dataset", "moving-mnist", "--seeds", "0,4", "--out", "t", "--lr=0.5"]) == 0
-    ((config, out, seeds, processes),) = asked
+    options = ["--dataset", "moving-mnist", "--seeds", "0,4", "--out", "t", "--lr=0.5", "--results", "there"]
+    Path("t").mkdir()
+    for name in paper.TABLE1_FILES[:-1]:
+        (Path("t") / name).touch()
+    assert main(["reproduce", "table1", *options]) == 0
+    ((config, out, seeds, processes, store),) = asked
+    assert store == Store(Path("there"), writes=True)
     assert (config.train.lr, out, seeds) == (0.5, Path("t"), (0, 4))
     assert processes == len(os.sched_getaffinity(0))
     shown = capsys.readouterr().out
     assert "# the table" in shown
-    assert all(f"t/{name}" in shown for name in paper.TABLE1_FILES)
+    assert [f"t/{name}" in shown for name in paper.TABLE1_FILES] == [True] * 5 + [False]  # what is there
 
 
 def test_train_then_evaluate(capsys: pytest.CaptureFixture[str], tiny_options: list[str], digits: Any) -> None:

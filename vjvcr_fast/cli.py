@@ -18,6 +18,7 @@ from vjvcr_fast import __version__
 from vjvcr_fast.cli_options import Parser, add_fields, add_preset, config_of, config_of_run, overrides, reject
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override, parse, resolve_device
 from vjvcr_fast.paper.jobs import processes_for
+from vjvcr_fast.paper.store import open_store
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.log import reach
@@ -149,6 +150,9 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     for name in SIMULATED:
         text = f"all: folder of {name.upper()}'s videos (default: mini, small: simulate them; full: leave them out)"
         sub.add_argument(f"--{name}", metavar="DIR", help=text)
+    text = "folder of small files with results of finished runs, taken instead of training and added to; off: none "
+    text += "(default: docs/results/runs of a checkout, only taken from)"
+    sub.add_argument("--results", metavar="DIR", help=text)
     add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
 
     sub = add(_sweep, "FILE [OPTIONS]")
@@ -359,9 +363,9 @@ def _reproduce(arguments: argparse.Namespace) -> None:
     at_once = processes_for(arguments.processes, config)
     print(f"reproduce {arguments.target}: {where}; unfinished runs are resumed, finished ones are kept", flush=True)
     _use_one_thread(arguments, config)
-    text = getattr(module, function)(config, out, seeds, at_once)
-    files = getattr(module, f"{function.upper()}_FILES")
-    print(f"\n{text}\nwrote {', '.join(str(out / name) for name in files)}")
+    text = getattr(module, function)(config, out, seeds, at_once, open_store(arguments.results))
+    files = [out / name for name in getattr(module, f"{function.upper()}_FILES")]
+    print(f"\n{text}\nwrote {', '.join(str(file) for file in files if file.exists())}")
 
 
 def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots: dict[str, str]) -> None:
@@ -374,7 +378,9 @@ def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots:
             raise ConfigError(f"--{name}={given}: no such folder")
     processes_for(arguments.processes, override(Config(), overrides(arguments)))  # wrong values fail now, not later
     out = arguments.out or Path("runs") / (f"all-{arguments.scale}" if arguments.scale else "all")
-    text = reproduce_all(out, seeds, overrides(arguments), roots, arguments.processes, arguments.scale)
+    text = reproduce_all(
+        out, seeds, overrides(arguments), roots, arguments.processes, arguments.scale, arguments.results
+    )
     print(f"\n{text}\nwrote {out / PAGE}")
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 import vjvcr_fast
-from vjvcr_fast.paper.pages import checkout, percent, table_head, table_row
+from vjvcr_fast.paper.machine import checkout
+from vjvcr_fast.paper.pages import percent, table_head, table_row
 
 ROOT = Path(__file__).parents[2]
 

@@ -86,7 +86,7 @@ def test_full_presets_simulate_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scale", [None, "small"])
 def test_commands_of_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: str | None) -> None:
-    """Presets and simulated videos of the scale; the mini presets of video files are shortened."""
+    """Presets, simulated videos and results of the scale; the mini presets of video files are shortened."""
     asked: list[str] = []
     monkeypatch.setattr(reproduce_all, "_run", lambda command, log: asked.append(" ".join(command)) or Made(1, 1, "no"))
     monkeypatch.setattr(reproduce_all.importlib.util, "find_spec", lambda name: True)
@@ -94,10 +94,11 @@ def test_commands_of_a_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sc
     monkeypatch.setattr(reproduce_all.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(reproduce_all, "_data", lambda name, preset, *_: f"videos-of-{preset}")
     with pytest.raises(ReproduceError):
-        reproduce_all.reproduce_all(tmp_path, [0], {}, {}, scale=scale)
+        reproduce_all.reproduce_all(tmp_path, [0], {}, {}, scale=scale, store="kept")
     ending = scale or "mini"
     for part, command in zip(PARTS, asked, strict=True):
         assert f"{part.target} --preset {part.preset}-{ending} " in command
+        assert "--results kept" in command
         assert (f"--data.root=videos-of-{part.preset}-{ending}" in command) == bool(part.files)
         assert ("--train.steps=" in command) == (part.files != "" and scale is None)
 

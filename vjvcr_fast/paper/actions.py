@@ -15,6 +15,7 @@ from vjvcr_fast.evaluation.latent_probes import evaluate_actions
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
+from vjvcr_fast.paper.store import Store
 
 ACTIONS = Evaluation(evaluate_actions, "actions.json")
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
@@ -31,15 +32,15 @@ INDICES = (1, 500, 1000)
 ROWS_ARE = "encoder outputs of all frames of the validation videos, one row a video and time step, not centred"
 
 
-def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
+def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes figure 2: mAP from z* to actions, for VJ-VCR, the generative model and random z, for every seed.
 
     Writes to `out` a folder for each run, and FIGURE2_FILES. processes: how many runs are trained at once. Runs that
-    are finished are not run again. Returns a table as Markdown.
+    are finished, in `out` or in the store, are not run again. Returns a table as Markdown.
 
     Raises ConfigError if the latent is not "actions"; else as `finish_rows`.
     """
-    table = _finished(config, out, seeds, processes)
+    table = _finished(config, out, seeds, processes, store)
     results, settings = table.results, config.evaluate
     ours, first = results[COMPARED[0]], results[COMPARED[0]][0]
     maps = {row: [100 * e["map"] for e in found] for row, found in results.items()}
@@ -70,12 +71,12 @@ def figure2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     return pages.write_table(table, "figure2", "Figure 2: actions from inferred latents", lines, notes, **numbers)
 
 
-def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
+def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes figure 4 for the first seed: singular values of the encoder's outputs, before and after training.
 
     Uses the runs of `figure2` and writes FIGURE4_FILES to `out`. Returns a table as Markdown. Raises as `figure2`.
     """
-    table = _finished(config, out, seeds[:1], processes)
+    table = _finished(config, out, seeds[:1], processes, store)
     spectra = {
         f"{ROWS[row].title}, {when}": found[0][f"singular_values_{key}"]
         for row, found in table.results.items()
@@ -96,11 +97,11 @@ def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1)
     return pages.write_page(out, "figure4", "Figure 4: spectra", lines, notes, found, indent=None)
 
 
-def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
+def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int, store: Store | None) -> Table:
     if config.latent.kind != "actions":
         raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions: use the preset cater")
     rows, head = {row: override(config, {"model.row": row}) for row in COMPARED}, ["model", "mAP of z* -> actions, %"]
-    table = finish_rows(config, out, seeds, processes, rows, ACTIONS, pages.table_head(head), _line)
+    table = finish_rows(config, out, seeds, processes, rows, ACTIONS, pages.table_head(head), _line, store)
     pages.draw_curves(table, "action-curves.png")
     return table
 

@@ -13,6 +13,19 @@ from torch import Tensor
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.reference import cumulative_spectrum
 
+# What learning curves show: the name in metrics.jsonl, and its title.
+CURVES = {
+    "hidden": "hidden term D(h_y)",
+    "pixel": "pixel term D(y)",
+    "variance": "variance hinge",
+    "covariance": "covariance penalty",
+    "validation_loss": "validation energy, of each its own",
+    "speed_mse": "speed MSE, training data",
+    "rank_me": "RankMe of h_x, a batch",
+    "zeros": "fraction of zeros in z*",
+    "latent_weight": "L1 weight",
+}
+
 
 def require_matplotlib() -> Any:
     """Returns matplotlib's Figure. Raises ImportError, naming the extra to install, if matplotlib is missing."""
@@ -57,18 +70,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
 
     runs: {title: the lines of its metrics.jsonl}.
     """
-    names = {
-        "hidden": "hidden term D(h_y)",
-        "pixel": "pixel term D(y)",
-        "variance": "variance hinge",
-        "covariance": "covariance penalty",
-        "validation_loss": "validation energy, of each its own",
-        "speed_mse": "speed MSE, training data",
-        "rank_me": "RankMe of h_x, a batch",
-        "zeros": "fraction of zeros in z*",
-        "latent_weight": "L1 weight",
-    }
-    present = [n for n in names if any(row.get(n) for rows in runs.values() for row in rows)]
+    present = [n for n in CURVES if any(row.get(n) for rows in runs.values() for row in rows)]
     with _panels(path, (3.2 * len(present), 2.8), len(present)) as axes:
         for axis, name in zip(axes[0], present, strict=True):
             for color, (title, rows) in enumerate(runs.items()):  # a run has the same colour in every panel
@@ -76,7 +78,7 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
                 if points:
                     axis.plot(*zip(*points, strict=True), f"C{color}", label=title, linewidth=1.2)
             axis.set(xlabel="step", yscale="log")
-            axis.set_title(names[name], fontsize=9)
+            axis.set_title(CURVES[name], fontsize=9)
             axis.legend(fontsize=6)
 
 

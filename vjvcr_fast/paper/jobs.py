@@ -18,6 +18,7 @@ from vjvcr_fast.data.files import cores, one_line, progress
 from vjvcr_fast.evaluation.evaluate import kept
 from vjvcr_fast.evaluation.probes import training_probe
 from vjvcr_fast.paper import ReproduceError, figures
+from vjvcr_fast.paper.store import Kept, Store
 from vjvcr_fast.training.build import build_data, fill_cache
 from vjvcr_fast.training.checkpoint import exists, load_last, read_metrics
 from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop, claim, train
@@ -33,13 +34,15 @@ class Evaluation(NamedTuple):
 
 
 class Table(NamedTuple):
-    """The finished runs of a table or figure. runs: row -> run folder -> config, results: row -> evaluations."""
+    """The finished runs of a table or figure. runs: row -> run folder -> config, results: row -> evaluations. taken:
+    the runs that were not trained here, whose folders have no checkpoints."""
 
     config: Config
     out: Path
     seeds: Sequence[int]
     runs: dict[str, dict[Path, Config]]
     results: dict[str, Results]
+    taken: dict[Path, Kept]
 
     def first_run(self, row: str) -> tuple[Path, Config]:
         """The folder and config of the row's run with the first seed."""
@@ -86,10 +89,12 @@ def finish_rows(
     evaluation: Evaluation,
     head: Sequence[str],
     line: Callable[[str, Results], str],
+    store: Store | None = None,
 ) -> Table:
     """Trains and evaluates all rows for all seeds, `processes` runs at a time. Finished runs are not run again.
 
     rows: name -> config without the seed. Prints `head`, then `line(row, evaluations)` for each row as it finishes.
+    store: a run that is finished neither in `out` nor there is trained, and then added there.
 
     Raises:
         ConfigError: if a folder holds a run of another config, or a longer one.
@@ -97,38 +102,74 @@ def finish_rows(
         StopRequestedError: if asked to stop.
         As `prepare`.
     """
-    prepare(config)
+    figures.require_matplotlib()
     runs = {row: {out / f"{row}-seed{s}": override(of, {"train.seed": s}) for s in seeds} for row, of in rows.items()}
     configs = {run: config for of_row in runs.values() for run, config in of_row.items()}
     found: dict[Path, dict[str, Any]] = {}
 
     def add(run: Path, result: dict[str, Any], show: Callable[[str], None]) -> None:
         found[run] = result
+        if store and run not in taken:
+            store.add(run, configs[run], evaluation.file, result)
         for row, of_row in runs.items():
             if run in of_row and found.keys() >= of_row.keys():
                 show(line(row, [found[run] for run in of_row]))
 
+    here = {run: result for run, of in configs.items() if (result := finished(of, run, evaluation))}
+    taken = _taken(config, configs, here, evaluation, store)
+    ready = here | {run: kept.evaluation for run, kept in taken.items()}
+    waiting = {run: config_of_run for run, config_of_run in configs.items() if run not in ready}
+    if waiting:
+        prepare(config)
     say = functools.partial(print, flush=True)
     say("\n".join(head))
-    for run, config_of_run in configs.items():
-        if result := finished(config_of_run, run, evaluation):
-            add(run, result, say)
-    waiting = {run: config_of_run for run, config_of_run in configs.items() if run not in found}
+    for run in configs:
+        if run in ready:
+            add(run, ready[run], say)
     if processes == 1 or len(waiting) == 1:
         for run, config_of_run in waiting.items():
             add(run, finish_run(config_of_run, run, evaluation), say)
     elif waiting:
-        if config.data.dataset == "moving-mnist":
-            build_data(config)  # if there are no digits, this says so once, before any process starts
-        jobs = []
-        for run in waiting:
-            arguments = ("train", "--config", str(run / "config.json"), "--out", str(run), "--evaluate")
-            jobs.append(Job(run, config.train.steps, arguments, run / "run.log"))
-        failed = run_jobs(jobs, processes, lambda run, show: add(run, evaluation.measure(run, configs[run]), show))
-        if failed:
-            reasons = "; ".join(f"{job.log}: {reason}" for job, reason in failed.items())
-            raise ReproduceError(f"{len(failed)} of {len(configs)} runs failed: {reasons}")
-    return Table(config, out, seeds, runs, {row: [found[run] for run in of_row] for row, of_row in runs.items()})
+        _finish_at_once(waiting, processes, lambda run, show: add(run, evaluation.measure(run, configs[run]), show))
+    of_rows = {row: [found[run] for run in of_row] for row, of_row in runs.items()}
+    return Table(config, out, seeds, runs, of_rows, taken)
+
+
+def _taken(
+    config: Config,
+    configs: Mapping[Path, Config],
+    here: Mapping[Path, dict[str, Any]],
+    evaluation: Evaluation,
+    store: Store | None,
+) -> dict[Path, Kept]:
+    """What `store` has of the runs that are not finished here, unless it is of other data than the rest."""
+    asked = {run: of for run, of in configs.items() if run not in here} if store else {}
+    taken = {run: kept for run, of in asked.items() if store and (kept := store.take(run, of, evaluation.file))}
+    sources = {e["data"] for e in (*here.values(), *(kept.evaluation for kept in taken.values()))}
+    if taken and (len(sources) > 1 or len(taken) < len(asked)):
+        source = build_data(config)[0].source
+        for run, kept in [*taken.items()]:
+            if (theirs := kept.evaluation["data"]) != source:
+                print(f"not taken after all: {kept.file} is of {theirs}; here are {source}", file=sys.stderr)
+                del taken[run]
+    return taken
+
+
+def _finish_at_once(
+    waiting: Mapping[Path, Config], processes: int, done: Callable[[Path, Callable[[str], None]], None]
+) -> None:
+    """Trains and evaluates runs, `processes` at a time. done: as of `run_jobs`. Raises as `finish_rows`."""
+    config = next(iter(waiting.values()))
+    if config.data.dataset == "moving-mnist":
+        build_data(config)  # if there are no digits, this says so once, before any process starts
+    jobs = []
+    for run, of in waiting.items():
+        arguments = ("train", "--config", str(run / "config.json"), "--out", str(run), "--evaluate")
+        jobs.append(Job(run, of.train.steps, arguments, run / "run.log"))
+    failed = run_jobs(jobs, processes, done)
+    if failed:
+        reasons = "; ".join(f"{job.log}: {reason}" for job, reason in failed.items())
+        raise ReproduceError(f"{len(failed)} of {len(jobs)} runs failed: {reasons}")
 
 
 def finish_run(config: Config, run: Path, evaluation: Evaluation) -> dict[str, Any]:

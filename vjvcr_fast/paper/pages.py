@@ -1,26 +1,21 @@
-"""What the pages of all tables and figures share: Markdown, JSON, and where the numbers were made."""
+"""What the pages of all tables and figures share: Markdown, JSON, and how a run's pictures are made."""
 
-import contextlib
 import functools
 import json
-import platform
-import re
 import statistics
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-import vjvcr_fast
-from vjvcr_fast import __version__
-from vjvcr_fast.config import PRESETS, Config, differences, resolve_device
-from vjvcr_fast.data.files import cores, write_atomic
+from vjvcr_fast.config import PRESETS, Config, differences
+from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.evaluation.evaluate import decode, frozen_decoder
 from vjvcr_fast.paper import figures
 from vjvcr_fast.paper.jobs import Results, Table
+from vjvcr_fast.paper.machine import machine
+from vjvcr_fast.paper.store import taken_notes
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training.build import VideoSource, build_data, build_videos
 from vjvcr_fast.training.calibration import Latents
@@ -35,10 +30,15 @@ def write_table(table: Table, name: str, title: str, lines: Sequence[str], notes
     """
     config, ran_on = table.config, machine(table.config)
     found = [evaluation for evaluations in table.results.values() for evaluation in evaluations]
+    names = [kept.machine["name"] for kept in table.taken.values()]
+    names += [ran_on["name"]] if len(table.taken) < len(found) else []
     train, evaluate = (sum(e[f"{what}_seconds"] for e in found) for what in ("train", "evaluate"))
     cost = f"{train:.0f} s of training, {evaluate:.0f} s of evaluation"
-    notes = [f"{about(config)}; {named_seeds(table.seeds)}.", *notes, f"{len(found)} runs on {ran_on['name']}: {cost}."]
+    where = f"{len(found)} runs on {' and '.join(dict.fromkeys(names))}: {cost}."
+    notes = [f"{about(config)}; {named_seeds(table.seeds)}.", *notes, where, *taken_notes(table.taken)]
     described = {"preset": config.preset, "config": config.to_dict(), "seeds": [*table.seeds], "machine": ran_on}
+    if table.taken:
+        described["taken"] = {run.name: kept.machine for run, kept in table.taken.items()}
     return write_page(table.out, name, title, lines, notes, described | numbers)
 
 
@@ -54,7 +54,9 @@ def write_page(
 
 def draw_curves(table: Table, file: str) -> None:
     """Draws the learning curves of every row, first seed."""
-    metrics = {row: read_metrics(table.first_run(row)[0] / "metrics.jsonl") for row in table.results}
+    first = {row: table.first_run(row)[0] for row in table.results}
+    taken = {row: table.taken[run].curves for row, run in first.items() if run in table.taken}
+    metrics = {row: taken[row] if row in taken else read_metrics(run / "metrics.jsonl") for row, run in first.items()}
     figures.curves(table.out / file, metrics)
 
 
@@ -109,43 +111,3 @@ def named_seeds(seeds: Sequence[int]) -> str:
     if len(seeds) == 1:
         return f"seed {seeds[0]}"
     return f"seeds {', '.join(map(str, seeds))}: mean ± standard deviation"
-
-
-# -- Where numbers were made ----------------------------------------------------------------------------------------
-
-
-def machine(config: Config) -> dict[str, str]:
-    """The device and processor that config's runs use, and the versions of this package, torch and Python."""
-    device = resolve_device(config.train.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cores()} CPU cores"
-    return {
-        "device": device.type,
-        "name": f"{name}, {processor()}",
-        "commit": checkout(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "vjvcr_fast": __version__,
-    }
-
-
-def processor() -> str:
-    """The CPU's name, as Linux gives it; elsewhere its architecture."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        if found:
-            return found[1]
-    return platform.machine()
-
-
-@functools.cache
-def checkout() -> str:
-    """The commit of the git checkout that this package runs from, with "-dirty" if tracked files were changed.
-
-    Outside a checkout: "of version X".
-    """
-    root = Path(vjvcr_fast.__file__).parents[1]
-    git = ["git", "--no-optional-locks", f"--git-dir={root / '.git'}", f"--work-tree={root}"]
-    describe = [*git, "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
-    return f"of version {__version__}"

@@ -22,7 +22,7 @@ from vjvcr_fast.config import default_preset
 from vjvcr_fast.data.files import cores, one_line, write_atomic
 from vjvcr_fast.paper import ReproduceError
 from vjvcr_fast.paper.jobs import spawn
-from vjvcr_fast.paper.pages import checkout, processor
+from vjvcr_fast.paper.machine import checkout, processor
 from vjvcr_fast.training.loop import StopRequestedError, asked_to_stop
 
 PAGE = "summary.md"
@@ -88,24 +88,27 @@ def reproduce_all(
     roots: Mapping[str, str],
     processes: str = "auto",
     scale: str | None = None,
+    store: str | None = None,
 ) -> str:
     """Makes all parts in the folder `out`, or what is missing of them. Returns the page, summary.md, as Markdown.
 
     seeds: for every part. options: {dotted field: value}, for every part; data.root and data.download are those of the
     digits. roots: the folders of "clevrer" and "cater". If one is missing, the videos of a mini or small preset are
     simulated, if MuJoCo is installed; else its parts are left out. processes: runs side by side, see
-    `jobs.processes_for`. scale: of the presets, see `default_preset`.
+    `jobs.processes_for`. scale: of the presets, see `default_preset`. store: as for `open_store`.
 
     Raises ReproduceError if parts failed, after the page is written.
     """
     out.mkdir(parents=True, exist_ok=True)
     simulated, done, roots = Done(), Done(), dict(roots)
+    always = ["--seeds", ",".join(map(str, seeds)), "--processes", processes]
+    always += ["--results", store] if store else []
     for part in PARTS:
         name, root = default_preset(part.preset, scale), ""
         if part.files:
             root = roots[part.files] = _data(part.files, name, out, roots, simulated)
         lacking = root and not Path(root).is_dir()
-        done[part.title] = root if lacking else _make(part, name, out, seeds, options, root, processes)
+        done[part.title] = root if lacking else _make(part, name, out, options, root, always)
         text = page(out, seeds, simulated | done)
         write_atomic(out / PAGE, text)
     done = simulated | done
@@ -130,16 +133,13 @@ def _data(name: str, preset: str, out: Path, roots: Mapping[str, str], simulated
     return f"left out: its videos were not simulated, see {name}-videos.log" if made.failed else str(folder)
 
 
-def _make(
-    part: Part, name: str, out: Path, seeds: Sequence[int], options: Mapping[str, str], root: str, processes: str
-) -> Made:
+def _make(part: Part, name: str, out: Path, options: Mapping[str, str], root: str, always: Sequence[str]) -> Made:
     fields = dict(SHORT.get(part.files, {})) if name.endswith("-mini") else {}
     of_digits = ("data.root", "data.download") if part.files else ()
     fields |= {field: value for field, value in options.items() if field not in of_digits}
     fields |= {"data.root": root} if root else {}
     folder = out / part.folder
-    command = ["reproduce", part.target, "--preset", name, "--out", str(folder)]
-    command += ["--seeds", ",".join(map(str, seeds)), "--processes", processes]
+    command = ["reproduce", part.target, "--preset", name, "--out", str(folder), *always]
     command += [f"--{field}={value}" for field, value in fields.items()]
     print(f"{part.title}: vjvcr-fast {' '.join(command)}", flush=True)
     return _run(command, folder / f"{part.target}.log")
@@ -195,6 +195,6 @@ def page(out: Path, seeds: Sequence[int], done: Done) -> str:
         if isinstance(made, Made) and not made.failed:
             table = out / part.folder / f"{part.target.replace('fig', 'figure')}.md"
             lines += [f"## {part.title}", "", table.read_text().split("\n", 1)[1].strip(), ""]
-            for name in part.images:
+            for name in (name for name in part.images if (out / part.folder / name).exists()):
                 lines += [f"![{part.title}]({part.folder}/{name})", ""]
     return "\n".join(lines).rstrip() + "\n"

@@ -31,7 +31,8 @@ from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.paper import SweepError, figures
 from vjvcr_fast.paper.actions import ACTIONS
 from vjvcr_fast.paper.jobs import Evaluation, Job, finished, prepare, processes_for, run_jobs, train_run
-from vjvcr_fast.paper.pages import about, machine, named_seeds, spread, table_head, table_row
+from vjvcr_fast.paper.machine import machine
+from vjvcr_fast.paper.pages import about, named_seeds, spread, table_head, table_row
 from vjvcr_fast.paper.table1 import COLUMNS, TABLE1
 from vjvcr_fast.paper.table2 import TABLE2
 from vjvcr_fast.training.checkpoint import CheckpointError, read_metrics

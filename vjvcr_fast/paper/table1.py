@@ -16,9 +16,11 @@ from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
 from vjvcr_fast.paper.pages import draw_curves, futures_of, spread, table_head, table_row, write_table
+from vjvcr_fast.paper.store import Store
 from vjvcr_fast.training.step import split_frames
 
 TABLE1 = Evaluation(evaluate_run, "evaluation.json")
+IN_FIGURE5 = ("vj-vcr", "generative")
 TABLE1_FILES = ("table1.md", "table1.json", "figure5.png", "curves.png", "spectrum.png", "probes.png")
 
 # The paper's Table 1: speed MSE, with the PSNR in dB for MovingMNIST and the RankMe for CLEVRER.
@@ -53,11 +55,12 @@ MEASURED += ("psnr", "rank_me", "feature_std", "step", "train_seconds", "evaluat
 DESCRIBED = ("data", "validation_data", "decoder", "rank_me_rows")
 
 
-def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
+def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes Table 1 for the data set of `config`: four rows, every seed. Returns it as Markdown.
 
     Writes to `out` a folder for each run, and TABLE1_FILES. Prints each row as it finishes. processes: how many runs
-    are trained at once. Runs that are finished are not run again.
+    are trained at once. Runs that are finished, in `out` or in the store, are not run again. Figure 5 is left out if
+    a run that it shows is of the store: it needs their weights.
 
     Raises ConfigError if the speeds of the data set are not known; else as `finish_rows`.
     """
@@ -65,13 +68,18 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
         raise ConfigError(f"data.dataset={config.data.dataset}: table 1 measures speeds, and none is known there")
     rows = {row: override(config, {"model.row": row}) for row in ROWS}
     head, line = table_head(_titles(config)), functools.partial(_line, config)
-    table = finish_rows(config, out, seeds, processes, rows, TABLE1, head, line)
+    table = finish_rows(config, out, seeds, processes, rows, TABLE1, head, line, store)
     results = table.results
     lines = [*head, *(line(row, found) for row, found in results.items())]
     title = f"Table 1, {TITLES[config.data.dataset]}: ours beside the paper's"
     numbers = {row: _numbers(config, row, found) for row, found in results.items()}
-    text = write_table(table, "table1", title, lines, _notes(config, results["vj-vcr"]), rows=numbers)
-    figure5(table, out / "figure5.png")
+    notes = _notes(config, results["vj-vcr"])
+    lacking = [run.name for row in IN_FIGURE5 if (run := table.first_run(row)[0]) in table.taken]
+    if lacking:
+        notes.append(f"Figure 5 is not drawn: the weights of {', '.join(lacking)} are not here; --results off trains.")
+    else:
+        figure5(table, out / "figure5.png")
+    text = write_table(table, "table1", title, lines, notes, rows=numbers)
     draw_curves(table, "curves.png")
     figures.spectrum(out / "spectrum.png", {row: found[0]["singular_values"] for row, found in results.items()})
     mean = statistics.mean(e["speed_mse_of_the_mean"] for e in results["vj-vcr"])
@@ -82,7 +90,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
 def figure5(table: Table, path: Path) -> None:
     """Draws figure 5: three validation clips, with their futures as VJ-VCR and the generative model decode them."""
     predictions = {}
-    for row in ("vj-vcr", "generative"):
+    for row in IN_FIGURE5:
         config, videos, future = futures_of(table, row)
         x, y = split_frames(videos.batch(0, 3), config)
         predictions[ROWS[row].title] = future(x, y)

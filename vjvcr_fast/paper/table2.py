@@ -17,6 +17,7 @@ from vjvcr_fast.evaluation.evaluate import mean_psnr
 from vjvcr_fast.evaluation.latent_probes import evaluate_latents
 from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
+from vjvcr_fast.paper.store import Store
 from vjvcr_fast.training.step import split_frames
 
 TABLE2 = Evaluation(evaluate_latents, "latents.json")
@@ -31,15 +32,15 @@ COLUMNS = ["latent", "z* -> direction ψ", "paper's", "converged", "z* -> digit"
 HEAD = pages.table_head([*COLUMNS, "measured zeros", "explained"])
 
 
-def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
+def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes Table 2: every latent, and a model without one for chance, for every seed. Returns it as Markdown.
 
     Writes to `out` a folder for each run, and TABLE2_FILES. processes: how many runs are trained at once. Runs that are
-    finished are not run again.
+    finished, in `out` or in the store, are not run again.
 
     Raises ConfigError if config's videos are not stochastic; else as `finish_rows`.
     """
-    table = _finished(config, out, seeds, processes)
+    table = _finished(config, out, seeds, processes, store)
     results, settings = table.results, config.evaluate
     first = results["discrete"][0]
     usage = ", ".join(f"{share:.0%}" for share in sorted(first["usage"], reverse=True))
@@ -62,10 +63,11 @@ def table2(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) 
     return text
 
 
-def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1) -> str:
+def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes figure 3 for the first seed: decoded futures of validation clips that move in all directions.
 
-    Uses the runs of `table2`, trains a decoder on the frozen predictions of each, and writes FIGURE3_FILES to `out`.
+    Uses the runs of `table2` that are in `out`; it needs their weights, which the store has not. Trains a decoder on
+    the frozen predictions of each, and writes FIGURE3_FILES to `out`.
     Returns the PSNR of every model as Markdown. Raises as `table2`.
     """
     table = _finished(config, out, seeds[:1], processes)
@@ -108,11 +110,11 @@ def one_of_each_direction(videos: MovingMNIST, count: int) -> Videos:
     return videos.batch_at(torch.stack(of_each, dim=1).flatten())
 
 
-def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int) -> Table:
+def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int, store: Store | None = None) -> Table:
     if not config.data.stochastic:
         raise ConfigError("data.stochastic=False: table2 and fig3 need stochastic videos: --data.stochastic true")
     rows, line = {name: latent(config, name) for name in LATENTS}, functools.partial(_line, config)
-    return finish_rows(config, out, seeds, processes, rows, TABLE2, HEAD, line)
+    return finish_rows(config, out, seeds, processes, rows, TABLE2, HEAD, line, store)
 
 
 def _numbers(name: str, evaluations: Results) -> dict[str, Any]:

@@ -44,13 +44,13 @@ from vjvcr_fast.training.step import Step, actions, autocast, split_frames
 from vjvcr_fast.training.stop import StopRequestedError, asked_to_stop
 from vjvcr_fast.training.telemetry import Telemetry
 
-# Fields that may change when a run is resumed. None of them affects a training step. The data are compared by their
-# content (`check_data`), so that their folder may change too.
-_FREE = (
-    *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout", "data.on_bad_video"),
-    *("model.checkpoint", "train.chunk", "train.steps", "train.tensorboard", "train.keep", "evaluate."),
-    *("train.on_nonfinite", "train.telemetry_every"),
+# Fields that change no result. The data are compared by their content (`check_data`), so that their folder may change.
+NEUTRAL = (
+    *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout"),
+    *("model.checkpoint", "train.chunk", "train.tensorboard", "train.keep", "train.telemetry_every"),
 )
+# Fields that may change when a run is resumed. None of them affects a training step.
+_FREE = (*NEUTRAL, "data.on_bad_video", "train.steps", "train.on_nonfinite", "evaluate.")
 ROLLBACKS = 3  # to one and the same checkpoint, before training gives up
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]

@@ -1,0 +1,130 @@
+"""The results of finished runs as small files, so that tables are made again without training and without checkpoints.
+
+A folder has one file for each run, PRESET/ROW-seedK.json: the config, what was measured, the learning curves with few
+points, and where the run was made. `vjvcr-fast reproduce --results DIR` takes finished rows from there instead of
+training them, and adds each run that ends. A file has no paths of the machine.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vjvcr_fast.config import Config, ConfigError, differences, override
+from vjvcr_fast.data.files import one_line, write_atomic
+from vjvcr_fast.evaluation.evaluate import MEASURES
+from vjvcr_fast.paper.figures import CURVES
+from vjvcr_fast.paper.machine import machine, package_parent
+from vjvcr_fast.training.checkpoint import read_metrics
+from vjvcr_fast.training.loop import NEUTRAL
+
+OFF = "off"
+POINTS = 100  # of a learning curve, at most
+
+
+class Kept(NamedTuple):
+    """A finished run. evaluation: what was measured. machine: where it was made. curves: lines as in metrics.jsonl."""
+
+    file: Path
+    evaluation: dict[str, Any]
+    machine: dict[str, str]
+    curves: list[dict[str, float]]
+
+
+class Store(NamedTuple):
+    """A folder of results. writes: finished runs are added to it."""
+
+    folder: Path
+    writes: bool
+
+    def file(self, run: Path, config: Config) -> Path:
+        return self.folder / config.preset / f"{run.name}.json"
+
+    def take(self, run: Path, config: Config, measured: str) -> Kept | None:
+        """The results of a run of this config, or None if there are none. Says on stderr if a file does not fit.
+
+        run: only its name counts. measured: the name of the evaluation's file, such as evaluation.json.
+        """
+        file = self.file(run, config)
+        if not file.exists():
+            return None
+        try:
+            kept = _read(file, config, measured)
+        except ConfigError as error:
+            print(f"not taken: {file}: {error}", file=sys.stderr)
+            return None
+        print(f"taken, not trained: {file}, {_made(kept)}", file=sys.stderr)
+        return kept
+
+    def add(self, run: Path, config: Config, measured: str, evaluation: dict[str, Any]) -> None:
+        """Writes the results of a finished run, if the folder is written to."""
+        if not self.writes:
+            return
+        content = {
+            "config": override(config, {"data.root": "", "data.cache": ""}).to_dict(),
+            "machine": machine(config),
+            "measured": measured,
+            "evaluation": evaluation,
+            "curves": _few(read_metrics(run / "metrics.jsonl")),
+        }
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
+        write_atomic(self.file(run, config), f"{{\n{lines}\n}}\n")
+
+
+def open_store(asked: str | None) -> Store | None:
+    """The store that --results asks for, or None for "off". Without the option: that of a checkout, only to read."""
+    if asked:
+        return None if asked == OFF else Store(Path(asked), writes=True)
+    own = package_parent() / "docs" / "results" / "runs"
+    return Store(own, writes=False) if own.is_dir() else None
+
+
+def taken_notes(taken: Mapping[Path, Kept]) -> list[str]:
+    """What a page says about runs that were taken: a list of one line or none."""
+    made = dict[str, list[str]]()
+    for run, kept in taken.items():
+        made.setdefault(_made(kept), []).append(run.name)
+    runs = "; ".join(f"{', '.join(names)}: {where}" for where, names in made.items())
+    return [f"Not trained again but taken from files of results: {runs}."] if taken else []
+
+
+def _read(file: Path, config: Config, measured: str) -> Kept:
+    """Raises ConfigError if the file is of another config or measurement, or cannot be read."""
+    try:
+        content = json.loads(file.read_text())
+        theirs = Config.from_dict(content["config"])
+        kept = Kept(file, content["evaluation"], content["machine"], _lines(content["curves"]))
+        measures = content["measured"], kept.evaluation["measures"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"not a file of results: {one_line(error)}") from None
+    pairs = differences(theirs, config).items()
+    changes = [f"{name} {was} -> {now}" for name, (was, now) in pairs if not name.startswith(NEUTRAL)]
+    if changes:
+        raise ConfigError(f"another config ({', '.join(changes)})")
+    if measures != (measured, MEASURES):
+        raise ConfigError(f"measured as {measures}, here {(measured, MEASURES)}")
+    return kept
+
+
+def _made(kept: Kept) -> str:
+    return f"commit {kept.machine['commit']} on {kept.machine['name']}"
+
+
+def _few(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
+    """{name: [steps, values]} of what learning curves show, with POINTS points at most, the last one among them."""
+    curves = {}
+    for name in CURVES:
+        points = [(row["step"], float(f"{row[name]:.4g}")) for row in rows if row.get(name)]
+        every = -(-len(points) // POINTS)
+        if points:
+            steps, values = zip(*points[::-1][::every][::-1], strict=True)
+            curves[name] = [[*steps], [*values]]
+    return curves
+
+
+def _lines(curves: Mapping[str, Any]) -> list[dict[str, float]]:
+    """The lines of metrics.jsonl that `_few` has kept, one for each point."""
+    return [
+        {"step": s, name: v} for name, (steps, values) in curves.items() for s, v in zip(steps, values, strict=True)
+    ]
