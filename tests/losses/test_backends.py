@@ -163,7 +163,7 @@ class TestExplain:
         cpu, cuda = "native (a compiled operator, for avx2)", "triton (fused kernels)"
         assert backends.explain() == {"cpu": cpu, "cuda": cuda}
         without_operators(monkeypatch)
-        cpu = "torch (analytic gradient in cache-sized blocks): the operators are not built: no compiler"
+        cpu = "torch (plain torch operations): the operators are not built: no compiler"
         assert backends.explain() == {"cpu": cpu, "cuda": cuda}
 
     @pytest.mark.parametrize(("obstacle", "message"), OBSTACLES)

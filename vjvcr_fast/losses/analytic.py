@@ -15,16 +15,14 @@ with a = alpha / (T d (N-1)) and b = 4 beta / (T d (N-1)^2). The columns of dZ s
 as well. Derivations: docs/math.md. Tests compare everything here with reference.py in float64.
 
 How to read this file: `centred`, `moments_of` and `terms` compute the loss, `coefficients` (a and b) and `gradient_of`
-compute the gradient, for both forms. `VCR` joins them for autograd, in one of two ways:
-
-- By blocks: eager mode on a CPU, if the input is larger than one block. A block is a few time steps, which stay in the
-  cache. The forward pass can compute the gradient of the loss on the way, so that h is read once.
-- All time steps at once: small inputs, other devices, torch.compile, and a gradient that is differentiated again.
+compute the gradient, for both forms. `VCR` joins them for autograd. On a CPU it goes through h by blocks of a few time
+steps, which stay in the cache. All time steps at once take up to 1.6 times as long.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from itertools import islice
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -32,7 +30,7 @@ from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Elements of one block: 1 MiB in float32, so that a block and its buffers stay in an L2 cache.
+# Elements of one block: 1 MiB in float32, so that a block and what is made of it stay in an L2 cache.
 _BLOCK = 1 << 18
 
 
@@ -86,23 +84,24 @@ def _count(hs: Sequence[Tensor]) -> int:
 # -- The loss -------------------------------------------------------------------------------------------------------
 
 
-def centred(x: Tensor, out: Tensor | None = None) -> Tensor:
+def blocks(h: Tensor) -> Sequence[Tensor]:
+    """h (N, T, d) as tensors (T', N, d): on a CPU some time steps each, elsewhere and for the compiler all of them."""
+    x = h.transpose(0, 1)
+    if torch.compiler.is_compiling() or h.device.type != "cpu":
+        return (x,)
+    # As many time steps as fit, and two if they fit twice the size, because bmm gains from it.
+    size = x[0].numel()
+    return x.split(max(1, _BLOCK // size, min(2, 2 * _BLOCK // size)))
+
+
+def centred(x: Tensor) -> Tensor:
     """x (T, N, d) minus its mean over N, in `compute_dtype`.
 
     The first sample is subtracted first. What is then averaged is of the size of sigma, so that means of many sigma
     cost no digits.
     """
-    z = torch.sub(x, x[:, :1].to(compute_dtype(x)), out=out)
+    z = x - x[:, :1].to(compute_dtype(x))
     return z.sub_(z.mean(dim=1, keepdim=True))
-
-
-def product_of(z: Tensor, gram: bool, out: Tensor | None = None) -> Tensor:
-    """ZZ' (T, N, N), or Z'Z with a zero diagonal (T, d, d), for z (T, N, d)."""
-    if gram:
-        return torch.bmm(z, z.mT, out=out)
-    product = torch.bmm(z.mT, z, out=out)
-    product.diagonal(dim1=1, dim2=2).mul_(0)  # not zero_(): NaN must stay NaN
-    return product
 
 
 def moments_of(z: Tensor, settings: Settings) -> Moments:
@@ -110,7 +109,9 @@ def moments_of(z: Tensor, settings: Settings) -> Moments:
     squares = z.square().sum(dim=1)
     if not settings.covariance:
         return Moments(squares)
-    product = product_of(z, settings.gram)
+    product = torch.bmm(z, z.mT) if settings.gram else torch.bmm(z.mT, z)
+    if not settings.gram:
+        product.diagonal(dim1=1, dim2=2).mul_(0)  # not zero_(): NaN must stay NaN
     return Moments(squares, product, product.square().sum(dim=(1, 2)))
 
 
@@ -139,7 +140,8 @@ def terms(
     if total is not None:
         both = total(torch.stack([variance, covariance]))
         variance, covariance = both[0].clone(), both[1].clone()  # of views autograd forbids changes in place
-    loss = torch.add(settings.alpha * variance, covariance, alpha=settings.beta)
+    # Not torch.add(..., alpha=...): under torch.func.linearize it crashes where one of the two is constant.
+    loss = settings.alpha * variance + settings.beta * covariance
     dtype = squares[0].dtype
     return loss.to(dtype), variance.to(dtype), covariance.to(dtype)
 
@@ -177,13 +179,11 @@ def gradient_of(
     a: Tensor | None,
     b: Tensor | None,
     settings: Settings,
-    out: Tensor | None = None,
-    scaled: Tensor | None = None,
 ) -> Tensor:
     """dZ of the module's head, (T, N, d).
 
     z: (T, N, d), centred; some of the samples (covariance form) or of the features (Gram form) will do. moments: of all
-    n samples. a, b: from `coefficients`. out, scaled: buffers for the result and for b times the product.
+    n samples. a, b: from `coefficients`.
     """
     squares, product, _ = moments
     if a is None:
@@ -192,13 +192,13 @@ def gradient_of(
         sigma = _sigma(squares, n, settings)
         diagonal = (sigma < settings.threshold) / sigma * -a
     if b is None or product is None:
-        return torch.mul(z, diagonal.unsqueeze(1), out=out)
-    scaled = torch.mul(product, b, out=scaled)
+        return z * diagonal.unsqueeze(1)
+    scaled = product * b
     if settings.gram:
         diagonal = diagonal - b * squares
-        return torch.mul(z, diagonal.unsqueeze(1), out=out).baddbmm_(scaled, z)
+        return (z * diagonal.unsqueeze(1)).baddbmm_(scaled, z)
     scaled.diagonal(dim1=1, dim2=2).copy_(diagonal)
-    return torch.bmm(z, scaled, out=out)
+    return torch.bmm(z, scaled)
 
 
 def gradients(
@@ -206,139 +206,85 @@ def gradients(
     settings: Settings,
     incoming: Incoming,
     needed: Sequence[bool],
-    kept: Sequence[Moments] | None = None,
+    kept: Sequence[Sequence[Moments]] | None = None,
 ) -> list[Tensor | None]:
-    """dL/dh for each tensor (N, T, d), all time steps at once; None where it is not needed.
+    """dL/dh for each tensor (N, T, d); None where it is not needed.
 
-    kept: the moments from the forward pass. Without them they are computed again from h, by operations that autograd
-    can differentiate.
+    kept: for each tensor the moments of its `blocks`, from the forward pass. Without them they are computed again from
+    h, all time steps at once, by operations that autograd can differentiate.
     """
     n = hs[0].shape[0]
-    found: list[Tensor | None] = []
     a, b = coefficients(n, _count(hs), settings, incoming)
+
+    def of(x: Tensor, moments: Moments | None) -> Tensor:
+        z = centred(x)
+        return gradient_of(z, moments_of(z, settings) if moments is None else moments, n, a, b, settings)
+
+    found: list[Tensor | None] = [None for _ in hs]
     with full_precision(hs[0]):
         for i, h in enumerate(hs):
-            if needed[i]:
-                z = centred(h.transpose(0, 1))
-                moments = moments_of(z, settings) if kept is None else kept[i]
-                found.append(gradient_of(z, moments, n, a, b, settings).transpose(0, 1).to(h.dtype))
-            else:
-                found.append(None)
+            if not needed[i]:
+                continue
+            if kept is None or len(kept[i]) == 1:
+                found[i] = of(h.transpose(0, 1), kept[i][0] if kept else None).transpose(0, 1).to(h.dtype)
+                continue
+            found[i] = made = torch.empty_like(h)
+            for to, x, moments in zip(blocks(made), blocks(h), kept[i], strict=True):
+                to.copy_(of(x, moments))
     return found
-
-
-def plain(hs: Sequence[Tensor], settings: Settings) -> Terms:
-    """The terms by operations that every transform of torch.func can follow; autograd keeps all that they make."""
-    with full_precision(hs[0]):
-        moments = [moments_of(centred(h.transpose(0, 1)), settings) for h in hs]
-        return terms(moments, hs[0].shape[0], _count(hs), settings)
-
-
-# -- By blocks ------------------------------------------------------------------------------------------------------
-
-
-def _block_steps(h: Tensor) -> int:
-    """The time steps of a block: as many as fit, and two if they fit twice the size, because bmm gains from it."""
-    n, steps, d = h.shape
-    return max(1, min(steps, max(_BLOCK // (n * d), min(2, 2 * _BLOCK // (n * d)))))
-
-
-def _in_blocks(hs: Sequence[Tensor]) -> bool:
-    if torch.compiler.is_compiling() or hs[0].device.type != "cpu":
-        return False
-    return any(_block_steps(h) < h.shape[1] for h in hs)
-
-
-def _by_blocks(
-    h: Tensor, settings: Settings, a: Tensor | None, b: Tensor | None, gradient: bool
-) -> tuple[Moments, Tensor | None]:
-    """The moments of h (N, T, d) without the products and, if `gradient`, dL/dh. Reads h once."""
-    n, steps, d = h.shape
-    width, dtype = _block_steps(h), compute_dtype(h)
-    size = (n if settings.gram else d) if settings.covariance else 0
-    squares, norms = torch.empty(steps, d, dtype=dtype), torch.empty(steps, dtype=dtype)
-    made = torch.empty_like(h) if gradient else None
-    # The buffers are shared by all blocks: fresh memory costs a page fault every 4 KiB.
-    buffers = [torch.empty(shape, dtype=dtype) for shape in ((width, n, d), (width, n, d), (width, size, size))]
-    for start in range(0, steps, width):
-        at = slice(start, start + width)
-        x = h[:, at].transpose(0, 1)
-        z, work, product = (buffer[: len(x)] for buffer in buffers)
-        centred(x, out=z)
-        torch.sum(torch.mul(z, z, out=work), dim=1, out=squares[at])
-        if settings.covariance:
-            product_of(z, settings.gram, out=product)
-            # By rows: no copy of the squares, and short sums keep their digits.
-            torch.sum(torch.linalg.vector_norm(product, dim=2).square_(), dim=1, out=norms[at])
-        if made is not None:
-            gradient_of(z, Moments(squares[at], product), n, a, b, settings, out=work, scaled=product)
-            made[:, at].transpose(0, 1).copy_(work)
-    return Moments(squares, None, norms if settings.covariance else None), made
 
 
 # -- For autograd ---------------------------------------------------------------------------------------------------
 
 
-class VCR(torch.autograd.Function):
-    """(settings, made, *hs) -> (loss, variance, covariance, *what backward needs); the last are not differentiable.
+def plain(hs: Sequence[Tensor], settings: Settings) -> tuple[Terms, list[Moments]]:
+    """The terms, and the moments of all `blocks`, by operations that every transform of torch.func can follow. Autograd
+    would keep all that these make: for it there is `VCR`."""
+    with full_precision(hs[0]):
+        moments = [moments_of(centred(x), settings) for h in hs for x in blocks(h)]
+        return terms(moments, hs[0].shape[0], _count(hs), settings), moments
 
-    By blocks, the forward pass computes the gradient of the loss for each tensor whose `made` is true, and backward
-    only scales it. A backward pass through the separate terms, or a second one, computes it again from h.
-    All at once, `made` has no effect: forward keeps squares and product of each tensor, and backward reads h again.
+
+def followed(incoming: Incoming) -> bool:
+    """True in a backward pass that will be differentiated, or is for many incoming gradients at once (vmap): then
+    plain operations on h must compute the gradient, and what forward kept is no use."""
+    if torch.compiler.is_compiling():
+        return False
+    batched = torch._C._functorch.is_legacy_batchedtensor  # is_grads_batched of torch.autograd.grad
+    return (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or any(g is not None and batched(g) for g in incoming)
+    )
+
+
+class VCR(torch.autograd.Function):
+    """(settings, *hs) -> (loss, variance, covariance, *what backward needs); the last are not differentiable.
+
+    Forward keeps squares and product of each block, and backward reads h again.
     """
 
     @staticmethod
-    def forward(settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, ...]:
-        n, count = hs[0].shape[0], _count(hs)
-        with full_precision(hs[0]):
-            if _in_blocks(hs):
-                one = torch.ones((), dtype=compute_dtype(hs[0]))
-                a, b = coefficients(n, count, settings, (one, None, None))
-                found = [_by_blocks(h, settings, a, b, make) for h, make in zip(hs, made, strict=True)]
-                moments = [each for each, _ in found]
-                kept = [gradient for _, gradient in found if gradient is not None]
-            else:
-                moments = [moments_of(centred(h.transpose(0, 1)), settings) for h in hs]
-                kept = [tensor for each in moments for tensor in each[:2] if tensor is not None]
-            return *terms(moments, n, count, settings), *kept
+    def forward(settings: Settings, *hs: Tensor) -> tuple[Tensor, ...]:
+        values, moments = plain(hs, settings)
+        return *values, *(tensor for each in moments for tensor in each[:2] if tensor is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        settings, made, *hs = inputs
+        settings, *hs = inputs
         kept = output[3:]
         ctx.mark_non_differentiable(*kept)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.tensors, ctx.blocks = settings, len(hs), _in_blocks(hs)
-        ctx.gradients = {}
-        if ctx.blocks:
-            ctx.gradients = dict(zip([i for i, make in enumerate(made) if make], kept, strict=True))
-            kept = ()
+        ctx.settings, ctx.blocks = settings, [len(blocks(h)) for h in hs]
         ctx.save_for_backward(*hs, *kept)
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
         settings: Settings = ctx.settings
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
-        hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-        incoming, needed = incoming[:3], ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            # The gradient will be differentiated. What forward kept has no graph.
-            return None, None, *gradients(hs, settings, incoming, needed)
-        if not ctx.blocks:
+        saved = iter(ctx.saved_tensors)  # read once: torch.utils.checkpoint allows no more
+        hs = [next(saved) for _ in ctx.blocks]
+        kept = None
+        if not followed(incoming):
             each = 2 if settings.covariance else 1
-            moments = [Moments(*kept[i : i + each]) for i in range(0, len(kept), each)]
-            return None, None, *gradients(hs, settings, incoming, needed, moments)
-        found: list[Tensor | None] = []
-        a, b = coefficients(len(hs[0]), _count(hs), settings, incoming)
-        g_loss, g_variance, g_covariance = incoming
-        loss_alone = g_loss is not None and g_variance is None and g_covariance is None
-        with full_precision(hs[0]):
-            for i, h in enumerate(hs):
-                if loss_alone and i in ctx.gradients:
-                    # Given away once, because the caller may change it.
-                    found.append(ctx.gradients.pop(i).mul_(g_loss))
-                elif needed[i]:
-                    found.append(_by_blocks(h, settings._replace(covariance=b is not None), a, b, True)[1])
-                else:
-                    found.append(None)
-        return None, None, *found
+            kept = [[Moments(*islice(saved, each)) for _ in range(count)] for count in ctx.blocks]
+        return None, *gradients(hs, settings, incoming[:3], ctx.needs_input_grad[1:], kept)

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from vjvcr_fast import native
 
@@ -75,9 +76,14 @@ def resolve(backend: str, h: Tensor) -> str:
 def _against(backend: str, h: Tensor) -> str | None:
     """The reason why "native" or "triton" cannot take h; None if it can."""
     obstacle = against_native(h.device) if backend == "native" else against_triton(h.device, h.dtype)
-    if obstacle is None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        obstacle = "transforms of torch.func cannot follow what it computes"
+    if obstacle is None and transformed():
+        obstacle = "transforms of torch.func and forward-mode AD cannot follow what it computes"
     return obstacle
+
+
+def transformed() -> bool:
+    """True inside a transform of torch.func or a level of forward-mode AD, which can follow plain operations alone."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def against_native(device: torch.device) -> str | None:
@@ -112,7 +118,7 @@ def explain() -> dict[str, str]:
     else:
         cuda = f"no CUDA device ({'this torch has no CUDA' if torch.version.cuda is None else 'none visible'})"
     obstacle = against_native(torch.device("cpu"))
-    cpu = f"torch (analytic gradient in cache-sized blocks): {obstacle}"
+    cpu = f"torch (plain torch operations): {obstacle}"
     if obstacle is None:
         cpu = f"native (a compiled operator, for {native.instruction_set()})"
     return {"cpu": cpu, "cuda": cuda}

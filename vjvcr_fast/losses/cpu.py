@@ -1,7 +1,8 @@
-"""The loss on a CPU as one compiled operator (csrc/vcr_cpu.cpp), for autograd and torch.compile.
+"""The loss on a CPU as one compiled operator (csrc/vcr_cpu.cpp), with autograd.
 
-Forward also computes the gradient of the loss, while h is in the cache. Backward multiplies it by the incoming
-gradient, unless that is 1. What forward did not compute, backward computes from h.
+`terms` is for eager mode. Forward also computes the gradient of the loss, while h is in the cache, and backward
+multiplies it by the incoming gradient, unless that is 1. What forward did not compute, backward computes from h.
+The operator by itself can be differentiated, too: that is for graphs, which hold it without our Python around it.
 """
 
 from collections.abc import Sequence
@@ -10,44 +11,71 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vjvcr_fast import native
 from vjvcr_fast.losses import analytic
-from vjvcr_fast.losses.analytic import Settings
+from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
 
 
-def forward(settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """(loss, variance, covariance, gradients of the loss): see `VCR`."""
-    return torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
+def terms(hs: Sequence[Tensor], settings: Settings, early: bool) -> Terms:
+    """(loss, variance, covariance) of (N, T, d) tensors with any strides. early: forward may compute the gradient."""
+    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
+    # that. Not where hooks (checkpoints, save_on_cpu) decide what is kept until backward.
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    early = early and torch.is_grad_enabled() and hs[0].dtype == analytic.compute_dtype(hs[0]) and not hooked
+    return VCR.apply(settings, [early and h.requires_grad for h in hs], *hs)
+
+
+def operator(hs: Sequence[Tensor], settings: Settings) -> Terms:
+    """The same for a graph: nothing but the operator, which leaves the gradient to backward."""
+    return torch.ops.vjvcr.vcr_cpu(hs, *settings, [False] * len(hs))[:3]
+
+
+def _gradients(ctx: Any, incoming: Incoming) -> Sequence[Tensor | None]:
+    """What autograd hands on: dL/dh of each tensor, None if it is not needed."""
+    hs = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
+    if analytic.followed(incoming):
+        return analytic.gradients(hs, ctx.settings, incoming, ctx.needed)
+    g_loss, g_variance, g_covariance = incoming
+    found = None
+    if g_loss is not None and g_variance is None and g_covariance is None:
+        found = ctx.__dict__.pop("gradients", None)  # given away once, because the caller may change them
+    if found is None:
+        found = torch.ops.vjvcr.vcr_cpu_backward(hs, *incoming, *ctx.settings, ctx.needed)
+    elif torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
+        found = [gradient.mul_(g_loss) for gradient in found]
+    return [gradient if need else None for gradient, need in zip(found, ctx.needed, strict=True)]
 
 
 class VCR(torch.autograd.Function):
-    """(settings, made, *hs) -> (loss, variance, covariance). hs: (N, T, d) tensors, any strides. made: for each tensor,
-    whether forward computes the gradient of the loss."""
+    """(settings, made, *hs) -> (loss, variance, covariance). made: for each tensor, whether forward computes the
+    gradient of the loss."""
 
     @staticmethod
-    def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> tuple[Tensor, ...]:
-        *terms, gradients = forward(settings, made, *hs)
+    def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> Terms:
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, variance, covariance, gradients = torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.needed = settings, list(ctx.needs_input_grad[2:])
         ctx.save_for_backward(*hs)
         if any(made):
             ctx.gradients = gradients
-        return tuple(terms)
+        return loss, variance, covariance
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
-        settings, needed = ctx.settings, ctx.needed
-        hs = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
-        compiling = torch.compiler.is_compiling()
-        if torch.is_grad_enabled() and not compiling:
-            # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
-            return None, None, *analytic.gradients(hs, settings, incoming, needed)
-        g_loss, g_variance, g_covariance = incoming
-        found = None
-        if not compiling and g_variance is None and g_covariance is None:
-            found = ctx.__dict__.pop("gradients", None)  # given away once, because the caller may change them
-        if found is not None and g_loss is not None:
-            if torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
-                found = [gradient.mul_(g_loss) for gradient in found]
-        else:
-            found = torch.ops.vjvcr.vcr_cpu_backward(hs, *incoming, *settings, needed)
-        return None, None, *(gradient if need else None for gradient, need in zip(found, needed, strict=True))
+        return None, None, *_gradients(ctx, incoming)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hs, *settings, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.settings, ctx.needed = Settings(*settings), [h.requires_grad for h in hs]
+    ctx.save_for_backward(*hs)
+
+
+def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
+    return _gradients(ctx, incoming[:3]), *(None,) * (len(ctx.settings) + 1)
+
+
+if native.MISSING is None:
+    torch.library.register_autograd("vjvcr::vcr_cpu", _backward, setup_context=_setup_context)

@@ -1,10 +1,10 @@
 """The Triton kernels (vjvcr_fast.kernels) for PyTorch: with autograd, and as operators for torch.compile.
 
 `terms` computes the loss. It launches the kernels itself, with `VCR` for autograd, unless something wants to see each
-operation: the compiler, a dispatch mode or a subclass of Tensor. These get the operators `vcr` and `vcr_backward`, into
-which the compiler does not look, and whose checks take the host longer than all launches. Both ways call `_forward` and
-`_backward`. Triton is imported by the first call, not by this file. PyTorch's precision setting for matrix products is
-read when a kernel is launched.
+operation: a dispatch mode or a subclass of Tensor. These and the compiler get the operators `vcr` and `vcr_backward`,
+into which the compiler does not look, and whose checks take the host longer than all launches. Both ways call
+`_forward` and `_backward`. Triton is imported by the first call, not by this file. PyTorch's precision setting for
+matrix products is read when a kernel is launched.
 """
 
 from collections.abc import Sequence
@@ -20,11 +20,15 @@ from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
 
 def terms(hs: Sequence[Tensor], settings: Settings) -> Terms:
     """The float32 scalars (loss, variance, covariance) of tensors (N, T, d), features side by side."""
-    # Under the compiler it is known without a look at its own mode, which is a dispatch mode.
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or any(type(h) is not Tensor for h in hs):
-        loss, variance, covariance, _ = vcr(hs, *settings)
-        return loss, variance, covariance
+    if torch._C._len_torch_dispatch_stack() or any(type(h) is not Tensor for h in hs):
+        return operator(hs, settings)
     return VCR.apply(settings, *hs)
+
+
+def operator(hs: Sequence[Tensor], settings: Settings) -> Terms:
+    """The same by the operator."""
+    loss, variance, covariance, _ = vcr(hs, *settings)
+    return loss, variance, covariance
 
 
 # -- What both ways do ----------------------------------------------------------------------------------------------
@@ -67,11 +71,9 @@ def _gradients(ctx: Any, incoming: Incoming) -> list[Tensor | None]:
     """What autograd hands on: dL/dh of each tensor, None if it is not needed."""
     saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
     hs, kept = saved[: len(ctx.needed)], saved[len(ctx.needed) :]
-    compiling = torch.compiler.is_compiling()
-    if torch.is_grad_enabled() and not compiling:
-        # The gradient will be differentiated: compute it by plain torch operations, which autograd can follow.
+    if analytic.followed(incoming):
         return analytic.gradients(hs, ctx.settings, incoming, ctx.needed)
-    if compiling or torch._C._len_torch_dispatch_stack():
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         found = vcr_backward(list(hs), list(kept), *incoming, *ctx.settings, ctx.needed)
     else:
         found = _backward(hs, kept, incoming, ctx.settings, ctx.needed)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vjvcr_fast import reference
 from vjvcr_fast.losses import analytic, cpu, distributed, ops
 from vjvcr_fast.losses.analytic import Settings
-from vjvcr_fast.losses.backends import Backend, check_choice, check_number, resolve
+from vjvcr_fast.losses.backends import Backend, check_choice, check_number, resolve, transformed
 from vjvcr_fast.losses.distributed import Route
 
 Form = Literal["auto", "gram", "covariance"]
@@ -91,9 +91,9 @@ def vcr_loss(
         form: "gram" (N x N products), "covariance" (d x d products) or "auto", the smaller of the two. Both are exact;
             docs/math.md tells how they round.
         gradient: when to compute dloss/dh. "forward" computes it while h is still in the cache, "backward" waits. The
-            result is the same, but "backward" takes one product more and less memory. "auto" is "forward". Tensors on a
-            GPU, half precision and compiled graphs always wait, with backend "torch" also small inputs, and with a
-            group the routes "features" and "covariance". Nothing is computed if h needs no gradient.
+            result is the same, but "backward" takes one product more and less memory. "auto" is "forward". Only backend
+            "native" has the choice, in float32 and float64 and outside compiled graphs. All else waits, as do the
+            routes "features" and "covariance" of a group. Nothing is computed if h needs no gradient.
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
             this function, and backward too. All of them get the loss of the whole batch; the mean of their gradients,
@@ -108,10 +108,10 @@ def vcr_loss(
 
     Raises:
         ValueError: if N < 2, h has fewer than two dimensions, or a tensor or the sequence is empty; if the tensors
-            differ in N, d or device; if alpha, beta, threshold or eps is not finite (tensors are not read for that), or
-            eps < 0; if backend, form, gradient or route is unknown; if the backend does not support h. With a group: if
-            this process is not in it, if the processes differ in T, d or dtype, if `samples` does not fit, or if form
-            or backend rule out the route.
+            differ in N, d or device; if alpha, beta, threshold or eps is not finite, or eps < 0 (tensors are not read
+            for that); if backend, form, gradient or route is unknown; if the backend does not support h. With a group:
+            if this process is not in it, if the processes differ in T, d or dtype, if `samples` does not fit, or if
+            form or backend rule out the route.
         TypeError: if h is not a tensor or a sequence of tensors, if a dtype is not one of the four, if the tensors
             differ in dtype, or if alpha, beta, threshold or eps is no number, or a tensor that requires a gradient.
         RuntimeError: if a Triton kernel is not loaded yet while a CUDA graph is captured, here or in backward. Make the
@@ -214,9 +214,9 @@ def _described(name: str, tensor: Tensor) -> str:
 
 
 def check_eps(eps: float) -> float:
-    """eps, if it is a finite number >= 0. Raises TypeError or ValueError if not."""
+    """eps, if it is a finite number >= 0; a tensor of one element as it is. Raises TypeError or ValueError if not."""
     number: float = check_number("eps", eps)
-    if number < 0:
+    if not isinstance(number, Tensor) and number < 0:
         raise ValueError(f"eps={eps}: must be >= 0, it is added to the variance before the square root")
     return number
 
@@ -228,29 +228,37 @@ def _use_gram(form: str, hs: Sequence[Tensor]) -> bool:
 
 def _evaluate(hs: list[Tensor], settings: Settings, backend: str, gradient: str = "auto") -> VCRTerms:
     """The terms of tensors (N, T, d) that hold the whole batch. backend: any but "auto"."""
-    compiling = torch.compiler.is_compiling()
     if backend == "reference":
         h = torch.cat(hs, dim=1).to(analytic.compute_dtype(hs[0]))
         with analytic.full_precision(h):
             return VCRTerms(*reference.vcr(h, *settings[:4]))
-    if not compiling and torch._C._are_functorch_transforms_active():
-        return VCRTerms(*analytic.plain(hs, settings))
+    if transformed():
+        return VCRTerms(*analytic.plain(hs, settings)[0])
     if backend == "triton":
         # If features are not adjacent, one copy is cheaper than reading h in place, at several times its bytes.
-        return VCRTerms(*ops.terms([h if h.stride(-1) == 1 else h.contiguous() for h in hs], settings))
-    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
-    # that. Not in a compiled graph, which keeps what forward makes for long, may not change it in place, and gives
-    # zeros for the terms that nobody used.
-    early = gradient != "backward" and torch.is_grad_enabled() and not compiling
-    early = early and hs[0].dtype == analytic.compute_dtype(hs[0])
-    made = [early and h.requires_grad for h in hs]
-    if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
-        # If no input needs a gradient, the compiler inlines `forward` and fails to match a variable number of tensors
-        # with its signature. There is nothing to differentiate, so no Function is needed.
-        forward = cpu.forward if backend == "native" else analytic.VCR.forward
-        return VCRTerms(*forward(settings, made, *hs)[:3])
-    function: Any = cpu.VCR if backend == "native" else analytic.VCR
-    return VCRTerms(*_guarded(function.apply(settings, made, *hs)[:3], hs))
+        hs = [h if h.stride(-1) == 1 else h.contiguous() for h in hs]
+    if torch.compiler.is_compiling():
+        return VCRTerms(*_compiled(hs, settings, backend))
+    if backend == "triton":
+        return VCRTerms(*ops.terms(hs, settings))
+    if backend == "native":
+        return VCRTerms(*cpu.terms(hs, settings, early=gradient != "backward"))
+    return VCRTerms(*analytic.VCR.apply(settings, *hs)[:3])
+
+
+def _compiled(hs: list[Tensor], settings: Settings, backend: str) -> Sequence[Tensor]:
+    """The terms in a graph of torch.compile."""
+    alpha, beta, threshold, eps, *_ = settings
+    if backend != "torch" and not isinstance(threshold, Tensor) and not isinstance(eps, Tensor):
+        # An operator takes no tensors for numbers, and each new number makes a new graph. The weights, which may change
+        # from step to step, stay outside.
+        operator = ops.operator if backend == "triton" else cpu.operator
+        _, variance, covariance = operator(hs, Settings(0.0, 0.0, *settings[2:]))
+        return (alpha * variance + beta * covariance).to(variance.dtype), variance, covariance
+    if torch.is_grad_enabled() and any(h.requires_grad for h in hs):
+        return _guarded(analytic.VCR.apply(settings, *hs)[:3], hs)
+    # Without gradients the compiler would inline the Function and fail to match its variable number of tensors.
+    return analytic.plain(hs, settings)[0]
 
 
 def _guarded(terms: Sequence[Tensor], hs: list[Tensor]) -> Sequence[Tensor]:
