@@ -28,6 +28,7 @@ from hypothesis import strategies as st
 from test_losses import ALPHA, BETA, FORMS, Judged, judge
 from tolerances import relative
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -612,6 +613,13 @@ class TestBackward:
         torch.utils.checkpoint.checkpoint(loss_of, h, use_reentrant=False).backward()
         assert relative(h.grad, judge(h).gradients[0]) <= tolerances.TF32X3
 
+    def test_many_gradients_at_once(self):
+        h = random(*WIDE).requires_grad_()
+        incoming = torch.tensor([1.0, -2.0], device=DEVICE)
+        (found,) = torch.autograd.grad(loss_of(h), h, incoming, is_grads_batched=True)
+        right = judge(h).gradients[0]
+        assert relative(found, torch.stack([right, -2 * right])) <= tolerances.TF32X3
+
     def test_a_change_in_between_is_noticed(self):
         h = random(*WIDE).requires_grad_()
         loss = fused(h).variance
@@ -790,6 +798,20 @@ class TestCompiled:
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 compiled(h).backward()
             assert relative(h.grad, judge(h).gradients[0]) <= tolerances.TF32X3
+
+    def test_weights_that_change_are_one_graph(self):
+        """Or two: at first the compiler takes a number for a constant."""
+
+        def loss_with(h: Tensor, alpha: float) -> Tensor:
+            return vcr_loss(h, alpha=alpha, beta=BETA, backend="triton").loss
+
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(loss_with, fullgraph=True, backend=counter)
+        for alpha in (0.5, 0.7, 0.9, 1.1):
+            h = random(*WIDE).requires_grad_()
+            found, right = (torch.autograd.grad(loss(h, alpha), h)[0] for loss in (compiled, loss_with))
+            assert relative(found, right) <= tolerances.COMPILED
+        assert counter.frame_count <= 2
 
     def test_double_backward_is_refused(self):
         h = random(*WIDE).requires_grad_()
