@@ -1,4 +1,4 @@
-// vcr and vcr_gradient on the CPU: the loss of vjvcr_fast/losses/analytic.py and its gradient, in one call.
+// vcr_cpu and vcr_cpu_backward: the loss of vjvcr_fast/losses/analytic.py and its gradient, in one call.
 //
 // For each time step, with Z (N, d) centred over the batch and s_k = sum_n Z_nk^2:
 //
@@ -17,7 +17,24 @@
 // Where d is small, several time steps are worked on as one with their features side by side, and several samples as one.
 // Of the product the blocks on the diagonal are theirs; the rest is set to zero.
 //
-// Threads take whole time steps. What is left over, fewer steps than threads, is shared out within a step. Both ways add
+// Threads take whole time steps, each with buffers of its own. What is left over, fewer steps than threads, is shared
+// out within a step: each `share` there ends before the next begins. What threads have in common within a step:
+//
+//     buffer                   written by                             read by               safe because
+//     piece of thread 0        centred: each some features            product, gradients    the share has ended
+//     pieces of the others     groups, gradients: its thread          its thread            no other has it
+//     scratch                  its thread                             its thread            no other has it
+//     product                  product: each some blocks              norm_of_row, mirror   the share has ended
+//     product, lower half      mirror_rows: each some rows            gradients             mirror reads the upper half
+//     products of groups       groups: each its own                   the calling thread    the share has ended
+//     norms                    norm_of_row: each some rows            the calling thread    the share has ended
+//     mean, squares            Gram form, centred: some features      its thread, finish    no other has these features
+//     the same                 covariance form: the calling thread    all                   written between two shares
+//     partial sums             means, centred: a row for each piece   added_up              no other has this piece
+//     first, diagonal          the calling thread                     all                   written between two shares
+//     gradient (`out`)         gradients: each some rows or pieces    nobody
+//
+// The calling thread also unpacks and scales the product, between two shares. One thread and all of them add
 // in the same order, so results do not depend on the number of threads.
 #if defined(__linux__)
 #include <sys/mman.h>

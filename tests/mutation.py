@@ -47,14 +47,28 @@ analytic vjvcr_fast/losses/analytic.py test_losses test_fuzz_losses test_losses_
 + return (squares / n + settings.eps).sqrt()
 - diagonal = (sigma < settings.threshold) / sigma * -a
 + diagonal = 1 / sigma * -a
-- z = torch.sub(x, x[:, :1].to(compute_dtype(x)), out=out)
-+ z = torch.sub(x, torch.zeros_like(x[:, :1], dtype=compute_dtype(x)), out=out)
+- z = x - x[:, :1].to(compute_dtype(x))
++ z = x - torch.zeros_like(x[:, :1], dtype=compute_dtype(x))
 - diagonal = diagonal - b * squares
 + diagonal = diagonal + b * squares
-- ctx.gradients.pop(i).mul_(g_loss)
-+ ctx.gradients[i].mul_(g_loss)
-- if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-+ if torch.is_grad_enabled() and not torch.compiler.is_compiling() and ctx.blocks:
+- if not followed(incoming):
++ if True:
+- to.copy_(of(x, moments))
++ to.copy_(of(x, kept[i][0]))
+losses vjvcr_fast/losses/cpu.py test_losses test_losses_interfaces test_uses
+- ctx.__dict__.pop("gradients", None)
++ ctx.__dict__.get("gradients", None)
+- if g_loss is not None and g_variance is None and g_covariance is None:
++ if g_loss is not None:
+- elif torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
++ elif torch._C._len_torch_dispatch_stack():
+- and hs[0].dtype == analytic.compute_dtype(hs[0]) and not hooked
++ and not hooked
+losses vjvcr_fast/losses/cpu.py test_uses
+- and not hooked
++ and True
+- ctx.settings, ctx.needed = Settings(*settings), [h.requires_grad for h in hs]
++ ctx.settings, ctx.needed = Settings(*settings), [False for h in hs]
 distributed vjvcr_fast/losses/distributed.py test_distributed
 - norms = product.square().sum(dim=(1, 2)) / (found.world if settings.gram else 1)
 + norms = product.square().sum(dim=(1, 2))
@@ -93,6 +107,24 @@ csrc csrc/mlp_block_cpu.h test_operators test_newton
 csrc csrc/newton_cpu_kernels.h test_newton test_latents
 - sample.step < T(0.5) ? T(2) * sample.step : T(1);
 + T(2) * sample.step;
+csrc csrc/vcr_cpu.cpp test_losses test_losses_interfaces
+- sums.hinge += left < 0 ? 0 : left;
++ sums.hinge += left > 0 ? left : 0;
+- diagonal += wish_.b * double(square);
++ diagonal -= wish_.b * double(square);
+- if (!(last_is_there && i == 0 && (within || threads == 1))) {
++ if (!(last_is_there && (within || threads == 1))) {
+- gram, variance && (g_loss || g_variance),
++ gram, variance && g_variance,
+- to[j] = group == 0 ? part[j] : to[j] + part[j];
++ to[j] = part[j];
+csrc csrc/vcr_cpu_kernels.h test_losses test_losses_interfaces
+- if (zero) row[i] *= 0;
++ if (zero) row[i] = 0;
+- adds ? load(to + v * kLanes<T>) + sum[r][v] : sum[r][v]
++ sum[r][v]
+- for (int64_t k = 0; k < width; ++k) sums[k] += part[k];
++ for (int64_t k = 0; k < width; ++k) sums[k] = part[k];
 data vjvcr_fast/data/moving_mnist.py test_moving_mnist
 - self.switch = x_frames - 1 if
 + self.switch = x_frames if

@@ -190,6 +190,13 @@ class TestValues:
             assert gradient[:, 0].isfinite().all(), "other time steps are independent"
 
 
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("shape", [(180, 2, 600), (60, 1, 1700), (600, 2, 180), (1700, 1, 60)])
+def test_pieces(shape):
+    """Time steps of more than one of the operator's pieces, in either form: for one product, and for a sum of some."""
+    assert_agrees(random(*shape))
+
+
 STRIDES: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed (T, N, d)": lambda h: h.transpose(0, 1).contiguous().transpose(0, 1),
     "features not last": lambda h: h.permute(2, 1, 0).contiguous().permute(2, 1, 0),

@@ -139,10 +139,11 @@ TRANSFORMS: dict[str, Callable[[Function, Tensor], Any]] = {
     "jacobian, forward": lambda f, h: functional.jacobian(f, h, vectorize=True, strategy="forward-mode"),
     "hvp": lambda f, h: functional.hvp(lambda h: f(h).sum(), h, h.cos())[1],
 }
+SLOW = {"linearize": pytest.mark.slow}
 
 
 class TestTransforms:
-    @pytest.mark.parametrize("transform", TRANSFORMS)
+    @pytest.mark.parametrize("transform", [pytest.param(name, marks=SLOW.get(name, ())) for name in TRANSFORMS])
     def test_any(self, transform, h):
         ours, right = (TRANSFORMS[transform](f, h) for f in (everything, right_everything))
         assert_same(ours, right)
@@ -150,7 +151,7 @@ class TestTransforms:
     @pytest.mark.parametrize("name", ["alpha", "beta", "threshold", "eps"])
     def test_vmap_over_numbers(self, name, h):
         given: dict[str, Any] = {"alpha": ALPHA, "beta": BETA, "threshold": 1.0, "eps": 1e-4}
-        ours = vmap(lambda x: vcr_loss(h, **{**given, name: x}).loss)(torch.tensor([0.2, 1.5]).double())
+        ours = vmap(lambda x: vcr_loss(h, **{**given, name: x}).loss)(torch.tensor([0.2, 1.5], dtype=torch.float64))
         assert_same(ours, torch.stack([right_loss(h, *{**given, name: x}.values()) for x in (0.2, 1.5)]))
 
     @pytest.mark.parametrize("transform", ["vmap of grad", "dual numbers"])
@@ -195,11 +196,12 @@ class TestGraphs:
             return vcr_loss(h, alpha=ALPHA, beta=BETA, threshold=threshold, eps=eps).loss
 
         leaf = h.clone().requires_grad_()
-        loss = torch.compile(loss_with, backend="aot_eager", fullgraph=True)(leaf, *torch.tensor([0.9, 1e-3]).double())
+        given = torch.tensor([0.9, 1e-3], dtype=torch.float64)
+        loss = torch.compile(loss_with, backend="aot_eager", fullgraph=True)(leaf, *given)
         loss.backward()
         assert_right(loss, leaf.grad, h, ALPHA, BETA, 0.9, 1e-3)
 
-    @pytest.mark.parametrize("shape", [WIDE, TALL])
+    @pytest.mark.parametrize("shape", [(4, 3, 9), TALL], ids=["wide", "tall"])
     def test_any_batch_size_is_one_graph(self, shape):
         compiled = torch.compile(loss_of, fullgraph=True, dynamic=True, backend="aot_eager")
         for more in (0, 1, 3):
@@ -290,8 +292,7 @@ class TestAutograd:
             loss.backward()
 
     def test_accumulation_and_a_graph_that_is_retained(self, h):
-        leaf, right = h.clone().requires_grad_(), right_gradient(h)
-        loss = loss_of(leaf)
+        loss, right = loss_of(leaf := h.clone().requires_grad_()), right_gradient(h)
         loss.backward(retain_graph=True)
         (0.5 * loss).backward(retain_graph=True)
         loss.backward()

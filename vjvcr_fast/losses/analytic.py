@@ -229,7 +229,9 @@ def gradients(
                 found[i] = of(h.transpose(0, 1), kept[i][0] if kept else None).transpose(0, 1).to(h.dtype)
                 continue
             found[i] = made = torch.empty_like(h)
-            for to, x, moments in zip(blocks(made), blocks(h), kept[i], strict=True):
+            steps = [len(each.squares) for each in kept[i]]
+            parts = (tensor.transpose(0, 1).split(steps) for tensor in (made, h))
+            for to, x, moments in zip(*parts, kept[i], strict=True):
                 to.copy_(of(x, moments))
     return found
 

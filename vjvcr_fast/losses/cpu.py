@@ -39,10 +39,10 @@ def _gradients(ctx: Any, incoming: Incoming) -> Sequence[Tensor | None]:
     found = None
     if g_loss is not None and g_variance is None and g_covariance is None:
         found = ctx.__dict__.pop("gradients", None)  # given away once, because the caller may change them
+        if found is not None and (torch._C._len_torch_dispatch_stack() or g_loss.item() != 1):
+            found = [gradient.mul_(g_loss) for gradient in found]
     if found is None:
         found = torch.ops.vjvcr.vcr_cpu_backward(hs, *incoming, *ctx.settings, ctx.needed)
-    elif torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
-        found = [gradient.mul_(g_loss) for gradient in found]
     return [gradient if need else None for gradient, need in zip(found, ctx.needed, strict=True)]
 
 
