@@ -4,7 +4,7 @@
 // to a multiple of kPad is zero, and there are kBeyond readable rows beyond the last. So no loop has a special last round.
 namespace vjvcr::VJVCR_ISA {
 
-constexpr int kDots = VJVCR_VECTOR == 64 ? 4 : 3;     // rows and columns of a tile of dot products
+constexpr int kDots = kRegisters == 32 ? 4 : 3;       // rows and columns of a tile of dot products
 constexpr int64_t kAtOnce = 12;                       // rows that stay in the L1 cache, a multiple of both kDots
 constexpr int64_t kSummed = 64;                       // terms that are summed before they go to a larger sum
 

@@ -15,8 +15,13 @@ using Register = typename Vector<T>::Register;
 template <typename T>
 constexpr int kLanes = VJVCR_VECTOR / int(sizeof(T));
 
-constexpr int kVectors = 2;                           // of a tile's columns
-constexpr int kRows = VJVCR_VECTOR == 64 ? 8 : VJVCR_VECTOR == 32 ? 6 : 4;  // of a tile
+#if defined(__aarch64__) || VJVCR_VECTOR == 64
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
+constexpr int kVectors = 2;                                                // of a tile's columns
+constexpr int kRows = kRegisters == 32 ? 8 : VJVCR_VECTOR == 32 ? 6 : 4;  // of a tile
 
 template <typename T>
 inline Register<T> load(const T* from) {
@@ -45,6 +50,12 @@ inline Register<T> multiply_add(Register<T> a, Register<T> b, Register<T> c) {
     return _mm256_fmadd_ps(a, b, c);
   } else {
     return _mm256_fmadd_pd(a, b, c);
+  }
+#elif defined(__aarch64__)
+  if constexpr (sizeof(T) == 4) {
+    return vfmaq_f32(c, a, b);
+  } else {
+    return vfmaq_f64(c, a, b);
   }
 #else
   return a * b + c;
