@@ -180,14 +180,15 @@ void share(int64_t threads, int64_t begin, int64_t end, const Body& body) {
   });
 }
 
-// The loss of one tensor (N, T, d), and its gradient, which goes to `out`. `pack` divides N and T.
+// The loss of one tensor (N, T, d), and its gradient, which goes to `out`. `pack` divides T.
 template <typename T>
 class Loss {
  public:
   Loss(const View& h, const View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish, const Pack& pack)
       : h_(packed(h, pack)), out_(packed(out, pack)), all_(n), block_(d), own_(pack.steps * d), wish_(wish),
         run_(VJVCR_OF_THIS_CPU(kKernels<T>)), by_features_(wish.covariance ? wish.gram : n < d) {
-    n_ = n / pack.samples, steps_ = steps / pack.steps, d_ = own_ * pack.samples;
+    n_ = blocks_of(n, pack.samples), steps_ = steps / pack.steps, d_ = own_ * pack.samples;
+    last_ = own_ * (n - (n_ - 1) * pack.samples);
     n = n_, d = d_;
     size_ = by_features_ ? n : d, length_ = by_features_ ? d : n;
     const int64_t fits = kPiece / (int64_t(sizeof(T)) * size_), most = std::min(std::max(fits, kLeast), kMost);
@@ -256,6 +257,14 @@ class Loss {
   int64_t begin_of(int64_t p) const { return p * piece_; }
   int64_t end_of(int64_t p) const { return std::min((p + 1) * piece_, length_); }
 
+  // Calls body(begin, end, width) for the samples that have d_ features, and for the last one if it has fewer.
+  template <typename Body>
+  void by_width(int64_t begin, int64_t end, const Body& body) const {
+    const int64_t whole = last_ < d_ ? std::min(end, n_ - 1) : end;
+    if (begin < whole) body(begin, whole, d_);
+    if (whole < end) body(whole, end, last_);
+  }
+
   Sums step(State& state, int64_t t, int64_t threads) {
     State::clear(state.first, 3 * padded_);
     run_.add_samples(h_, t, 0, 1, 0, d_, state.mean, state.first, state.scratch_of(0));
@@ -281,7 +290,9 @@ class Loss {
     share(threads, 0, pieces_, [&](int64_t p, int64_t thread) {
       T* sums = state.partial.get() + p * padded_;
       State::clear(sums, padded_);
-      run_.add_samples(h_, t, begin_of(p), end_of(p), 0, d_, state.first, sums, state.scratch_of(thread));
+      by_width(begin_of(p), end_of(p), [&](int64_t first, int64_t last, int64_t width) {
+        run_.add_samples(h_, t, first, last, 0, width, state.first, sums, state.scratch_of(thread));
+      });
     });
     added_up(state, state.mean, double(all_));
   }
@@ -331,8 +342,13 @@ class Loss {
       } else {
         if (!again) squares = state.partial.get() + p * padded_ + begin;
         State::clear(squares, end - begin);
-        run_.centre(h_, t, begin_of(p), end_of(p), begin, end, state.first + begin, state.mean + begin, z, pitch_,
-                    squares, scratch);
+        by_width(begin_of(p), end_of(p), [&](int64_t first, int64_t last, int64_t width) {
+          T* row = z + (first - begin_of(p)) * pitch_;
+          if (width < end) State::clear(row, round_up(end - begin, kPad));
+          if (width <= begin) return;
+          run_.centre(h_, t, first, last, begin, std::min(end, width), state.first + begin, state.mean + begin, row,
+                      pitch_, squares, scratch);
+        });
       }
     });
   }
@@ -422,17 +438,20 @@ class Loss {
       share(within ? threads : 1, 0, within && threads > 1 ? blocks_of(rows, kBlock) : 1, [&](int64_t block, int64_t) {
         const int64_t at = block * kBlock, count = within && threads > 1 ? std::min(kBlock, rows - at) : rows;
         const bool left = wish_.gram;
-        run_.gradient(left ? product + at * product_pitch_ : z + at * pitch_, left ? product_pitch_ : pitch_,
-                      left ? z : product, left ? pitch_ : product_pitch_, wish_.covariance ? size_ : 0,
-                      z + at * pitch_, pitch_, state.diagonal + from, count, to - from, out_, t,
-                      by_features_ ? at : begin_of(p) + at, from);
+        const int64_t sample = by_features_ ? 0 : begin_of(p);
+        by_width(sample + at, sample + at + count, [&](int64_t first, int64_t last, int64_t width) {
+          const T* rows = z + (first - sample) * pitch_;
+          run_.gradient(left ? product + first * product_pitch_ : rows, left ? product_pitch_ : pitch_,
+                        left ? z : product, left ? pitch_ : product_pitch_, wish_.covariance ? size_ : 0, rows, pitch_,
+                        state.diagonal + from, last - first, std::min(to, width) - from, out_, t, first, from);
+        });
       });
     });
   }
 
   View h_, out_;
   int64_t all_, block_, own_;     // N; d; features of a sample in a pack
-  int64_t n_, steps_, d_;         // N, T and d as if packs were samples and time steps
+  int64_t n_, steps_, d_, last_;  // N, T and d as if packs were samples and time steps; d of the last sample
   Wish wish_;
   const Kernels<T>& run_;
   bool by_features_;              // pieces are features, in Gram form; else they are samples
@@ -491,7 +510,6 @@ Pack pack_of(View& h, View& out, int64_t n, int64_t steps, int64_t d, const Wish
   pack.steps = std::min(steps, most);
   if (as_one_sample && pack.steps == steps) {
     pack.samples = std::max<int64_t>(1, std::min(most / steps, n / kLeastRows));
-    while (n % pack.samples != 0) --pack.samples;
   }
   return pack;
 }

@@ -22,8 +22,9 @@ ALPHA, BETA = 1.7, 0.4
 FORMS = ("gram", "covariance")
 # (N, T, d): the smallest shapes, odd ones, and N below, equal to and above d.
 SHAPES = [(2, 1, 1), (2, 3, 5), (3, 1, 7), (5, 2, 3), (7, 5, 1), (17, 4, 13), (33, 3, 65), (64, 2, 64), (160, 2, 300)]
-# Where the CPU operator works on several steps and samples at once: steps and one left over, samples, both, no product.
-SHAPES += [(130, 11, 3), (256, 1, 2), (192, 3, 5), (600, 2, 1)]
+# Where the CPU operator works on several steps and samples at once: steps and one left over, samples, both and a sample
+# left over, no product.
+SHAPES += [(130, 11, 3), (256, 1, 2), (193, 3, 5), (601, 2, 1)]
 
 
 class Judged(NamedTuple):

@@ -350,7 +350,7 @@ class TestOperator:
 
     @pytest.mark.parametrize(
         "shape",
-        [(160, 5, 300), (40, 3, 5000), (3000, 1, 40), (700, 1, 513), (130, 7, 130), (4096, 37, 3), (64_000, 1, 1)],
+        [(160, 5, 300), (40, 3, 5000), (3000, 1, 40), (700, 1, 513), (130, 7, 130), (4096, 37, 3), (64_007, 1, 1)],
     )
     def test_threads_change_no_bit(self, shape):
         """Steps for some threads, the rest shared out within a step; with a sum of products, and with one."""
