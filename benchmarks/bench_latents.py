@@ -5,7 +5,8 @@
 
 N = 256, and z has 20 components. Every provider makes K = 100 steps of the same rule with a tolerance of 0, so that
 none wins by stopping early. Only the last lines of each shape have a tolerance. They show what is saved by freezing
-converged samples and, on a CPU, by the quasi-Newton method, whose energy may be up to 1% higher.
+converged samples and, on a CPU, by the quasi-Newton method, whose energy may be up to 1% higher. If torch has several
+threads, both of our methods also run on one, which shows what the others add.
 
 `eager autograd` is the loop with autograd of the energy, `compiled autograd` the same with its step through
 torch.compile (on a GPU with --full only), and `G and r` the closed form in plain torch operations. On a GPU all but the
@@ -109,7 +110,19 @@ def compared(energy: MLPEnergy, cuda: bool, full: bool) -> dict[str, Callable[[]
     found["ours, tolerance 1e-4"] = partial(ours, tolerance=1e-4)
     if not cuda:
         found["ours, quasi-Newton, tolerance 1e-3"] = partial(ours, tolerance=1e-3, method="newton")
+        if torch.get_num_threads() > 1:
+            for name in ("ours", "ours, quasi-Newton, tolerance 1e-3"):
+                found[f"{name}, one thread"] = partial(on_one_thread, found[name])
     return found
+
+
+def on_one_thread(function: Callable[[], LatentResult]) -> LatentResult:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return function()
+    finally:
+        torch.set_num_threads(before)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
