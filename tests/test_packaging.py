@@ -3,6 +3,7 @@
 import email.message
 import email.parser
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -13,6 +14,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import tolerances
+import torch
+import ways
+from tolerances import relative
 
 ROOT = Path(__file__).parents[1]
 MODULES = ("vjvcr_fast", "vjvcr_fast.kernels", "vjvcr_fast.losses", "vjvcr_fast.cli", "vjvcr_fast.paper.table1")
@@ -162,6 +167,59 @@ def test_one_operator_library_serves_cpu_and_cuda_torch(installed: Path, tmp_pat
 @pytest.mark.slow
 def test_the_full_operator_library_serves_cpu_and_cuda_torch(full_wheel: Path, tmp_path: Path) -> None:
     assert_serves(install(full_wheel, tmp_path / "target"), tmp_path)
+
+
+# Forward and backward of a product of rows, and FISTA. What the instruction sets return differs in the last bits.
+RUN = """
+import os, sys, torch
+from vjvcr_fast.latents import MLPEnergy, SparseLatent
+from vjvcr_fast.losses import vcr_loss
+from vjvcr_fast.losses.backends import explain
+torch.manual_seed(0)
+shapes = [(40, 64), (64, 5), (64, 64), (64,), (9, 64), (9,), (40, 9)]
+h, energy = torch.randn(40, 3, 200), MLPEnergy(*(torch.randn(shape) for shape in shapes))
+found = {}
+for name in sys.argv[2:]:
+    os.environ.pop("VJVCR_CPU", None)
+    if name:
+        os.environ["VJVCR_CPU"] = name
+    leaf = h.clone().requires_grad_()
+    vcr_loss(leaf, alpha=0.5, beta=0.1).loss.backward()
+    found_z = SparseLatent(5, 1e-2, 20).infer(energy, 40, device="cpu", dtype=torch.float32)
+    found[name] = explain()["cpu"], leaf.grad, found_z.energy
+torch.save(found, sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["c++", "clang++"])
+def test_a_wheel_uses_what_the_cpu_has(
+    compiler: str, source: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    if compiler == "c++":
+        wheel = request.getfixturevalue("full_wheel")
+    else:
+        copy = tmp_path / "tree"
+        shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+        options = "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path / "wheel"
+        pip("wheel", ".", *options, cwd=copy, VJVCR_CUDA="0", CXX=compiler)
+        (wheel,) = (tmp_path / "wheel").iterdir()
+    target, results = install(wheel, tmp_path / "target"), tmp_path / "results.pt"
+    best = {"AVX512": "avx512", "AVX2": "avx2"}.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    names = ways.SETS[: ways.SETS.index(best) + 1]
+    done = run(sys.executable, "-c", RUN, results, "", *names, cwd=tmp_path, PYTHONPATH=str(target))
+    assert done.returncode == 0, done.stdout
+    found = torch.load(results)
+    assert [said for said, *_ in found.values()] == [f"native (a compiled operator, for {x})" for x in (best, *names)]
+    _, *unasked = found.pop("")
+    assert all(torch.equal(a, b) for a, b in zip(unasked, found[best][1:], strict=True))
+    gradients = [gradient for _, gradient, _ in found.values()]
+    assert not any(torch.equal(a, b) for a, b in itertools.pairwise(gradients)), "the same code for two of them"
+    for _, gradient, energy in found.values():
+        assert relative(gradient, unasked[0].double()) <= tolerances.FLOAT32
+        assert relative(energy.mean(), unasked[1].double().mean()) <= tolerances.LATENT_ROUTES
 
 
 def assert_serves(target: Path, tmp_path: Path) -> None:
