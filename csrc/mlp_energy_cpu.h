@@ -23,8 +23,6 @@
 namespace vjvcr {
 namespace {
 
-constexpr double kWorthIt = 1e6;  // multiplications that a thread makes at least
-
 // One matrix of a product: its rows are those of the result. by_row, by_term: strides, so a matrix can be transposed.
 template <typename T>
 struct Operand {

@@ -36,37 +36,27 @@
 //
 // The calling thread also unpacks and scales the product, between two shares. One thread and all of them add
 // in the same order, so results do not depend on the number of threads.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
 
 #include "memory_cpu.h"
-#include "tensors.h"
+#include "views_cpu.h"
 
 namespace vjvcr {
 namespace {
 
 constexpr int64_t kStrip = 64;  // features that a thread centres at once, at least
-constexpr int64_t kBeyond = 8;  // rows that are readable beyond the last
-constexpr int64_t kSkew = 16;   // rows that begin a power of two apart would meet in the same places of the cache
 // Rows and columns of a block of a product, which one thread computes: multiples of all tiles.
 constexpr int64_t kGramBlock = 48, kCovarianceBlock = 96;
 constexpr int64_t kBlock = 48;  // rows of a gradient, or of a product that is mirrored
 constexpr int64_t kPiece = 384 << 10;          // bytes of a piece, about
 constexpr int64_t kLeast = 512, kMost = 4096;  // terms of a sum in a piece
 constexpr int64_t kGroups = 16;                // parts of a product that are computed side by side, at most
-constexpr double kWorthIt = 1e6;               // multiplications that a thread makes at least
 constexpr int64_t kPacked = 32;                // features of steps and samples that are side by side, at most, ...
 constexpr int64_t kPackedAlone = 256;          // ... and without a product
 constexpr int64_t kLeastRows = 64;             // samples that are not side by side, at least
@@ -79,57 +69,6 @@ inline Pair pair_of(int64_t p) {
   int64_t j = 0;
   while ((j + 1) * (j + 2) / 2 <= p) ++j;
   return {p - j * (j + 1) / 2, j};
-}
-
-// A tensor (N, T, d) of any dtype and strides.
-struct View {
-  void* data;
-  ScalarType dtype;
-  int64_t by_n, by_t, by_d;
-};
-
-inline float float_of_half(uint16_t x) {
-  const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = x & 0x7fff;
-  uint32_t bits = rest << 13;
-  float value;
-  if (rest >= 0x7c00) {
-    bits |= 0x7f800000;
-    std::memcpy(&value, &bits, 4);
-  } else {
-    // As a number with float32's exponent range it is 2^112 times too small; this also does subnormal numbers.
-    std::memcpy(&value, &bits, 4);
-    value *= 0x1p112f;
-  }
-  std::memcpy(&bits, &value, 4);
-  bits |= sign;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-
-inline uint16_t half_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint16_t sign = uint16_t(bits >> 16) & 0x8000;
-  float size;
-  bits &= 0x7fffffff;
-  std::memcpy(&size, &bits, 4);
-  if (bits > 0x7f800000) return sign | 0x7e00;
-  if (size >= 65520.0f) return sign | 0x7c00;
-  if (size < 0x1p-14f) {
-    // Added to a number whose last digit is half's least, it is rounded to that digit.
-    size += 0.5f;
-    std::memcpy(&bits, &size, 4);
-    return sign | uint16_t(bits - 0x3f000000);
-  }
-  bits += 0xfff + ((bits >> 13) & 1);
-  return sign | uint16_t((bits - 0x38000000) >> 13);
-}
-
-inline uint16_t bfloat16_of(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16) | 0x40;
-  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 // The functions of vcr_cpu_kernels.h, for one instruction set.
@@ -170,15 +109,6 @@ struct Sums {
 struct Pack {
   int64_t steps = 1, samples = 1;
 };
-
-// Runs body(i, worker) for begin <= i < end, shared among up to `threads` workers, in order on each of them.
-template <typename Body>
-void share(int64_t threads, int64_t begin, int64_t end, const Body& body) {
-  const int64_t count = end - begin, workers = std::max<int64_t>(1, std::min(threads, count));
-  side_by_side(workers, [&](int64_t worker) {
-    for (int64_t i = worker * count / workers; i < (worker + 1) * count / workers; ++i) body(begin + i, worker);
-  });
-}
 
 // The loss of one tensor (N, T, d), and its gradient, which goes to `out`. `pack` divides T.
 template <typename T>
@@ -489,10 +419,6 @@ void check(const std::vector<Tensor>& hs, const std::vector<int64_t>& made) {
   }
 }
 
-View view_of(const Tensor& h) {
-  return {const_cast<void*>(h.const_data_ptr()), h.scalar_type(), h.stride(0), h.stride(1), h.stride(2)};
-}
-
 // How the tensor is packed, if both views allow it. A dimension of size 1 has no stride of its own.
 Pack pack_of(View& h, View& out, int64_t n, int64_t steps, int64_t d, const Wish& wish) {
   const int64_t most = (wish.covariance ? kPacked : kPackedAlone) / d;
@@ -558,17 +484,6 @@ Sums run(const std::vector<Tensor>& hs, const Options& options, double a, double
   return total;
 }
 
-// Memory that is new to the process costs more to get, page by page, than to write. Large pages are fewer.
-void in_large_pages(const Tensor& tensor) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kLarge = 2 << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t first = (begin + kLarge - 1) / kLarge * kLarge;
-  const uintptr_t end = (begin + uintptr_t(tensor.numel()) * tensor.element_size()) / kLarge * kLarge;
-  if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // a hint: it may fail
-#endif
-}
-
 // For the gradient of h: h's strides if it is dense, else the features side by side; without elements if not wanted.
 std::vector<Tensor> empty_gradients(const std::vector<Tensor>& hs, const std::vector<int64_t>& made) {
   std::vector<Tensor> found;
@@ -578,8 +493,6 @@ std::vector<Tensor> empty_gradients(const std::vector<Tensor>& hs, const std::ve
   }
   return found;
 }
-
-bool in_float64(const Tensor& h) { return h.scalar_type() == ScalarType::Double; }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> vcr_cpu(std::vector<Tensor> hs, double alpha, double beta,
                                                                 double threshold, double eps, bool gram,
