@@ -46,6 +46,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(vjvcr, m) {
       "vcr_cpu_backward(Tensor[] hs, Tensor? g_loss, Tensor? g_variance, Tensor? g_covariance, float alpha, float beta, "
       "float threshold, float eps, bool gram, bool variance, bool covariance, int[] made) -> Tensor[]");
   m.def(
+      "sigreg_cpu(Tensor h, Tensor directions, Tensor grid, bool half, float scale) -> (Tensor loss, Tensor gradient)");
+  m.def("sigreg_sums_cpu(Tensor h, Tensor directions, Tensor grid, bool half) -> Tensor");
+  m.def("sigreg_gradient_cpu(Tensor h, Tensor directions, Tensor grid, bool half, Tensor factors) -> Tensor");
+  m.def("sigreg_directions_cpu(Tensor key, int d, int count) -> Tensor");
+  m.def(
       "proximal_step(Tensor(a!) z, Tensor(b!) v, Tensor gradient, Tensor step, Tensor momentum, float weight, "
       "float lower, float upper) -> ()");
   m.def(

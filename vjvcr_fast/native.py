@@ -30,6 +30,15 @@ vcr_cpu_backward(hs, g_loss, g_variance, g_covariance, alpha, ..., covariance, m
     terms for the incoming gradients, of the tensors that are `made`. The others' are empty. alpha, ..., covariance: see
     `losses.analytic.Settings`.
 
+sigreg_cpu(h, directions, grid, half, scale) -> (loss, gradient)
+sigreg_sums_cpu(h, directions, grid, half) -> sums
+sigreg_gradient_cpu(h, directions, grid, half, factors) -> gradient
+sigreg_directions_cpu(key, d, count) -> directions
+    SIGReg of one (N, T, d) tensor on a CPU, of any dtype and strides: `losses.projections` says what the sums and the
+    factors are, (T, 2, J, K) each. directions: (d, K), float64 if h is and else float32. grid, half: those of
+    `Settings`. The first operator, which takes float32 and float64, makes the loss (float64) and its gradient together.
+    The last one draws directions from a key, an int64 of one element.
+
 newton_mlp(z0, p, w1z, w2, b2, gram, u0, r, start, B, scale, weight, low, tolerance, steps, sweeps, settled, damped,
            least, most) -> (z, energy, step, steps, lost)
     All steps of `reference.proximal_newton` for an MLP predictor, on a CPU only. B: (m, m), the first one, for all
@@ -63,7 +72,7 @@ def _load() -> str | None:
         torch.ops.load_library(found[0])
     except OSError as error:
         return f"built for another torch: {str(error).splitlines()[0]}"
-    return None if hasattr(torch.ops.vjvcr, "vcr_cpu") else "built from older sources: install or build again"
+    return None if hasattr(torch.ops.vjvcr, "sigreg_cpu") else "built from older sources: install or build again"
 
 
 MISSING = _load()
@@ -87,6 +96,26 @@ if MISSING is None:
 
     def _gradients(hs, made):  # type: ignore[no-untyped-def]
         return [torch.empty_like(h) if make else h.new_empty(0) for h, make in zip(hs, made, strict=True)]
+
+    @torch.library.register_fake("vjvcr::sigreg_cpu")
+    def _(h, directions, grid, half, scale):  # type: ignore[no-untyped-def]
+        return grid.new_empty(()), _adjacent(h)
+
+    @torch.library.register_fake("vjvcr::sigreg_sums_cpu")
+    def _(h, directions, grid, half):  # type: ignore[no-untyped-def]
+        return directions.new_empty((h.shape[1], 2, grid.shape[1], directions.shape[1]))
+
+    @torch.library.register_fake("vjvcr::sigreg_gradient_cpu")
+    def _(h, *others):  # type: ignore[no-untyped-def]
+        return _adjacent(h)
+
+    @torch.library.register_fake("vjvcr::sigreg_directions_cpu")
+    def _(key, d, count):  # type: ignore[no-untyped-def]
+        return key.new_empty((d, count), dtype=torch.float32)
+
+    def _adjacent(h):  # type: ignore[no-untyped-def]
+        like = torch.empty_like(h)
+        return like if h.shape[2] == 1 or like.stride(2) == 1 else h.new_empty(h.shape)
 
     @torch.library.register_fake("vjvcr::newton_mlp")
     @torch.library.register_fake("vjvcr::fista_mlp")
