@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined"
 TESTS = ("latents/test_operators", "latents/test_newton", "latents/test_fuzz_latents", "losses/test_losses")
-TESTS += ("losses/test_fuzz_losses",)
+TESTS += ("losses/test_fuzz_losses", "losses/test_sigreg")
 
 
 def run(*command: str, **environment: str) -> str:

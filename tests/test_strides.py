@@ -36,7 +36,16 @@ from vjvcr_fast.data.video.file import Video, resize
 from vjvcr_fast.evaluation import evaluate, latent_probes, metrics
 from vjvcr_fast.evaluation.probes import Features, adam_probe, least_squares_probe, mean_predictor, standardised
 from vjvcr_fast.latents import ContinuousLatent, DiscreteLatent, HeadEnergy, Latent, MLPEnergy, SparseLatent
-from vjvcr_fast.losses import VCRLoss, VICRegLoss, analytic, covariance_penalty, variance_hinge, vcr_loss
+from vjvcr_fast.losses import (
+    SIGRegLoss,
+    VCRLoss,
+    VICRegLoss,
+    analytic,
+    covariance_penalty,
+    sigreg,
+    variance_hinge,
+    vcr_loss,
+)
 from vjvcr_fast.losses.vcr import as_slices
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import EnergyModel
@@ -56,6 +65,8 @@ EXCEPTIONS = {
     "losses.cpu": "vcr_loss calls it",
     "losses.ops": "vcr_loss(backend='triton') calls it, see tests/kernels",
     "losses.distributed": "vcr_loss(group=...) calls it",
+    "losses.projections": "sigreg calls it",
+    "losses.vcr.guarded": "vcr_loss and sigreg call it",
     "losses.backends.resolve": "looks at device and dtype alone",
     "latents.descent": "Latent.infer calls it",
     "latents.kinds.LatentModel": "a protocol",
@@ -186,6 +197,10 @@ def in_blocks(h: Tensor, **options: Any) -> Any:
         return vcr_loss(h, backend="torch", **WEIGHTS, **options)
 
 
+def sliced(h: Tensor, directions: Tensor, *, group: bool, **options: Any) -> Tensor:
+    return sigreg(h, directions=directions.detach(), group=dist.group.WORLD if group else None, **options)
+
+
 def in_chunks(x: Tensor, y: Tensor) -> list[Tensor | None]:
     of = EnergyModel(made(SimVPEncoder, *SIMVP), made(nn.Identity), None, "vj-vcr", **WEIGHTS, gamma=0.0)
     of.zero_grad()
@@ -244,6 +259,7 @@ ENTRIES = [
         "n t c 3 3, n t c 3 3, n t d",
     ),
     Entry("reference.singular_values", reference.singular_values, "n d", alike=False),
+    Entry("reference.sigreg", lambda h, a: reference.sigreg(h, a), "n t d, d k"),
     Entry("reference.cumulative_spectrum", reference.cumulative_spectrum, "unit n d"),
     Entry("reference.rank_me", reference.rank_me, "n d", alike=False),
     Entry("reference.soft_threshold", lambda z, s: reference.soft_threshold(z, s.abs()), "n m, n m"),
@@ -290,6 +306,13 @@ ENTRIES = [
     Entry("losses.vcr.as_slices", as_slices, "n t s d"),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(), "n t d, n t d", ANY),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(gather_distributed=dist.is_available()), "n t d, n t d", BOTH),
+    *(
+        Entry("losses.lejepa.sigreg", functools.partial(sliced, group=group, **options), "n t d, d k", ANY)
+        for group in ((False, True) if dist.is_available() else (False,))
+        for options in ({}, {"backend": "torch"}, {"backend": "reference"})
+        if not (group and options.get("backend") == "reference")
+    ),
+    Entry("losses.lejepa.SIGRegLoss.forward", lambda *h: SIGRegLoss(directions=9)(h), "n t d, n d", ANY),
     # latents
     *(
         Entry("latents.kinds.Latent.infer", infer(latent, plain), inputs, BOTH)

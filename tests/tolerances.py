@@ -39,6 +39,9 @@ CONVERGED = 1e-8
 # Peak extra memory of forward and backward, in copies of h. The gradient is one; three are allowed.
 MEMORY_COPIES = 3.0
 
+# SIGReg beyond its gradient and the directions, in copies of h: a group's projections, and the sums.
+SIGREG_MEMORY_COPIES = 1.2
+
 
 def relative(actual: Tensor, expected: Tensor, scale: Tensor | float | None = None) -> float:
     """|actual - expected| / scale in Frobenius norms and float64; scale defaults to |expected|. NaN stays NaN."""

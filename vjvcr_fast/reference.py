@@ -72,6 +72,39 @@ def _off_diagonal_squares(cov: Tensor) -> Tensor:
     return cov.masked_fill(diagonal, 0).square().sum() / (cov.shape[0] * cov.shape[1])
 
 
+# -- SIGReg ---------------------------------------------------------------------------------------------------------
+
+
+def sigreg(
+    h: Tensor,
+    directions: Tensor,
+    knots: int = 17,
+    limit: float = 3.0,
+    symmetric: bool = False,
+    scale_by_n: bool = True,
+) -> Tensor:
+    """SIGReg of LeJEPA (Balestriero and LeCun 2025, arXiv 2511.08544): the Epps-Pulley statistic of projections.
+
+    For each time step, with the empirical characteristic function of the samples along a direction a,
+
+        N sum_j w_j |1/N sum_n exp(i t_j <h_n, a>) - phi_j|^2,   phi_j = exp(-t_j^2 / 2)
+
+    averaged over directions and time steps. The knots t_j are equispaced on [0, limit]; w_j is phi_j times the weight
+    of the trapezoidal rule, twice, because the integral is over [-limit, limit] and its integrand is even.
+
+    h: (N, T, d). directions: (d, K), of unit length. symmetric: the knots are on [-limit, limit] instead. scale_by_n:
+    with the factor N. Returns a scalar.
+    """
+    t = torch.linspace(-limit if symmetric else 0.0, limit, knots, dtype=h.dtype, device=h.device)
+    phi = torch.exp(-t.square() / 2)
+    width = (t[1] - t[0]) * (1 if symmetric else 2)
+    weights = width * phi
+    weights[0], weights[-1] = weights[0] / 2, weights[-1] / 2
+    angles = (h.transpose(0, 1) @ directions).unsqueeze(-1) * t
+    errors = (angles.cos().mean(dim=1) - phi).square() + angles.sin().mean(dim=1).square()
+    return (errors @ weights).mean() * (h.shape[0] if scale_by_n else 1)
+
+
 # -- Energies: equations (5) to (7) ---------------------------------------------------------------------------------
 
 

@@ -1,11 +1,13 @@
-"""Drop-in losses: variance hinge, covariance penalty, their weighted sum (VCR), and VICReg.
+"""Drop-in losses: variance hinge, covariance penalty, their weighted sum (VCR), VICReg, and SIGReg.
 
-vcr.py has the public functions, vicreg.py VICReg. backends.py decides which code computes a loss: analytic.py (plain
-PyTorch; formulas and gradients of both forms), ops.py (the Triton kernels as operators) or reference.py. distributed.py
-computes the loss of a batch that is spread over several processes. attainable.py tells how far VCR can lift features.
+vcr.py has the public functions, vicreg.py VICReg, lejepa.py SIGReg. backends.py decides which code computes a loss:
+analytic.py and projections.py (plain PyTorch; formulas and gradients of VCR and of SIGReg), ops.py (the Triton kernels
+as operators), cpu.py (a compiled operator) or reference.py. distributed.py computes the loss of a batch that is spread
+over several processes. attainable.py tells how far VCR can lift features.
 """
 
 from vjvcr_fast.losses.attainable import attainable_std
+from vjvcr_fast.losses.lejepa import SIGRegLoss, sigreg
 from vjvcr_fast.losses.vcr import (
     Form,
     Made,
@@ -23,12 +25,14 @@ __all__ = [
     "Form",
     "Made",
     "Representations",
+    "SIGRegLoss",
     "Samples",
     "VCRLoss",
     "VCRTerms",
     "VICRegLoss",
     "attainable_std",
     "covariance_penalty",
+    "sigreg",
     "variance_hinge",
     "vcr_loss",
 ]

@@ -256,12 +256,12 @@ def _compiled(hs: list[Tensor], settings: Settings, backend: str) -> Sequence[Te
         _, variance, covariance = operator(hs, Settings(0.0, 0.0, *settings[2:]))
         return (alpha * variance + beta * covariance).to(variance.dtype), variance, covariance
     if torch.is_grad_enabled() and any(h.requires_grad for h in hs):
-        return _guarded(analytic.VCR.apply(settings, *hs)[:3], hs)
+        return guarded(analytic.VCR.apply(settings, *hs)[:3], hs)
     # Without gradients the compiler would inline the Function and fail to match its variable number of tensors.
     return analytic.plain(hs, settings)[0]
 
 
-def _guarded(terms: Sequence[Tensor], hs: list[Tensor]) -> Sequence[Tensor]:
+def guarded(terms: Sequence[Tensor], hs: list[Tensor]) -> Sequence[Tensor]:
     """The terms, so that an attempt to differentiate a compiled graph twice, which cannot be done, raises an error.
 
     PyTorch raises it only if an input itself is kept for backward, and is silently wrong otherwise. This keeps each
