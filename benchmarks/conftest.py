@@ -27,7 +27,7 @@ from vjvcr_fast.data.files import reason, write_atomic
 from vjvcr_fast.paper.machine import processor
 
 GPU = torch.cuda.is_available()
-collect_ignore = ["bench_losses.py", "bench_losses_grid.py"] if GPU else ["bench_losses_cuda.py"]
+collect_ignore = ["bench_losses.py", "bench_losses_grid.py", "bench_sigreg.py"] if GPU else ["bench_losses_cuda.py"]
 
 # What matters most on a GPU. A test comes where the first of these texts that is in its name stands; the rest is last.
 ORDER = (

@@ -123,6 +123,15 @@ LOSSES = [
     MEMORY,
     ("goals", show("ours", "target")),
 ]
+SIGREG = [
+    SHAPE,
+    *RATIOS[:2],
+    ("drawing directions, vs eager", show("ours, drawing", "x eager", form="{:.1f}x")),
+    ("in torch, vs eager", show("in torch", "x eager", form="{:.1f}x")),
+    ("peak extra memory, reference", show("eager reference", "copies", form="{:.0f} copies of h")),
+    ("ours", show("ours", "copies", form="{:.1f}")),
+    ("goals", show("ours", "target")),
+]
 VICREG = [("(N, d)", show("N, d", form="({})")), *LOSSES[1:]]
 
 
@@ -237,6 +246,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "benchmarks.md": {
         "losses": benchmark("losses", LOSSES, of_vcr),
         "vicreg": benchmark("losses", VICREG, of_vicreg),
+        "sigreg": benchmark("sigreg", SIGREG, of_vcr),
         "grid": grid,
         "training": benchmark("training", TRAINING, lambda rows: [r for r in rows if "ours" in r["provider"]]),
         "parts": benchmark("training", PARTS, lambda rows: [r for r in rows if r["provider"] == "parts"]),

@@ -25,12 +25,15 @@ sys.path.append(str(ROOT / "benchmarks"))  # behind tests, whose conftest.py pro
 import bench_losses  # noqa: E402
 import bench_losses_cuda  # noqa: E402
 import bench_losses_grid  # noqa: E402
+import bench_sigreg  # noqa: E402
 import compare as compare_commits  # noqa: E402
 import providers  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
 import timing  # noqa: E402
 from providers import Case  # noqa: E402
+
+from vjvcr_fast.losses import projections  # noqa: E402
 
 MACHINE = {
     "device": "NVIDIA H100 80GB HBM3",
@@ -399,6 +402,20 @@ def test_a_wrong_loss_is_not_timed(one_copy):
     wrong = {"ours": lambda parts: 1.001 * providers.ours(parts)}
     with pytest.raises(AssertionError, match=r"ours at 6, 2, 20: off by 1\.0e-03"):
         bench_losses.compare(Case(6, (2,), 20), wrong, SMALL, (0.0, 1, 1))
+
+
+def test_sigreg_is_checked_and_timed(monkeypatch):
+    monkeypatch.setattr(bench_sigreg, "copies", lambda *_: 2)
+    monkeypatch.setitem(bench_sigreg.CASES, (6, 2, 20), {"x eager": 1e9, "x memory": 1e-9})
+    directions = projections.drawn(0, 20, 40, torch.device("cpu"))
+    functions = {name: f for name, f in bench_sigreg.compared(directions).items() if "compiled" not in name}
+    rows = bench_sigreg.compare((6, 2, 20), directions, functions, (0.0, 2, 2))
+    assert all(row["x plain"] > 0 and row["x memory"] > 0 and row["_rounds"] == 2 for row in rows)
+    said = next(row["target"] for row in rows if row["provider"] == "ours")
+    assert re.fullmatch(r"x eager >= 1e\+09: missed \(.+\); x memory >= 1e-09: met \(.+\)", said)
+    wrong = {"eager reference": functions["eager reference"], "ours": lambda h: 1.001 * functions["ours"](h)}
+    with pytest.raises(AssertionError, match=r"ours at \(6, 2, 20\): off by 1\.0e-03"):
+        bench_sigreg.compare((6, 2, 20), directions, wrong, None)
 
 
 def test_the_grid():
