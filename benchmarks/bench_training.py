@@ -271,7 +271,7 @@ def test_parts(case: str, device: Device, tmp_path: Path, check_only: bool, repo
         if encoder is not None:
             named(encoder, "forward", "encoder")
     named(model.predictor, "forward", "predictor")
-    named(model, "vcr", "VCR")
+    named(model, "regularise", "VCR")
     named(step.optimizer, "step", "optimizer")
     busy = BusyElsewhere()
     with torch.profiler.profile() as profiler:

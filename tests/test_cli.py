@@ -264,6 +264,7 @@ def test_options_reach_the_config(asked: list[Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
+        (["--regulariser=sigreg"], ""),
         (["--channels=16,32,64", "--batch=32"], "N = 32, d = 256 * of about 0.53 (hinge 0.47); N = * would allow 0.9"),
         (["--alpha=0.5", "--beta=0.05"], "N = 64, d = 128 can lift features to a standard deviation of about 0.9?"),
         (["--beta=0"], "N = 64, d = 128 can lift features to a standard deviation of about 1.00"),

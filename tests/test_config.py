@@ -162,6 +162,7 @@ SAMPLES = {
     "model.kind": "simvp",
     "data.split": "development",
     "model.distance": "sum",
+    "model.regulariser": "sigreg",
 }
 
 

@@ -366,7 +366,9 @@ ENTRIES = [
     ),
     Entry("models.energy.EnergyModel.encode_targets", lambda y: made(energy_model, "vj-vcr").encode_targets(y), Y),
     Entry("models.energy.EnergyModel.distance", lambda *t: made(energy_model, "vj-vcr").distance(*t), "n t d, n t d"),
-    Entry("models.energy.EnergyModel.vcr", lambda *h: made(energy_model, "vj-vcr").vcr(h), "n s d, n t d"),
+    Entry(
+        "models.energy.EnergyModel.regularise", lambda *h: made(energy_model, "vj-vcr").regularise(h), "n s d, n t d"
+    ),
     Entry("models.energy.EnergyModel.predict", lambda x: made(energy_model, "vj-vcr").predict(x), X),
     Entry(
         "models.energy.EnergyModel.latent_energy",

@@ -126,7 +126,7 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     sub = add(_train)
     add_preset(sub)
     sub.add_argument("--latent", metavar="NAME", help=f"latent of stochastic videos: {', '.join(LATENTS)} (Table 2)")
-    folder = "folder of the run (default: runs/PRESET-ROW-seedN, or with a latent runs/PRESET-ROW-LATENT-seedN)"
+    folder = "folder of the run (default: runs/PRESET-ROW-seedN, with sigreg or a latent runs/PRESET-ROW-LATENT-seedN)"
     sub.add_argument("--out", type=Path, metavar="DIR", help=folder)
     resume = "auto: go on if the run exists; must: fail if it does not; never: fail if it does (default: auto)"
     sub.add_argument("--resume", choices=get_args(Resume), default="auto", help=resume)
@@ -217,7 +217,8 @@ def _train(arguments: argparse.Namespace) -> None:
         config = override(latent(config, arguments.latent), overrides(arguments))
     kind = arguments.latent or config.latent.kind
     own = ["folder"] if config.data.dataset == "folder" else []
-    parts = [config.preset, *own, config.model.row, *([kind] if kind != "none" else []), f"seed{config.train.seed}"]
+    changed = [part for part in (config.model.regulariser, kind) if part not in ("vcr", "none")]
+    parts = [config.preset, *own, config.model.row, *changed, f"seed{config.train.seed}"]
     out = arguments.out or Path("runs") / "-".join(parts)
     cache = cache_folder(config, "train") if config.data.dataset != "moving-mnist" else None
     if cache and not (cache / "meta.json").exists() and processes.speaks():

@@ -60,6 +60,8 @@ class Config:
         need(mnist or not data.stochastic, "data.stochastic", True, f"false where {of_data}")
         means = latent.kind == "none" or model.distance == "mean"
         need(means, "model.distance", model.distance, f"mean where latent.kind={latent.kind}")
+        has_none = "vcr where model.row=generative, which has no regulariser"
+        need(model.row != "generative" or model.regulariser == "vcr", "model.regulariser", model.regulariser, has_none)
         need(conv or model.norm_scale == 1, "model.norm_scale", model.norm_scale, "1 where model.kind=simvp")
         need(conv or model.padding == "zeros", "model.padding", model.padding, "zeros where model.kind=simvp")
         need(conv or latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")

@@ -176,6 +176,10 @@ class Model(Group):
     checkpoint: bool = setting(False, "simvp: recompute activations in backward, which needs less memory")
     alpha: float = setting(0.5, "weight of the variance hinge", at_least(0))
     beta: float = setting(0.1, "weight of the covariance penalty", at_least(0))
+    regulariser: Literal["vcr", "sigreg"] = setting(
+        "vcr", "vcr: hinge and covariance, the paper's; sigreg: LeJEPA's, with 1,024 directions [ours]"
+    )
+    sigreg_weight: float = setting(0.05, "weight of SIGReg, instead of alpha and beta [ours, studied]", at_least(0))
     gamma: float = setting(
         1.0,
         "weight of the pixel term, of pixels in [0, 1]; 10.5: as if divided by MNIST's deviation [ours]",

@@ -495,6 +495,30 @@ def test_table1(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -
     assert paper.table1(tiny, tmp_path, seeds=(0, 3)) == text
 
 
+def test_table1_with_sigreg(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fifth row, which is not the paper's; the four rows are those without it."""
+    asked: list[dict[str, Config]] = []
+
+    def finish_rows(config: Config, out: Path, seeds: Any, processes: int, rows: dict[str, Config], *_: Any) -> Any:
+        assert config == tiny
+        asked.append(rows)
+        rows = {name: rows[name] for name in ("vj-vcr", "generative", "sigreg")}
+        return finish(config, out, seeds, processes, rows, *_)
+
+    finish = jobs.finish_rows
+    monkeypatch.setattr(paper, "finish_rows", finish_rows)
+    monkeypatch.setattr(paper, "figure5", lambda *_: None)
+    text = paper.table1(override(tiny, {"model.regulariser": "sigreg"}), tmp_path, seeds=(0,))
+    assert asked[0] == {
+        **{row: override(tiny, {"model.row": row}) for row in ROWS},
+        "sigreg": override(tiny, {"model.regulariser": "sigreg"}),
+    }
+    cells = next(line for line in text.splitlines() if line.startswith("| JEPA with SIGReg |")).split(" | ")
+    ours = json.loads((tmp_path / "table1.json").read_text())["rows"]["sigreg"]["ours"]
+    assert cells[1:6] == ["yes", "no", "no", f"{ours['speed_mse'][0]:.3f}", ""]
+    assert "not a row of the paper" in text
+
+
 def test_a_table_is_of_one_config(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "vj-vcr-seed0"
     finish_run(tiny, run, paper.TABLE1)

@@ -289,6 +289,7 @@ def test_terms_are_unweighted_and_absent_ones_zero(row: str) -> None:
         "pixel": has.pixel,
         "variance": has.vcr,
         "covariance": has.vcr,
+        "sigreg": False,
     }
     alpha, beta, gamma = WEIGHTS.values()
     total = terms.hidden + gamma * terms.pixel + alpha * terms.variance + beta * terms.covariance

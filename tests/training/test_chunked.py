@@ -159,7 +159,9 @@ def test_random_layers_draw_the_same_numbers_twice() -> None:
     torch.manual_seed(5)
     found = in_chunks(of, x, y, None, 3)
     assert torch.get_rng_state().equal(after)
-    energy = Energy(*(t.detach() for t in (vcr.loss + hidden + of.gamma * pixel, hidden, pixel, vcr[1], vcr[2])))
+    energy = Energy(
+        *(t.detach() for t in (vcr.loss + hidden + of.gamma * pixel, hidden, pixel, vcr[1], vcr[2], 0 * vcr[0]))
+    )
     assert_equal(found, (energy, right), 1e-12)
 
 

@@ -33,6 +33,7 @@ pytestmark = [
 CPU = torch.device("cpu")
 SIMVP = {"model.kind": "simvp", "data.dataset": "clevrer", "data.frames_in": 2, "data.frames_out": 3, **TINY_SIMVP}
 KINDS = {"conv": TINY, "simvp": SIMVP}
+MODELS = {**{row: {"model.row": row} for row in ROWS}, "sigreg": {"model.regulariser": "sigreg"}}
 LIMITS = {torch.float64: 1e-6, torch.float32: 1e-5}  # the issue's
 # What a parameter's gradient is relative to at least, as a part of the whole gradient: those before a norm are sums
 # that nearly vanish, of terms whose float32 rounding is seen. One process with its samples in another order differs by
@@ -44,8 +45,8 @@ WORLD, VIDEOS = 3, 6  # more processes than some tensors have time steps
 # -- Models ---------------------------------------------------------------------------------------------------------
 
 
-def model_of(kind: str, row: str, dtype: torch.dtype) -> Any:
-    config = override(Config(preset="tiny"), {**KINDS[kind], "model.row": row})
+def model_of(kind: str, name: str, dtype: torch.dtype) -> Any:
+    config = override(Config(preset="tiny"), {**KINDS[kind], **MODELS[name]})
     return config, build_model(config, CPU).to(dtype)
 
 
@@ -66,22 +67,22 @@ def outcome(model: Any, loss: Tensor) -> dict[str, Any]:
 def _models(rank: int, world: int) -> dict[str, Any]:
     ours, found = Processes(CPU, rank, world), {}
     for kind in KINDS:
-        for row in ROWS:
+        for name in MODELS:
             for dtype in LIMITS:
-                config, model = model_of(kind, row, dtype)
-                model.group = ours.group
+                config, model = model_of(kind, name, dtype)
+                model.share(ours.group)
                 part = slice(rank * VIDEOS // world, (rank + 1) * VIDEOS // world)
                 x, y = (videos[part] for videos in clips(config, dtype))
                 parallel = ours.parallel(model)  # averages as long as it lives
                 terms = parallel(x, y)
                 terms.loss.backward()
-                found[kind, row, dtype] = outcome(model, ours.mean(terms.loss.detach()))
+                found[kind, name, dtype] = outcome(model, ours.mean(terms.loss.detach()))
                 if kind == "simvp":
-                    config, model = model_of(kind, row, dtype)
-                    model.group = ours.group
+                    config, model = model_of(kind, name, dtype)
+                    model.share(ours.group)
                     chunked = backward_chunked(model, x, y, chunk=1).loss
                     ours.mean_gradients(model)
-                    found["chunked", row, dtype] = outcome(model, ours.mean(chunked))
+                    found["chunked", name, dtype] = outcome(model, ours.mean(chunked))
     return found
 
 
@@ -91,17 +92,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
 
 
 @pytest.mark.parametrize("dtype", LIMITS)
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("model_name", MODELS)
 @pytest.mark.parametrize("kind", [*KINDS, "chunked"])
-def test_a_model_learns_the_same(models: list[Any], kind: str, row: str, dtype: torch.dtype) -> None:
+def test_a_model_learns_the_same(models: list[Any], kind: str, model_name: str, dtype: torch.dtype) -> None:
     """Loss, every parameter's gradient under DDP, and the running statistics of batch norm over all processes."""
-    config, model = model_of("conv" if kind == "conv" else "simvp", row, dtype)
+    config, model = model_of("conv" if kind == "conv" else "simvp", model_name, dtype)
     loss = model(*clips(config, dtype)).loss
     loss.backward()
     alone, limit = outcome(model, loss), LIMITS[dtype]
     whole = torch.cat([g.flatten() for g in alone["gradients"].values()]).norm()
     for found in models:
-        together = found[kind, row, dtype]
+        together = found[kind, model_name, dtype]
         assert relative(together["loss"], alone["loss"]) <= limit
         for name, gradient in alone["gradients"].items():
             least = torch.maximum(gradient.norm(), FLOOR[dtype] * whole)

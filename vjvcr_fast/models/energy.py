@@ -7,11 +7,12 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast.latents import HeadEnergy, LatentEnergy
-from vjvcr_fast.losses import VCRTerms, vcr_loss
+from vjvcr_fast.losses import SIGRegLoss, vcr_loss
 from vjvcr_fast.losses.analytic import compute_dtype
 from vjvcr_fast.models.convnet import MLPPredictor
 
@@ -24,7 +25,7 @@ class Row(NamedTuple):
     title: str
     hidden: bool  # D(Pred(h_x, z), h_y)
     pixel: bool  # D(Dec(Pred(h_x, z)), y)
-    vcr: bool  # l_vcr([h_x, h_y])
+    vcr: bool  # l_vcr([h_x, h_y]), or SIGReg in its place
 
 
 ROWS = {
@@ -36,13 +37,23 @@ ROWS = {
 
 
 class Energy(NamedTuple):
-    """The energy and its terms without their weights, all scalars. A term that the row does not have is zero."""
+    """The energy and its terms without their weights, all scalars. A term that the model does not have is zero."""
 
     loss: Tensor
     hidden: Tensor
     pixel: Tensor
     variance: Tensor
     covariance: Tensor
+    sigreg: Tensor
+
+
+class Regularised(NamedTuple):
+    """What keeps representations from collapsing: `loss`, the weighted sum, and its terms as in `Energy`."""
+
+    loss: Tensor
+    variance: Tensor
+    covariance: Tensor
+    sigreg: Tensor
 
 
 class EnergyModel(nn.Module):
@@ -53,6 +64,9 @@ class EnergyModel(nn.Module):
 
     gamma also says in which unit pixels are compared: values divided by a deviation s have 1 / s^2 times the error.
     Equation (7), the generative rows', has no gamma: with pixels in [0, 1] it is 1.
+
+    With `sigreg`, sigreg_weight SIGReg(h_x, h_y) takes the place of the second bracket. Its directions are a function
+    of its seed and of the number of training steps, which is a buffer of the model.
 
     x and y go through the same encoder one after the other, so that nothing of y reaches h_x, not even through batch
     statistics. If the encoder has batch norm, x and y have running statistics of their own, since a mixture would fit
@@ -67,6 +81,7 @@ class EnergyModel(nn.Module):
         alpha, beta, gamma: the weights above.
         threshold, eps: of the variance hinge (`vcr_loss`).
         distance: "mean" or "sum".
+        sigreg: the module of SIGReg, or None for VCR. sigreg_weight: its weight.
 
     Raises ValueError for an unknown row or distance, and for a decoder that is missing or not wanted.
     """
@@ -83,6 +98,8 @@ class EnergyModel(nn.Module):
         threshold: float = 1.0,
         eps: float = 1e-4,
         distance: str = "mean",
+        sigreg: SIGRegLoss | None = None,
+        sigreg_weight: float = 0.05,
     ) -> None:
         super().__init__()
         if row not in ROWS:
@@ -97,7 +114,17 @@ class EnergyModel(nn.Module):
         self.twin = _twin(encoder) if self.terms.hidden or self.terms.vcr else None
         self.register_load_state_dict_pre_hook(_without_twin)
         self.alpha, self.beta, self.gamma, self.threshold, self.eps = alpha, beta, gamma, threshold, eps
-        self.group: Any = None  # of torch.distributed: its processes hold equal parts of one batch
+        self.sigreg, self.sigreg_weight = sigreg, sigreg_weight
+        self.share(None)
+
+    def share(self, group: Any) -> None:
+        """From now on a batch is that of all processes of a group of torch.distributed, which hold equal parts of it.
+
+        group: such a group, or None for a batch of one process.
+        """
+        self.group = group
+        if self.sigreg is not None:
+            self.sigreg.group, self.sigreg.samples = group, "equal"
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor | Infer | None = None) -> Energy:
         """The energy of a batch, in float32 or float64.
@@ -111,18 +138,17 @@ class EnergyModel(nn.Module):
         if callable(z):
             z = z(h_x, h_y if self.terms.hidden else None, y)
         predicted = self._predicted(h_x, z)
-        hidden = pixel = variance = covariance = loss = x.new_zeros(())
+        hidden = pixel = variance = covariance = sigreg = loss = x.new_zeros(())
         if self.terms.hidden and h_y is not None:
             hidden = self.distance(predicted.to(x.dtype), h_y.to(x.dtype))
             loss = loss + hidden
         if self.terms.vcr and h_y is not None:
-            vcr = self.vcr([h_x, h_y])
-            variance, covariance = vcr.variance, vcr.covariance
-            loss = loss + vcr.loss
+            added, variance, covariance, sigreg = self.regularise([h_x, h_y])
+            loss = loss + added
         if self.decoder is not None:
             pixel = self.distance(self.decoder(predicted).to(x.dtype), y)
             loss = loss + self.gamma * pixel
-        return Energy(loss, hidden, pixel, variance, covariance)
+        return Energy(loss, hidden, pixel, variance, covariance, sigreg)
 
     def encode_targets(self, y: Tensor) -> Tensor:
         """h_y (N, T_y, d) of target frames y: the encoder, with the running statistics of y if it has any."""
@@ -133,9 +159,16 @@ class EnergyModel(nn.Module):
         mean = F.mse_loss(a, b)
         return mean * b.shape[2:].numel() if self.sums else mean
 
-    def vcr(self, h: Sequence[Tensor]) -> VCRTerms:
-        """l_vcr of representations (N, T, d) each. With a `group`, the batch is that of all its processes."""
-        return vcr_loss(
+    def regularise(self, h: Sequence[Tensor]) -> Regularised:
+        """VCR, or SIGReg if the model has it, of representations (N, T, d) each. In training mode SIGReg counts calls.
+
+        The batch is that of all processes of the group (`share`).
+        """
+        if self.sigreg is not None:
+            term = self.sigreg(h)
+            none = torch.zeros_like(term)
+            return Regularised(self.sigreg_weight * term, none, none, term)
+        vcr = vcr_loss(
             h,
             alpha=self.alpha,
             beta=self.beta,
@@ -144,6 +177,7 @@ class EnergyModel(nn.Module):
             group=self.group,
             samples="equal",
         )
+        return Regularised(*vcr, torch.zeros_like(vcr.loss))
 
     def predict(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """Predicted representations of the target frames, (N, T_y, d)."""
@@ -153,7 +187,7 @@ class EnergyModel(nn.Module):
         """The objective of equation (6): z -> (N,), the terms of each sample's energy that depend on z.
 
         These are the mean over T_y d of (Pred(h_x, z) - h_y)^2 if the row has a hidden term, plus gamma times the mean
-        over T_y C H W of (Dec(Pred(h_x, z)) - y)^2 if it has a pixel term. VCR does not depend on z.
+        over T_y C H W of (Dec(Pred(h_x, z)) - y)^2 if it has a pixel term. VCR and SIGReg do not depend on z.
 
         h_x: (N, T_x, d). h_y: (N, T_y, d), for a hidden term. y: (N, T_y, C, H, W), for a pixel term.
 

@@ -19,6 +19,7 @@ CURVES = {
     "pixel": "pixel term D(y)",
     "variance": "variance hinge",
     "covariance": "covariance penalty",
+    "sigreg": "SIGReg",
     "validation_loss": "validation energy, of each its own",
     "speed_mse": "speed MSE, training data",
     "rank_me": "RankMe of h_x, a batch",

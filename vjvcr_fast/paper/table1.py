@@ -38,6 +38,7 @@ PAPER_TABLE1: dict[str, dict[str, dict[str, float]]] = {
         "generative": {"speed_mse": 0.23, "rank_me": 160.2},
     },
 }
+TERMS = {**ROWS, "sigreg": ROWS["vj-vcr"]._replace(title="JEPA with SIGReg", vcr=False)}  # not a row of the paper
 TITLES = {"moving-mnist": "MovingMNIST", "clevrer": "CLEVRER"}
 
 # Measured quantity -> the title of its column, digits after the point. The paper's column follows if it has one.
@@ -58,6 +59,8 @@ DESCRIBED = ("data", "validation_data", "decoder", "rank_me_rows")
 def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Makes Table 1 for the data set of `config`: four rows, every seed. Returns it as Markdown.
 
+    If `config` asks for SIGReg, it has a fifth row: the first one's model, with SIGReg instead of VCR.
+
     Writes to `out` a folder for each run, and TABLE1_FILES. Prints each row as it finishes. processes: how many runs
     are trained at once. Runs that are finished, in `out` or in the store, are not run again. Figure 5 is left out if
     a run that it shows is of the store: it needs their weights.
@@ -66,7 +69,10 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, 
     """
     if not config.data.has_speed:
         raise ConfigError(f"data.dataset={config.data.dataset}: table 1 measures speeds, and none is known there")
+    regulariser, config = config.model.regulariser, override(config, {"model.regulariser": "vcr"})
     rows = {row: override(config, {"model.row": row}) for row in ROWS}
+    if regulariser == "sigreg":
+        rows["sigreg"] = override(rows["vj-vcr"], {"model.regulariser": "sigreg"})
     head, line = table_head(_titles(config)), functools.partial(_line, config)
     table = finish_rows(config, out, seeds, processes, rows, TABLE1, head, line, store)
     results = table.results
@@ -74,6 +80,8 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, 
     title = f"Table 1, {TITLES[config.data.dataset]}: ours beside the paper's"
     numbers = {row: _numbers(config, row, found) for row, found in results.items()}
     notes = _notes(config, results["vj-vcr"])
+    if "sigreg" in rows:
+        notes.append(f"{TERMS['sigreg'].title}: not a row of the paper. Its weight is {config.model.sigreg_weight:g}.")
     lacking = [run.name for row in IN_FIGURE5 if (run := table.first_run(row)[0]) in table.taken]
     if lacking:
         notes.append(f"Figure 5 is not drawn: the weights of {', '.join(lacking)} are not here; --results off trains.")
@@ -83,7 +91,7 @@ def table1(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, 
     draw_curves(table, "curves.png")
     figures.spectrum(out / "spectrum.png", {row: found[0]["singular_values"] for row, found in results.items()})
     mean = statistics.mean(e["speed_mse_of_the_mean"] for e in results["vj-vcr"])
-    figures.probes(out / "probes.png", {ROWS[row].title: found for row, found in results.items()}, mean)
+    figures.probes(out / "probes.png", {TERMS[row].title: found for row, found in results.items()}, mean)
     return text
 
 
@@ -100,7 +108,8 @@ def figure5(table: Table, path: Path) -> None:
 def _numbers(config: Config, row: str, evaluations: Results) -> dict[str, Any]:
     ours = {key: [e[key] for e in evaluations] for key in MEASURED}
     described = {key: evaluations[0][key] for key in DESCRIBED}
-    return {"title": ROWS[row].title, "paper": PAPER_TABLE1[config.data.dataset][row], "ours": ours, **described}
+    paper = PAPER_TABLE1[config.data.dataset].get(row, {})
+    return {"title": TERMS[row].title, "paper": paper, "ours": ours, **described}
 
 
 def _titles(config: Config) -> list[str]:
@@ -113,13 +122,13 @@ def _titles(config: Config) -> list[str]:
 
 
 def _line(config: Config, row: str, evaluations: Results) -> str:
-    terms, paper = ROWS[row], PAPER_TABLE1[config.data.dataset][row]
+    terms, paper = TERMS[row], PAPER_TABLE1[config.data.dataset]
     cells = [terms.title, *("yes" if on else "no" for on in (terms.hidden, terms.pixel, terms.vcr))]
     for name, (_, digits) in COLUMNS.items():
         post_hoc = " (post hoc)" if name == "psnr" and not terms.pixel else ""
         cells.append(spread([e[name] for e in evaluations], digits) + post_hoc)
-        if name in paper:
-            cells.append(f"{paper[name]:.{1 if digits == 1 else 2}f}")
+        if name in paper["vj-vcr"]:
+            cells.append(f"{paper[row][name]:.{1 if digits == 1 else 2}f}" if row in paper else "")
     return table_row(cells)
 
 

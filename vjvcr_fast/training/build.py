@@ -19,6 +19,7 @@ from vjvcr_fast.data.video.clips import Clips, VideoClips
 from vjvcr_fast.data.video.decode import resolve
 from vjvcr_fast.data.video.scan import Split
 from vjvcr_fast.data.video.workers import Pool
+from vjvcr_fast.losses import SIGRegLoss
 from vjvcr_fast.models.convnet import ConvDecoder, ConvEncoder, MLPPredictor
 from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
@@ -64,6 +65,8 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
         threshold=model.threshold,
         eps=model.eps,
         distance=model.distance,
+        sigreg=SIGRegLoss(seed=config.train.seed) if model.regulariser == "sigreg" else None,
+        sigreg_weight=model.sigreg_weight,
     )
     return energy.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 

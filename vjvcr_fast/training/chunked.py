@@ -1,11 +1,11 @@
 """Training on a batch whose activations do not fit in memory: chunk by chunk, with the loss and gradient of all of it.
 
-VCR couples all samples of a batch, but only through their representations h, N T d numbers. These are small: 160 videos
-of 100 frames with d = 2048 are 131 MB in float32, while the activations of SimVP's first layer for 128x128 frames are
-33.6 GB. So a step has three parts:
+VCR and SIGReg couple all samples of a batch, but only through their representations h, N T d numbers. These are small:
+160 videos of 100 frames with d = 2048 are 131 MB in float32, while the activations of SimVP's first layer for 128x128
+frames are 33.6 GB. So a step has three parts:
 
 1. the encoder, chunk by chunk and without a graph, gives h of the whole batch;
-2. VCR of h and its gradient dh;
+2. VCR of h, or SIGReg, and its gradient dh;
 3. for each chunk the encoder again, now with a graph, then predictor and decoder, and the gradient of the chunk's part
    of the other terms plus <h, dh>.
 
@@ -59,7 +59,7 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
     parts = [slice(at, at + chunk) for at in range(0, len(x), chunk)]
     states: list[tuple[Tensor, Any]] = []
     dh: list[list[Tensor]] = [[] for _ in parts]
-    variance = covariance = loss = x.new_zeros(())
+    variance = covariance = sigreg = loss = x.new_zeros(())
     if terms.vcr:
         kept: list[tuple[Tensor, Tensor]] = []
         with torch.no_grad():
@@ -68,10 +68,10 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
                 kept.append((model.encoder(x[part]), model.encode_targets(y[part])))
         torch.clear_autocast_cache()  # weights that were cast without a graph would get no gradient
         h = [torch.cat(frames).requires_grad_() for frames in zip(*kept, strict=True)]
-        vcr = model.vcr(h)
-        gradients = torch.autograd.grad(vcr.loss, h)
+        added = model.regularise(h)
+        gradients = torch.autograd.grad(added.loss, h)
         dh = [[gradient[part] for gradient in gradients] for part in parts]
-        loss, variance, covariance = (term.detach() for term in vcr)
+        loss, variance, covariance, sigreg = (term.detach() for term in added)
     hidden, pixel, following = x.new_zeros(()), x.new_zeros(()), _random_state(device)
     for i, part in enumerate(parts):
         if states:
@@ -90,13 +90,13 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
             of_chunk = weight * model.distance(model.decoder(predicted).to(x.dtype), y[part])
             pixel, share = pixel + of_chunk.detach(), share + model.gamma * of_chunk
         following = _random_state(device)
-        roots = [(share, None), *zip(encoded, dh[i], strict=False)]  # without VCR there is no dh
+        roots = [(share, None), *zip(encoded, dh[i], strict=False)]  # dh: of a regularised row
         wanted = [(tensor, gradient) for tensor, gradient in roots if tensor.requires_grad]
         if wanted:
             with torch.autocast(device.type, enabled=False):
                 torch.autograd.backward([tensor for tensor, _ in wanted], [gradient for _, gradient in wanted])
         loss = loss + share.detach()
-    return Energy(loss, hidden, pixel, variance, covariance)
+    return Energy(loss, hidden, pixel, variance, covariance, sigreg)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Any]:

@@ -21,7 +21,7 @@ from vjvcr_fast.training import checkpoint
 def reach(config: Config) -> str:
     """How far VCR can lift the features of this config, in one line (`attainable_std`); empty if it lifts nothing."""
     model, n = config.model, config.train.batch
-    if not ROWS[model.row].vcr or model.alpha == 0 or model.threshold <= 0:
+    if model.regulariser != "vcr" or not ROWS[model.row].vcr or model.alpha == 0 or model.threshold <= 0:
         return ""
     std = min(attainable_std(model.alpha, model.beta, n, config.d, model.threshold), model.threshold)
     text = f"VCR with N = {n:,}, d = {config.d:,} can lift features to a standard deviation of about {std:.2f}"

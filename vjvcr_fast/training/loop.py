@@ -241,7 +241,9 @@ class _Training:
         checkpoint.restore(file, state, model=self.update.model, optimizer=self.update.optimizer)
         check_data(self.run, state, self.data)
         self.step, self.batch, self.best = state["step"], state["batch"], state["best"]
-        self.history = [row.to(self.processes.device) for row in state["history"]]
+        # A run of an earlier version may have logged fewer terms: then the next log line is of the steps from here on.
+        columns = len(self.update.names) + 1
+        self.history = [row.to(self.processes.device) for row in state["history"] if len(row) == columns]
         self.update.latents.weight = state.get("latent_weight", self.update.latents.weight)
         self.started -= state["seconds"]
         torch.set_rng_state(state["rng"]["cpu"])

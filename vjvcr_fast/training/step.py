@@ -31,7 +31,7 @@ class Step:
         settings, device = config.train, processes.device
         self.config, self.processes = config, processes
         self.model = build_model(config, device)
-        self.model.group = processes.group
+        self.model.share(processes.group)
         decay = settings.weight_decay if self.model.terms.hidden else settings.weight_decay_generative
         self.latents = Latents(config, self.model)
         self.latents.check_method()
