@@ -242,6 +242,7 @@ PAGES: dict[Path, dict[str, Part]] = {
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
         "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
         "study": paper("study-moving-mnist-mini", made=True),
+        "study-sigreg": paper("study-sigreg-moving-mnist-mini", made=True),
     },
     ROOT / "docs" / "benchmarks.md": {
         "losses": benchmark("losses", LOSSES, of_vcr),
