@@ -214,7 +214,7 @@ def _finish(
 
 
 @triton.jit
-def _total(values, count, BLOCK: tl.constexpr):
+def total(values, count, BLOCK: tl.constexpr):
     """The sum of `count` float32 numbers in float64, in a fixed order."""
     at = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float64)
@@ -230,8 +230,8 @@ def _combine(
 ):  # fmt: skip
     """The scalars (loss, variance, covariance) from the sums that programs left. A count of zero leaves a term out.
     scale: 1 / (T d); square_scale: 1 / (T d (N-1)^2). Bytes: 4 a sum."""
-    variance = _total(hinges, hinge_count, BLOCK) * scale
-    covariance = _total(norms, norm_count, BLOCK) * square_scale
+    variance = total(hinges, hinge_count, BLOCK) * scale
+    covariance = total(norms, norm_count, BLOCK) * square_scale
     tl.store(loss, (alpha * variance + beta * covariance).to(tl.float32))
     tl.store(variance_term, variance.to(tl.float32))
     tl.store(covariance_term, covariance.to(tl.float32))

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-from vjvcr_fast.kernels import covariance, finish, gradient, gram, moments, vcr
+from vjvcr_fast.kernels import covariance, finish, gradient, gram, moments, sigreg, vcr
 from vjvcr_fast.kernels.launch import INTERPRETED, Config, Kernel
 
 # Of a multiprocessor: registers, threads, blocks, bytes of shared memory. A block may have BLOCK bytes of it: what is
@@ -39,7 +39,7 @@ BLOCK = {80: 99 << 10, 90: 227 << 10}
 # Bytes spilled. The configurations were chosen with 3.7; other versions' assemblers may miss by a register or two.
 TOLERATED = 0 if triton.__version__.startswith("3.7.") else 8
 
-MODULES = moments, gram, covariance, finish, gradient
+MODULES = moments, gram, covariance, finish, gradient, sigreg
 # dtype of h and torch's setting for float32 products.
 INPUTS = {
     "bf16": (torch.bfloat16, "ieee"),
@@ -48,6 +48,7 @@ INPUTS = {
     "fp32 as tf32": (torch.float32, "tf32"),
 }
 STEPS = 3
+KNOTS = [(16, False), (5, True)]  # how many above zero, and whether at half steps: as most have it, and eb_jepa
 # (N, d): each route and panel of gram.py, each panel of covariance.py, and two panels of features.
 REGULAR = [*((n, 4096) for n in (32, 64, 128, 160, 512)), *((4096, d) for d in (16, 32, 64, 128, 256))]
 ODD = [*((n, 4095) for n in (31, 63, 127, 159, 511)), *((2047, d) for d in (13, 29, 61, 127))]
@@ -160,6 +161,11 @@ def call_launchers(h: Tensor, use_gram: bool, used: Sequence[bool] = (True, Fals
         kept = vcr.forward([h], weights, use_gram)[3]
         vcr.backward([h], kept, vcr.Incoming(*(g if one else None for one in used)), weights, use_gram, [True])
     vcr.torch_product.centred(h, vcr.Kept(*kept))
+    for count, half in KNOTS if _regular(h) else KNOTS[:1]:
+        directions = torch.empty(h.shape[2], 1024 if _regular(h) else 1003, device=h.device)
+        knots = sigreg.Knots(count, 3 / count, half)
+        _, (sums,) = sigreg.forward([h], directions, knots, 0.1)
+        sigreg.backward(h, directions, sums, g, vcr.like(h), knots, 0.2)
 
 
 def _tensors(label: str, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -268,9 +274,19 @@ def compiled(job: Job) -> Row:
 
 
 def _adds_outside(ttgir: str) -> bool:
-    """Whether what a loop hands on to its next round was added to by an ordinary instruction, not by a product."""
+    """Whether what a loop with a product hands on to its next round was added to by an ordinary instruction, not by the
+    product."""
     added = set(re.findall(r"(%\S+) = arith\.addf .* : tensor<\S+ #mma\d*>", ttgir))
-    return any(name in added for values in re.findall(r"scf\.yield (.*?) :", ttgir) for name in values.split(", "))
+    own: dict[str, list[str]] = {}  # by their indentation the lines of the loops around
+    for line in ttgir.splitlines():
+        indent, text = re.match(r"( *)(.*)", line).groups()
+        own = {before: lines for before, lines in own.items() if before <= indent}
+        own.setdefault(indent, []).append(text)
+        if text.startswith("scf.yield") and any("dot" in before for before in own[indent]):
+            names = text.removeprefix("scf.yield ").partition(" :")[0].split(", ")
+            if added & set(names):
+                return True
+    return False
 
 
 def _usage(cubin: bytes) -> dict[str, int]:

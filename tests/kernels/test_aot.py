@@ -26,12 +26,13 @@ FORMS = {
     "gram.tiles": {"gram"},
     "covariance.covariance": {"covariance"},
     "gradient.gradient": {"gram", "covariance"},
+    **{f"sigreg.{name}": {"gram", "covariance"} for name in ("sums", "slopes", "product")},
 }
 PRODUCTS = set(FORMS)
 INPUTS = {"bf16", "fp16", "fp32", "fp32 as tf32"}
 # These are split among as many programs as run at once.
-SPLIT = {"gram.whole", "gram.tiles", "covariance.covariance"}
-OTHERS = {"moments.moments", "finish.finish", "finish.combine"}
+SPLIT = {"gram.whole", "gram.tiles", "covariance.covariance", "sigreg.sums"}
+OTHERS = {"moments.moments", "finish.finish", "finish.combine", "sigreg.finish", "sigreg.loss"}
 
 # -- All of them: `make aot` -----------------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ def test_split_products_are_added_up_outside_the_tensor_cores(rows: list[aot.Row
 def test_large_tiles_use_the_warp_groups_of_hopper(rows: list[aot.Row]) -> None:
     large = [row for row in rows if row.arch == 90 and row.product and row.form == "gram"]
     large = [row for row in large if int(row.shape.split("x")[0]) >= 63]
-    assert {row.kernel for row in large} == {"gram.whole", "gram.tiles", "gradient.gradient"}
+    assert {row.kernel for row in large} == PRODUCTS - {"covariance.covariance"}
     assert named([row for row in large if not row.tensor.endswith("HGMMA")]) == []
 
 

@@ -53,8 +53,8 @@ def sigreg(
             exp(-t_j^2 / 2), doubled for the other half of the integral over [-limit, limit].
         symmetric: t_j are `knots` numbers from -limit to limit instead.
         scale_by_n: with the factor N of the formula.
-        backend: "native" (compiled CPU operators), "torch" (plain operations with an analytic gradient), "reference"
-            (reference.py and autograd) or "auto": native if it supports h, else torch. There is no Triton kernel yet.
+        backend: "native" (compiled CPU operators), "triton" (fused CUDA kernels), "torch" (plain operations with an
+            analytic gradient), "reference" (reference.py and autograd) or "auto"; see `vcr_loss`.
         group, samples: processes whose samples form one batch; see `vcr_loss`. Sums of cosines and sines, T x 2 x
             (knots - 1) x K numbers, are added up over the processes in forward; backward sends nothing.
 
@@ -66,15 +66,16 @@ def sigreg(
             is not positive, or directions < 1; for what `vcr_loss` says of h, backend, group and samples, except
             that N = 1 is allowed without a group. TypeError: as `vcr_loss`; if the directions or the seed require a
             gradient or are no numbers.
+        RuntimeError: as `vcr_loss`.
     """
     hs = as_slices(h, least=1)
     settings = Settings(_whole("knots", knots, 2), _positive("limit", limit), bool(symmetric), bool(scale_by_n))
-    chosen = _resolve(backend, hs[0])
+    chosen = resolve(backend, hs[0])
     a = _directions(hs[0], directions, seed, generator, chosen == "native")
     if group is not None:
         if chosen == "reference":
             raise ValueError("backend='reference' computes the loss of one process alone: it takes no group")
-        return _over_processes(hs, settings, a, chosen == "native", group, samples)
+        return _over_processes(hs, settings, a, chosen, group, samples)
     return _evaluate(hs, settings, a, chosen)
 
 
@@ -155,15 +156,6 @@ def _positive(name: str, value: Any) -> float:
     return float(number)
 
 
-def _resolve(backend: str, h: Tensor) -> str:
-    chosen = resolve(backend, h)
-    if chosen != "triton":
-        return chosen
-    if backend == "triton":
-        raise ValueError("backend='triton': there is no kernel of SIGReg yet, choose auto or torch")
-    return "torch"
-
-
 def _directions(
     h: Tensor,
     directions: int | Tensor,
@@ -216,16 +208,23 @@ def _evaluate(hs: list[Tensor], settings: Settings, a: Tensor, backend: str) -> 
     early = backend == "native" and torch.is_grad_enabled() and not compiling
     early = early and hs[0].dtype == a.dtype
     made = [early and h.requires_grad for h in hs]
-    work = Work(backend == "native")
+    hs, work = _work(hs, backend)
     if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):
         return projections.evaluate(settings, a, work, made, hs).loss
     return guarded([projections.SIGReg.apply(settings, a, work, made, *hs)], hs)[0]
 
 
+def _work(hs: list[Tensor], backend: str, shards: distributed.Shards | None = None) -> tuple[list[Tensor], Work]:
+    """How to compute it, and of which tensors: the kernels get a copy if features are not adjacent, as in vcr.py."""
+    if backend == "triton":
+        hs = [h if h.stride(-1) == 1 else h.contiguous() for h in hs]
+    return hs, Work(backend == "native", shards, backend == "triton")
+
+
 @torch._disable_dynamo  # the same as torch.compiler.disable, without importing the compiler now
 def _over_processes(
-    hs: list[Tensor], settings: Settings, a: Tensor, native: bool, group: Any, samples: Samples
+    hs: list[Tensor], settings: Settings, a: Tensor, backend: str, group: Any, samples: Samples
 ) -> Tensor:
-    work = Work(native, distributed.shards(hs, group, samples))
+    hs, work = _work(hs, backend, distributed.shards(hs, group, samples))
     found: Tensor = projections.SIGReg.apply(settings, a, work, [False] * len(hs), *hs)
     return found

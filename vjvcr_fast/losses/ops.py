@@ -5,6 +5,8 @@ operation: a dispatch mode or a subclass of Tensor. These and the compiler get t
 into which the compiler does not look, and whose checks take the host longer than all launches. Both ways call
 `_forward` and `_backward`. Triton is imported by the first call, not by this file. PyTorch's precision setting for
 matrix products is read when a kernel is launched.
+
+`sigreg` and `sigreg_backward` are the same for SIGReg, without autograd, which is in projections.py.
 """
 
 from collections.abc import Sequence
@@ -20,7 +22,7 @@ from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
 
 def terms(hs: Sequence[Tensor], settings: Settings) -> Terms:
     """The float32 scalars (loss, variance, covariance) of tensors (N, T, d), features side by side."""
-    if torch._C._len_torch_dispatch_stack() or any(type(h) is not Tensor for h in hs):
+    if _watched(hs):
         return operator(hs, settings)
     return VCR.apply(settings, *hs)
 
@@ -29,6 +31,14 @@ def operator(hs: Sequence[Tensor], settings: Settings) -> Terms:
     """The same by the operator."""
     loss, variance, covariance, _ = vcr(hs, *settings)
     return loss, variance, covariance
+
+
+def _watched(hs: Sequence[Tensor]) -> bool:
+    """Whether something wants to see each operation."""
+    # Under the compiler it is known without a look at its own mode, which is a dispatch mode.
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        return True
+    return any(type(h) is not Tensor for h in hs)
 
 
 # -- What both ways do ----------------------------------------------------------------------------------------------
@@ -58,6 +68,12 @@ def _weights(settings: Settings) -> Any:
     alpha, beta, threshold, eps, _, variance, covariance = settings
     # Triton would compile whole numbers in. To read a weight that is a tensor waits for its device.
     return Weights(float(alpha), float(beta), float(threshold), float(eps), variance, covariance)
+
+
+def _check_strides(hs: Sequence[Tensor]) -> None:
+    for h in hs:
+        if h.stride(-1) != 1 and h.shape[-1] > 1:
+            raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
 
 
 def _device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -121,9 +137,7 @@ def vcr(
     with the penalty, the product.
     Raises ValueError if the features of a tensor are not adjacent in memory.
     """
-    for h in hs:
-        if h.stride(-1) != 1 and h.shape[-1] > 1:
-            raise ValueError(f"a tensor with strides {h.stride()}: the last dimension's must be 1")
+    _check_strides(hs)
     return _forward(hs, Settings(alpha, beta, threshold, eps, gram, variance, covariance))
 
 
@@ -184,3 +198,106 @@ def _operator_backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
 
 
 vcr.register_autograd(_operator_backward, setup_context=_setup_context)
+
+
+# -- SIGReg ---------------------------------------------------------------------------------------------------------
+
+
+def sigreg(
+    hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss of tensors (N, T, d), features side by side, as a float32 scalar; and D and S of each, (T, 2, J, K).
+
+    directions: (d, K), float32. knots: J. step, half: t_j is step * (1, ... J), or half a step less. divisor: T K N^2
+    / F, a whole number, which torch.compile can leave open. See projections.py.
+    """
+    if _watched(hs):
+        return sigreg_operator(hs, directions, knots, step, half, divisor)
+    return _sigreg(hs, directions, knots, step, half, divisor)
+
+
+def sigreg_backward(
+    hs: Sequence[Tensor],
+    directions: Tensor,
+    sums: Sequence[Tensor],
+    incoming: Tensor,
+    knots: int,
+    step: float,
+    half: bool,
+    times: int,
+    divisor: int,
+) -> list[Tensor]:
+    """dL/dh of each tensor. sums: its D and S. incoming: dL/dloss, a scalar. times: 2, or 2 times the
+    number of processes."""
+    if _watched(hs):
+        return sigreg_backward_operator(hs, directions, sums, incoming, knots, step, half, times, divisor)
+    return _sigreg_backward(hs, directions, sums, incoming, knots, step, half, times, divisor)
+
+
+def _sigreg(
+    hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
+) -> tuple[Tensor, list[Tensor]]:
+    from vjvcr_fast.kernels import sigreg as kernels
+
+    with _device_of(hs[0]):
+        return kernels.forward(hs, directions, kernels.Knots(knots, step, half), 1 / divisor)
+
+
+def _sigreg_backward(
+    hs: Sequence[Tensor],
+    directions: Tensor,
+    sums: Sequence[Tensor],
+    incoming: Tensor,
+    knots: int,
+    step: float,
+    half: bool,
+    times: int,
+    divisor: int,
+) -> list[Tensor]:
+    from vjvcr_fast.kernels import sigreg as kernels
+    from vjvcr_fast.kernels.vcr import like
+
+    outs = [like(h) for h in hs]
+    with _device_of(hs[0]):
+        for h, of_one, out in zip(hs, sums, outs, strict=True):
+            kernels.backward(h, directions, of_one, incoming, out, kernels.Knots(knots, step, half), times / divisor)
+    return outs
+
+
+@torch.library.custom_op("vjvcr::sigreg", mutates_args=())
+def sigreg_operator(
+    hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
+) -> tuple[Tensor, list[Tensor]]:
+    """See `sigreg`. Raises ValueError if the features of a tensor are not adjacent in memory."""
+    _check_strides(hs)
+    return _sigreg(hs, directions, knots, step, half, divisor)
+
+
+@sigreg_operator.register_fake
+def _(hs, directions, knots, step, half, divisor):  # type: ignore[no-untyped-def]
+    count = directions.shape[1]
+    found = [h.new_empty((h.shape[1], 2, knots, count), dtype=torch.float32) for h in hs]
+    return directions.new_empty((), dtype=torch.float32), found
+
+
+@torch.library.custom_op("vjvcr::sigreg_backward", mutates_args=())
+def sigreg_backward_operator(
+    hs: Sequence[Tensor],
+    directions: Tensor,
+    sums: Sequence[Tensor],
+    incoming: Tensor,
+    knots: int,
+    step: float,
+    half: bool,
+    times: int,
+    divisor: int,
+) -> list[Tensor]:
+    """See `sigreg_backward`."""
+    return _sigreg_backward(hs, directions, sums, incoming, knots, step, half, times, divisor)
+
+
+@sigreg_backward_operator.register_fake
+def _(hs, *options):  # type: ignore[no-untyped-def]
+    from vjvcr_fast.kernels.vcr import like
+
+    return [like(h) for h in hs]

@@ -14,7 +14,7 @@ projection are enough: exp(i t_{j+1} x) = exp(i t_j x) exp(i step x). Derivation
 
 What is kept for backward are the sums, T x 2 x J x K numbers. Projections are made again, in blocks of samples and
 panels of directions, so nothing of size N x K is ever whole. `SIGReg` joins all that for autograd, with the compiled
-operators of csrc/sigreg_cpu.cpp or with the plain operations of this file.
+operators of csrc/sigreg_cpu.cpp, the Triton kernels of kernels/sigreg.py or the plain operations of this file.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast.data.hashing import splitmix
-from vjvcr_fast.losses import analytic, distributed
+from vjvcr_fast.losses import analytic, distributed, ops
 from vjvcr_fast.losses.analytic import full_precision
 
 _PANEL = 256  # directions that are worked on together
@@ -46,22 +46,32 @@ class Settings(NamedTuple):
         """True if the knots are at 1/2, 3/2, ... steps, False if they are at 1, 2, ... steps (and at zero)."""
         return self.symmetric and self.knots % 2 == 0
 
+    @property
+    def above(self) -> int:
+        """J, the number of knots above zero."""
+        return self.knots // 2 if self.symmetric else self.knots - 1
+
+    @property
+    def step(self) -> float:
+        """The distance of neighbouring knots."""
+        return self.limit / (self.knots - 1) * (2 if self.symmetric else 1)
+
     def grid(self, device: torch.device) -> Tensor:
         """t, phi and w of the J knots above zero, (3, J) in float64. They stand for those below zero, too."""
-        count = self.knots // 2 if self.symmetric else self.knots - 1
-        step = self.limit / (self.knots - 1) * (2 if self.symmetric else 1)
-        t = (torch.arange(count, dtype=torch.float64, device=device) + (0.5 if self.half else 1.0)) * step
+        t = (torch.arange(self.above, dtype=torch.float64, device=device) + (0.5 if self.half else 1.0)) * self.step
         phi = (t * t / -2).exp()
-        weights = 2 * step * phi
+        weights = 2 * self.step * phi
         weights[-1:] /= 2
         return torch.stack([t, phi, weights])
 
 
 class Work(NamedTuple):
-    """How it is computed: native, by the compiled operators; shards, with which other processes."""
+    """How it is computed: native, by the compiled operators; triton, by the kernels (the tensors' features are side by
+    side in memory); shards, with which other processes."""
 
     native: bool
     shards: distributed.Shards | None = None
+    triton: bool = False
 
 
 def drawn(seed: int | Tensor, d: int, count: int, device: torch.device, native: bool = False) -> Tensor:
@@ -148,9 +158,9 @@ def sums_of(h: Tensor, directions: Tensor, settings: Settings, native: bool) -> 
     return found
 
 
-def scale_of(settings: Settings, n: int, count: int) -> float:
-    """F / (T K N^2). count: T K."""
-    return 1 / (count * n) if settings.scale_by_n else 1 / (count * n * n)
+def divisor_of(settings: Settings, n: int, count: int) -> int:
+    """T K N^2 / F. count: T K."""
+    return count * n if settings.scale_by_n else count * n * n
 
 
 def loss_of(sums: Sums, grid: Tensor, scale: float) -> Tensor:
@@ -171,7 +181,7 @@ def plain(
     n: N. total: adds up sums over processes.
     """
     grid = settings.grid(hs[0].device)
-    scale = scale_of(settings, n, sum(h.shape[1] for h in hs) * directions.shape[1])
+    scale = 1 / divisor_of(settings, n, sum(h.shape[1] for h in hs) * directions.shape[1])
     t, phi = grid[:2].to(directions.dtype)
     with full_precision(hs[0]):
         parts = []
@@ -240,14 +250,22 @@ def evaluate(settings: Settings, directions: Tensor, work: Work, made: Sequence[
 
     directions: (d, K), in `compute_dtype`.
     """
-    grid, scale = settings.grid(hs[0].device), _scale(settings, directions, work, hs)
-    parts, gradients, sums = [], [], []
+    divisor = _divisor(settings, directions, work, hs)
+    scale, numbers = 1 / divisor, (settings.above, settings.step, settings.half, divisor)
+    parts, gradients = [], []
+    sums: list[Sums] = []
     with full_precision(hs[0]):
+        if work.triton and work.shards is None:
+            loss, sums = ops.sigreg(hs, directions, *numbers)
+            return Found(loss, [], sums)
+        grid = settings.grid(hs[0].device)
         for h, make in zip(hs, made, strict=True):
             if make:
                 part, gradient = torch.ops.vjvcr.sigreg_cpu(h, directions, grid, settings.half, scale)
                 parts.append(part)
                 gradients.append(gradient)
+            elif work.triton:
+                sums += ops.sigreg([h], directions, *numbers)[1]
             else:
                 sums.append(sums_of(h, directions, settings, work.native))
         if work.shards is not None:
@@ -257,9 +275,9 @@ def evaluate(settings: Settings, directions: Tensor, work: Work, made: Sequence[
         return Found(reduce(torch.add, parts).to(directions.dtype), gradients, sums)
 
 
-def _scale(settings: Settings, directions: Tensor, work: Work, hs: Sequence[Tensor]) -> float:
+def _divisor(settings: Settings, directions: Tensor, work: Work, hs: Sequence[Tensor]) -> int:
     n = hs[0].shape[0] if work.shards is None else work.shards.total
-    return scale_of(settings, n, sum(h.shape[1] for h in hs) * directions.shape[1])
+    return divisor_of(settings, n, sum(h.shape[1] for h in hs) * directions.shape[1])
 
 
 class SIGReg(torch.autograd.Function):
@@ -313,12 +331,15 @@ def _from_sums(
 ) -> list[Tensor]:
     """The gradients of the tensors that are needed. kept: their sums."""
     wanted = [h for h, need in zip(hs, needed, strict=True) if need]
-    grid = settings.grid(hs[0].device)
     # Every process returns the whole loss, so what comes in counts it as often as there are processes.
-    factor = incoming * (2 * _scale(settings, directions, work, hs) * (work.shards.world if work.shards else 1))
+    times, divisor = 2 * (work.shards.world if work.shards else 1), _divisor(settings, directions, work, hs)
     with full_precision(hs[0]):
+        if work.triton:
+            numbers = settings.above, settings.step, settings.half, times, divisor
+            return ops.sigreg_backward(wanted, directions, kept, incoming, *numbers)
+        grid = settings.grid(hs[0].device)
         return [
-            gradient_of(h, directions, settings, coefficients(each, grid, factor), work.native)
+            gradient_of(h, directions, settings, coefficients(each, grid, incoming * (times / divisor)), work.native)
             for h, each in zip(wanted, kept, strict=True)
         ]
 
