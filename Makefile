@@ -116,7 +116,7 @@ gpu-smoke: has-gpu $(GPU_VENV)/.done  ## builds; every operator once, against th
 	$(call stage,smoke,$(GPU) benchmarks/smoke.py $(GPU_OUT)/gpu-smoke.json)
 
 # Tests that would begin in the last 40 seconds are left out.
-GPU_BENCH := $(addprefix benchmarks/bench_,losses_cuda.py latents.py host.py training.py)
+GPU_BENCH := $(addprefix benchmarks/bench_,losses_cuda.py latents.py host.py training.py sigreg_cuda.py)
 gpu-bench: has-gpu $(GPU_VENV)/.done  ## measures the targets, what matters most first; at most 4 minutes
 	$(call stage,bench,$(GPU) -m pytest -s --tb=short --continue-on-collection-errors --results=$(GPU_RESULTS) \
 	  --seconds=$$(($(LIMIT_bench) - 40)) $(GPU_BENCH) $(ARGS))
@@ -129,7 +129,8 @@ gpu-test: has-gpu $(GPU_VENV)/.done  ## the test suite, what needs the GPU first
 
 SANITIZED := tests/kernels/test_cuda_emulated.py::TestOnAGPU::test_it_is_what_was_emulated \
   tests/latents/test_operators.py::test_both_devices_round_alike \
-  tests/kernels/test_triton.py::TestNumbers::test_terms_on_their_own
+  tests/kernels/test_triton.py::TestNumbers::test_terms_on_their_own \
+  tests/kernels/test_triton_sigreg.py::TestSurroundings::test_a_sequence_is_its_concatenation
 gpu-sanitize: gpu-memcheck gpu-racecheck  ## compute-sanitizer's memcheck and racecheck on a few tests; 3 minutes each
 gpu-memcheck gpu-racecheck: gpu-%: has-gpu $(GPU_VENV)/.done
 	$(call stage,$*,env FAIL_WITHOUT_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 \

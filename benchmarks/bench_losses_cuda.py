@@ -23,7 +23,6 @@ import contextlib
 import functools
 import gc
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import providers
 import pytest
@@ -33,8 +32,6 @@ import torch
 from providers import SIGMA, Case, Outputs, Parts, Provider
 from records import Row
 from torch import Tensor
-
-from vjvcr_fast.losses import backends
 
 SLACK = 10.0  # plain PyTorch may be off by this many times our tolerance: it also rounds variances and sums
 SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # for graphs
@@ -84,21 +81,24 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("case", "name"), wanted, ids=ids)
 
 
-@pytest.fixture
-def found(request: pytest.FixtureRequest, machine: dict[str, Any], check_only: bool) -> timing.Ceilings | None:
-    """The ceilings, which also go to the file, or None if nothing is timed."""
-    if check_only:
-        return None
-    machine["auto"] = backends.explain()["cuda"]
-    return request.getfixturevalue("ceilings")
-
-
 def test_vcr_loss(case, name, device, found, report, full):
+    seconds = SECONDS_FULL if full else SECONDS
+    run = functools.partial(compare, case, name, device, found, seconds, compared(case, full))
+    report_or_skip(run, case, name, found, report)
+
+
+def report_or_skip(
+    run: Callable[..., tuple[list[Row], list[str]]],
+    case: Case,
+    name: str,
+    found: timing.Ceilings | None,
+    report: Callable[..., None],
+) -> None:
+    """A whole test. run(say): `compare`, with all its other arguments."""
     torch._dynamo.reset()
-    seconds, say = (SECONDS_FULL if full else SECONDS), functools.partial(report, more=True)
     rows, wrong = [], []
     with contextlib.suppress(torch.OutOfMemoryError):
-        rows, wrong = compare(case, name, device, found, seconds, compared(case, full), say)
+        rows, wrong = run(say=functools.partial(report, more=True))
     gc.collect()
     torch.cuda.empty_cache()
     if not rows:
@@ -118,15 +118,18 @@ def compare(
     seconds: float,
     functions: dict[str, Provider | str],
     say: Callable[[list[Row]], object] = lambda rows: None,
+    judge: Callable[[Parts], tuple[Tensor, Tensor]] = providers.judge,
+    flops: float | None = None,
 ) -> tuple[list[Row], list[str]]:
     """Returns a row for each function, and what is wrong with any of them. Without ceilings nothing is timed.
 
-    say: is given the rows of the functions that do not compile, before any other runs."""
+    say: is given the rows of the functions that do not compile, before any other runs. judge, flops: of another loss
+    than VCR the right result, and the work that no method can avoid."""
     rows: dict[str, Row] = {}
     checked: dict[str, Provider] = {}
     with timing.precision(name) as dtype, device.stream():
         sets = _inputs(case, dtype, device)
-        check = functools.partial(_wrong, providers.judge(sets[0]), name, case)
+        check = functools.partial(_wrong, judge(sets[0]), name, case)
         for last in (False, True):
             for provider in [provider for provider in functions if ("compiled" in provider) == last]:
                 row = rows[provider] = {"N, T, d": str(case), "precision": name, "provider": provider}
@@ -138,7 +141,7 @@ def compare(
             if found is not None:
                 _time_graphs(checked, sets, check, device, seconds, rows)
                 _time_launches(checked, sets, device, rows)
-                _put_ratios(rows, case, name, found, dtype.itemsize)
+                _put_ratios(rows, case, name, found, dtype.itemsize, flops)
                 if not last:
                     say(list(rows.values()))
     wrong = [f"{row['provider']} at {case}, {name}: {row['note']}" for row in rows.values() if row.pop("_wrong", False)]
@@ -235,10 +238,12 @@ def _passes(function: Provider, sets: Sequence[Parts]) -> Outputs:
     return providers.step(function, sets[-1])
 
 
-def _put_ratios(rows: dict[str, Row], case: Case, name: str, found: timing.Ceilings, element_size: int) -> None:
+def _put_ratios(
+    rows: dict[str, Row], case: Case, name: str, found: timing.Ceilings, element_size: int, flops: float | None
+) -> None:
     """Puts ratios to the floor and to the baselines into rows, and for the file the floors' own times."""
     shape = case.n, sum(case.steps), case.d
-    work = records.floor_bytes(*shape, element_size), records.floor_flops(*shape)
+    work = records.floor_bytes(*shape, element_size), flops or records.floor_flops(*shape)
     rates = found.copy, found.products[name]
     floor, product = (1e6 * amount / rate for amount, rate in zip(work, rates, strict=True))
     eager = rows["eager reference"].get("us")

@@ -24,10 +24,12 @@ import timing
 import torch
 
 from vjvcr_fast.data.files import reason, write_atomic
+from vjvcr_fast.losses import backends
 from vjvcr_fast.paper.machine import processor
 
 GPU = torch.cuda.is_available()
-collect_ignore = ["bench_losses.py", "bench_losses_grid.py", "bench_sigreg.py"] if GPU else ["bench_losses_cuda.py"]
+ON_A_GPU, ON_A_CPU = ("losses_cuda", "sigreg_cuda"), ("losses", "losses_grid", "sigreg")
+collect_ignore = [f"bench_{name}.py" for name in (ON_A_CPU if GPU else ON_A_GPU)]
 
 # What matters most on a GPU. A test comes where the first of these texts that is in its name stands; the rest is last.
 ORDER = (
@@ -39,6 +41,7 @@ ORDER = (
     "bench_losses_cuda.py::test_vcr_loss[2600000x1x64-",
     "bench_host.py",
     "bench_training.py::test_videos_per_second[moving-mnist",
+    "bench_sigreg_cuda.py",
     "bench_losses_cuda.py",
     "bench_latents.py",
     "bench_training.py",
@@ -131,6 +134,15 @@ def ceilings(machine: dict[str, Any]) -> timing.Ceilings:
     machine["copy_gb_per_s"] = records.rounded(found.copy / 1e9)
     machine["product_tflop_per_s"] = {name: records.rounded(rate / 1e12) for name, rate in found.products.items()}
     return found
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest, machine: dict[str, Any], check_only: bool) -> timing.Ceilings | None:
+    """The ceilings, which also go to the file, or None if nothing is timed."""
+    if check_only:
+        return None
+    machine["auto"] = backends.explain()["cuda"]
+    return request.getfixturevalue("ceilings")
 
 
 @pytest.fixture

@@ -41,6 +41,7 @@ SECONDS, SIDE_BY_SIDE = 40.0, 8  # for a check; checks at once
 # (N, T, d) for each way through the kernels: N and d of CATER, MovingMNIST, (2.6M, 1, 64), and what torch multiplies.
 SHAPES = [(160, 3, 2048), (256, 3, 512), (4096, 1, 64), (1100, 1, 1200), (1100, 1, 400)]
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16}
+SIGREG = [(256, 3, 512, 1024), (300, 1, 65, 130)]  # (N, T, d, K)
 HIDDEN = (256, 512, 1024)  # of the predictor, for `fista_mlp`
 TRAINED = "moving-mnist"
 
@@ -62,6 +63,8 @@ def checks() -> dict[tuple[str, str], Check]:
     found: dict[tuple[str, str], Check] = {("operators", "built for CUDA"): built}
     for shape in SHAPES:
         found |= {(f"vcr_loss {name}", str(shape)): functools.partial(loss, shape, name) for name in PRECISIONS}
+    for shape in SIGREG:
+        found |= {(f"sigreg {name}", str(shape)): functools.partial(sigreg, shape, name) for name in PRECISIONS}
     for hidden in HIDDEN:
         for name in ("bf16", "fp32"):
             check = functools.partial(fista, hidden, name == "bf16")
@@ -112,6 +115,21 @@ def hinge(shape: tuple[int, int, int]) -> list[Result]:
     gradients = torch.autograd.grad(value, h)[0], torch.autograd.grad(expected, right)[0]
     allowed = tolerances.TF32X3
     return [compared("value", value, expected, allowed), compared("gradient", *gradients, allowed)]
+
+
+def sigreg(shape: tuple[int, int, int, int], name: str) -> list[Result]:
+    from bench_sigreg_cuda import judge
+
+    from vjvcr_fast.losses import projections, sigreg
+
+    device = timing.current()
+    directions = projections.drawn(0, *shape[2:], device.torch_device)
+    with timing.precision("tf32" if name == "tf32" else "fp32"):
+        parts = [features(shape[:3], PRECISIONS[name], device)]
+        step = functools.partial(sigreg, directions=directions, backend="triton")
+        found = providers.errors(providers.step(step, parts), *judge(parts, directions))
+    allowed = providers.TOLERANCES["tf32" if name == "fp16" else name]
+    return [Result(*made) for made in zip(("loss", "gradient"), found, allowed, strict=True)]
 
 
 def fista(hidden: int, bf16: bool) -> list[Result]:

@@ -83,6 +83,8 @@ class Small:
         if module.__name__ == "bench_losses_cuda":
             module.TARGETED, module.OTHERS = [module.Case(6, (2,), 20), module.Case(20, (3,), 6)], []
             module.SECONDS, module.LAUNCHED_ROUNDS, module.LAUNCHED_PASSES = 0.0, 1, 1
+        elif module.__name__ == "bench_sigreg_cuda":
+            module.CASES, module.DIRECTIONS, module.SECONDS = [module.Case(6, (2,), 20)], 40, 0.0
         elif module.__name__ == "bench_latents":
             module.CASES, module.STEPS, module.SECONDS = [module.Case(16, 2, 8)], 5, 0.0
         elif module.__name__ == "bench_training":
@@ -95,6 +97,7 @@ def smoke(arguments: list[str]) -> int:
     import smoke
 
     smoke.SHAPES, smoke.HIDDEN, smoke.SIDE_BY_SIDE = [(6, 2, 20), (20, 2, 6)], (16,), 2
+    smoke.SIGREG = [(6, 2, 20, 40)]
     if "wrong" in BROKEN:
         smoke.SECONDS = 3.0
         broken = {

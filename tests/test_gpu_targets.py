@@ -22,7 +22,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import check_gpu  # noqa: E402
 
 TARGETS = ("gpu-smoke", "gpu-bench", "gpu-test", "gpu-memcheck", "gpu-racecheck")
-BENCHMARKS = ("losses_cuda", "latents", "host", "training")
+BENCHMARKS = ("losses_cuda", "latents", "host", "training", "sigreg_cuda")
 AS_IF = f"{sys.executable} tests/as_if_cuda.py"
 BENCH = ["-m", "pytest", "-s", "benchmarks/bench_losses_cuda.py"]
 
@@ -72,7 +72,7 @@ def test_one_call_checks_and_measures(dry, tmp_path) -> None:
     assert "partial" not in results
     assert "-partial" not in results["name"]
     assert {row["precision"] for row in results["rows"]} == {"bf16", "fp32", "tf32"}
-    for name in ("training", "latents"):
+    for name in ("training", "latents", "sigreg_cuda"):
         assert list((tmp_path / "results").glob(f"{name}-gpu-*.json"))
     for name in ("smoke", "bench"):
         assert f"make gpu-{name}: passed" in (tmp_path / "out" / f"gpu-{name}.txt").read_text()
