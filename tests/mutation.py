@@ -34,6 +34,15 @@ losses vjvcr_fast/losses/vicreg.py test_vicreg test_fuzz_losses
 losses vjvcr_fast/losses/vicreg.py test_distributed test_vicreg
 - count = z_a.numel() // len(z_a) * found.total
 + count = z_a.numel() * found.world
+losses vjvcr_fast/losses/vcr.py test_over test_drop_in
+- factor = 1 / max(hs[0].shape[-1] - 1, 1)
++ factor = 1 / (hs[0].shape[-1] - 1)
+- terms.covariance * factor
++ terms.covariance
+- found = [t.transpose(0, 1) for t in _as_slices(tensors)]
++ found = _as_slices(tensors)
+- key=t.stride, reverse=True
++ key=t.stride
 losses vjvcr_fast/losses/vcr.py test_losses test_losses_interfaces test_fuzz_losses
 - t.flatten(1, -2) for t in tensors
 + t.flatten(0, -3) for t in tensors
@@ -80,6 +89,9 @@ distributed vjvcr_fast/losses/distributed.py test_distributed
 + _Exchange.apply(gradient.contiguous(), sent, received, group)
 - first = x[:, 0].detach().to(
 + first = x[:, 0].to(
+distributed vjvcr_fast/losses/distributed.py test_over
+- share = h.shape[1] / found.total
++ share = 1 / found.world
 latents vjvcr_fast/latents/descent.py test_latents test_fuzz_latents test_operators
 - t=torch.where(accepted, t, 1.0),
 + t=t,

@@ -246,6 +246,7 @@ ENTRIES = [
     Entry("reference.covariance", reference.covariance, "n t d", BOTH),
     Entry("reference.covariance_penalty", reference.covariance_penalty, "n t d", BOTH),
     Entry("reference.vcr", lambda h: reference.vcr(h, 0.7, 0.3), "n t d", BOTH),
+    Entry("reference.vcr", lambda h: reference.vcr(h, 0.7, 0.3, over="both"), "n t d", BOTH),
     Entry("reference.distance", reference.distance, "n t d, n t d"),
     Entry(
         "reference.energy_vjvcr",
@@ -302,7 +303,17 @@ ENTRIES = [
         Entry("losses.vcr.vcr_loss", as_group(functools.partial(vcr_loss, route=route, **WEIGHTS)), "n t d", ANY)
         for route in (ROUTES if dist.is_available() else ())
     ),
+    *(
+        Entry(
+            "losses.vcr.vcr_loss",
+            functools.partial(vcr_loss, over=over, covariance_divisor="d(d-1)", **WEIGHTS),
+            "n 2 t d",
+            ANY,
+        )
+        for over in ("samples", "time", "both")
+    ),
     Entry("losses.vcr.VCRLoss.forward", lambda *h: VCRLoss(0.7, 0.3)(h), "n t d, n d", ANY),
+    Entry("losses.vcr.VCRLoss.forward", lambda *h: VCRLoss(0.7, 0.3, over="both")(h), "n t d, n d", ANY),
     Entry("losses.vcr.as_slices", as_slices, "n t s d"),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(), "n t d, n t d", ANY),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(gather_distributed=dist.is_available()), "n t d, n t d", BOTH),

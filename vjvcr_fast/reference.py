@@ -49,15 +49,26 @@ def covariance_penalty(h: Tensor) -> Tensor:
 
 
 def vcr(
-    h: Tensor, alpha: float, beta: float, threshold: float = 1.0, eps: float = 1e-4
+    h: Tensor,
+    alpha: float,
+    beta: float,
+    threshold: float = 1.0,
+    eps: float = 1e-4,
+    over: str = "samples",
+    covariance_divisor: str = "d",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Equation (4): alpha * l_var + beta * l_cov, with `variance_hinge` for l_var and `covariance_penalty` for l_cov.
 
-    The variances are taken from the diagonal of the covariance. h: (N, T, d), N >= 2.
+    The variances are taken from the diagonal of the covariance. h: (N, T, d).
+    over: what the variance is over. "samples": the N samples at each time step, as in the paper; "time": the T time
+    steps of each sample; "both": all N T rows. It needs at least two of them.
+    covariance_divisor: "d", or "d(d-1)", which makes l_cov the mean over off-diagonal entries.
     Returns the scalars (loss, variance, covariance); the last two are l_var and l_cov, without weights.
     """
-    cov = covariance(h)
+    d = h.shape[-1]
+    cov = covariance({"samples": h, "time": h.transpose(0, 1), "both": h.reshape(-1, 1, d)}[over])
     variance, penalty = _hinge(cov.diagonal(dim1=1, dim2=2), threshold, eps), _off_diagonal_squares(cov)
+    penalty = penalty / {"d": 1, "d(d-1)": max(d - 1, 1)}[covariance_divisor]
     return alpha * variance + beta * penalty, variance, penalty
 
 

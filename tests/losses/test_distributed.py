@@ -147,6 +147,8 @@ class Hard:
         found["module"] = VCRLoss(1, 1, group=group, samples=self.samples)(leaf).loss.detach()
         compiled = torch.compile(lambda h: vcr_loss(h * 2, alpha=1, beta=1, group=group).loss, backend="eager")
         found["compiled"] = compiled(leaf).detach()
+        compiled = torch.compile(lambda h: vcr_loss(h * 2, alpha=1, beta=1, over="time", group=group), backend="eager")
+        found["compiled over time"] = compiled(leaf).loss.detach()
         found["errors"] = [error_of(action) for action in self.wrong(leaf, rank)]
         return found
 
@@ -219,6 +221,8 @@ def test_forms_modules_autocast_and_compiled(hard: list[dict[str, Any]]) -> None
         for key in [("form", "gram"), ("form", "covariance"), "module", *(("autocast", route) for route in ROUTES)]:
             assert relative(found[key], expected) <= tolerances.FLOAT64, key
         assert relative(found["compiled"], reference.vcr(2 * h, 1, 1)[0]) <= tolerances.FLOAT64
+        in_time = reference.vcr(2 * h, 1, 1, over="time")[0]
+        assert relative(found["compiled over time"], in_time) <= tolerances.FLOAT64
 
 
 def test_errors(hard: list[dict[str, Any]]) -> None:

@@ -50,8 +50,10 @@ class Shards(NamedTuple):
         return sum(self.samples)
 
 
-def shards(hs: Sequence[Tensor], group: Any, samples: Sequence[int] | Literal["equal"] | None) -> Shards:
-    """hs: (n_r, T, d) each. samples: see `vcr_loss`; None asks the processes, which waits for the GPU.
+def shards(
+    hs: Sequence[Tensor], group: Any, samples: Sequence[int] | Literal["equal"] | None, least: int = 2
+) -> Shards:
+    """hs: (n_r, T, d) each. samples: see `vcr_loss`; None asks the processes, which waits for the GPU. least: of N.
 
     Raises ValueError if this process is not in `group`, if samples do not fit or, on every process, if the processes
     differ in T, d or dtype. The last is noticed only with samples=None.
@@ -67,8 +69,8 @@ def shards(hs: Sequence[Tensor], group: Any, samples: Sequence[int] | Literal["e
         raise ValueError(
             f"samples={list(counts)}: one number a process, at least 1, is needed; rank {rank} of {world} has {n}"
         )
-    if sum(counts) < 2:
-        raise ValueError(f"samples={list(counts)}: N >= 2 is needed, the variance is over the batch")
+    if sum(counts) < least:
+        raise ValueError(f"samples={list(counts)}: N >= {least} is needed, the variance is over the batch")
     return Shards(group, rank, counts)
 
 
@@ -151,6 +153,22 @@ def vcr(
     if route == "features":
         h = _all_to_all(h.tensor_split(found.world, dim=2), found)
     return _Sharded.apply(h, settings._replace(gram=route == "features"), found, steps * d)
+
+
+@torch._disable_dynamo
+def mean_over_samples(
+    h: Tensor,
+    alone: Callable[[list[Tensor]], Terms],
+    group: Any,
+    samples: Sequence[int] | Literal["equal"] | None,
+) -> Terms:
+    """The terms of statistics over time, which no two samples share: each process computes those of its own.
+
+    h: this process's (T, n_r, d). alone: computes its terms. Other arguments and errors: see `vcr_loss`.
+    """
+    found = shards([h.transpose(0, 1)], group, samples, least=1)
+    share = h.shape[1] / found.total
+    return reported(found, *(term * share for term in alone([h])))
 
 
 # -- Sums and exchanges that autograd can differentiate -------------------------------------------------------------

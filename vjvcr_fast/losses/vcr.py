@@ -26,7 +26,9 @@ from vjvcr_fast.losses.distributed import Route
 
 Form = Literal["auto", "gram", "covariance"]
 Made = Literal["auto", "forward", "backward"]
-FORMS, MADE, ROUTES = get_args(Form), get_args(Made), get_args(Route)
+Over = Literal["samples", "time", "both"]
+Divisor = Literal["d", "d(d-1)"]
+FORMS, MADE, ROUTES, OVERS, DIVISORS = map(get_args, (Form, Made, Route, Over, Divisor))
 
 Representations: TypeAlias = Tensor | Sequence[Tensor]
 Samples: TypeAlias = Sequence[int] | Literal["equal"] | None
@@ -45,7 +47,8 @@ def variance_hinge(
 ) -> Tensor:
     """Equation (1): the mean over time steps and features of max(0, threshold - sqrt(Var + eps)).
 
-    Var is the unbiased variance over N. Arguments and errors: see `vcr_loss`. Returns a scalar.
+    Var is the unbiased variance over N; h.transpose(0, 1) gives it over T. Arguments and errors: see `vcr_loss`.
+    Returns a scalar.
     """
     hs = as_slices(h)
     threshold, eps = check_number("threshold", threshold), check_eps(eps)
@@ -70,6 +73,8 @@ def vcr_loss(
     beta: float,
     threshold: float = 1.0,
     eps: float = 1e-4,
+    over: Over = "samples",
+    covariance_divisor: Divisor = "d",
     backend: Backend = "auto",
     form: Form = "auto",
     gradient: Made = "auto",
@@ -85,6 +90,11 @@ def vcr_loss(
         alpha, beta: weights of the two terms, numbers. To learn them, weigh the terms: they are differentiable.
         threshold: the paper's tau.
         eps: added to the variance before the square root, >= 0.
+        over: what variance and covariance are over. "samples": the N samples at each time step, as in the paper.
+            "time": the T time steps of each sample; T >= 2, and N = 1 will do. "both": all N T rows, as samples of one
+            time step; N T >= 2 will do. A tensor is not copied for that, unless "both" meets strides that allow no
+            view; a sequence is concatenated along T. Fewer rows raise ValueError, as does a value that is unknown.
+        covariance_divisor: "d" of equation (2), or "d(d-1)": the penalty is then the mean over off-diagonal entries.
         backend: "native" (a compiled CPU operator), "triton" (fused CUDA kernels), "torch" (plain operations with an
             analytic gradient), "reference" (reference.py and autograd, for comparison) or "auto": native on a CPU and
             triton on a GPU if they support h, else torch.
@@ -97,14 +107,15 @@ def vcr_loss(
         group: processes of torch.distributed whose samples form one batch, for example torch.distributed.group.WORLD.
             N is then the number of samples of all processes together; each has at least one. Every process must call
             this function, and backward too. All of them get the loss of the whole batch; the mean of their gradients,
-            which DDP takes, is the gradient of that loss. torch.compile does not trace this: the graph breaks.
+            which DDP takes, is the gradient of that loss. torch.compile does not trace this: the graph breaks. With
+            over="time" each process computes the terms of its own samples; only these are exchanged, by no `route`.
             None: the batch is h.
         samples: how many samples each process of `group` holds, as a list by rank, or "equal" if all hold the same
             number. None asks the processes, which costs a small message and waits for the GPU.
         route: how the processes of `group` exchange data: "time", "features", "covariance" or "gather" (see
             `vjvcr_fast.losses.distributed`). "auto" takes the one of the first three that moves the fewest bytes.
 
-    Returns: VCRTerms(loss, variance, covariance).
+    Returns: VCRTerms(loss, variance, covariance). The covariance has the divisor that was chosen.
 
     Raises:
         ValueError: if N < 2, h has fewer than two dimensions, or a tensor or the sequence is empty; if the tensors
@@ -117,21 +128,37 @@ def vcr_loss(
         RuntimeError: if a Triton kernel is not loaded yet while a CUDA graph is captured, here or in backward. Make the
             same call once before, backward included, with the same dtype, sizes and strides.
     """
-    hs = as_slices(h, least=2 if group is None else 1)
+    check_choice("over", over, OVERS)
+    check_choice("covariance_divisor", covariance_divisor, DIVISORS)
+    hs = _regrouped(h, over, alone=group is None)
     check_choice("form", form, FORMS)
     check_choice("gradient", gradient, MADE)
     check_choice("route", route, ROUTES)
     alpha, beta = check_number("alpha", alpha), check_number("beta", beta)
     threshold, eps = check_number("threshold", threshold), check_eps(eps)
     chosen = resolve(backend, hs[0])
+    if covariance_divisor == "d(d-1)":  # what computes the terms divides by d
+        factor = 1 / max(hs[0].shape[-1] - 1, 1)
+        beta = beta * factor
 
     def alone(hs: list[Tensor]) -> VCRTerms:
         return _evaluate(hs, Settings(alpha, beta, threshold, eps, _use_gram(form, hs)), chosen, gradient)
 
     if group is None:
-        return alone(hs)
-    settings = Settings(alpha, beta, threshold, eps, gram=False)
-    return VCRTerms(*distributed.vcr(hs, settings, alone, backend, form, group, samples, route))
+        terms = alone(hs)
+    elif over == "time":
+        if route != "auto":
+            raise ValueError(f"route={route!r}: with over='time' processes exchange the terms alone, leave route out")
+        terms = VCRTerms(*distributed.mean_over_samples(hs[0], alone, group, samples))
+    else:
+        if over == "both" and samples is not None and samples != "equal":
+            rows = len(hs[0]) // len(h if isinstance(h, Tensor) else h[0])  # of one sample
+            samples = [n * rows for n in samples]
+        settings = Settings(alpha, beta, threshold, eps, gram=False)
+        terms = VCRTerms(*distributed.vcr(hs, settings, alone, backend, form, group, samples, route))
+    if covariance_divisor == "d":
+        return terms
+    return VCRTerms(terms.loss, terms.variance, terms.covariance * factor)
 
 
 class VCRLoss(nn.Module):
@@ -149,6 +176,8 @@ class VCRLoss(nn.Module):
         group: Any = None,
         samples: Samples = None,
         route: Route = "auto",
+        over: Over = "samples",
+        covariance_divisor: Divisor = "d",
     ) -> None:
         super().__init__()
         self.alpha, self.beta = check_number("alpha", alpha), check_number("beta", beta)
@@ -158,6 +187,8 @@ class VCRLoss(nn.Module):
         self.gradient: Made = gradient
         self.group, self.samples = group, samples
         self.route: Route = route
+        self.over: Over = over
+        self.covariance_divisor: Divisor = covariance_divisor
 
     def forward(self, h: Representations) -> VCRTerms:
         return vcr_loss(
@@ -166,6 +197,8 @@ class VCRLoss(nn.Module):
             beta=self.beta,
             threshold=self.threshold,
             eps=self.eps,
+            over=self.over,
+            covariance_divisor=self.covariance_divisor,
             backend=self.backend,
             form=self.form,
             gradient=self.gradient,
@@ -180,6 +213,37 @@ class VCRLoss(nn.Module):
 
 def as_slices(h: Representations, least: int = 2) -> list[Tensor]:
     """h as a list of (N, T, d) tensors, N >= `least`. Raises the errors that `vcr_loss` documents."""
+    return _as_slices(_checked(h, least))
+
+
+def _as_slices(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.unsqueeze(1) if t.ndim == 2 else t if t.ndim == 3 else t.flatten(1, -2) for t in tensors]
+
+
+def _regrouped(h: Representations, over: str, alone: bool) -> list[Tensor]:
+    """h as (N', T', d) tensors, of which the statistics over N' are those that `over` asks for.
+
+    alone: there are no samples but these. Raises the errors that `vcr_loss` documents.
+    """
+    if over == "samples":
+        return as_slices(h, least=2 if alone else 1)
+    tensors = _checked(h, least=1)
+    if over == "time":
+        found = [t.transpose(0, 1) for t in _as_slices(tensors)]
+    else:
+        if not torch.compiler.is_compiling():  # which cannot sort sizes that it leaves open
+            # Which row is which does not matter: in the order in which they lie in memory they need no copy.
+            tensors = [t.permute(*sorted(range(t.ndim - 1), key=t.stride, reverse=True), -1) for t in tensors]
+        found = [t.flatten(0, -2).unsqueeze(1) for t in tensors]
+    whole = torch.cat(found) if len(found) > 1 else found[0]
+    if len(whole) < 2 and (alone or over == "time"):
+        count, what = ("T", "time") if over == "time" else ("N T", "all rows")
+        raise ValueError(f"over={over!r}: h has {count} = 1, {count} >= 2 is needed, the variance is over {what}")
+    return [whole]
+
+
+def _checked(h: Representations, least: int) -> list[Tensor]:
+    """The tensors of h, at least one, each (N, ..., d) with N >= `least`. Raises the errors of `vcr_loss`."""
     if not isinstance(h, Tensor | Sequence):
         raise TypeError(f"h is {type(h).__name__}: a torch.Tensor or a sequence of them is needed")
     tensors = [h] if isinstance(h, Tensor) else list(h)
@@ -206,7 +270,7 @@ def as_slices(h: Representations, least: int = 2) -> list[Tensor]:
         if (shape[0], shape[-1], tensor.device) != (first.shape[0], first.shape[-1], first.device):
             both = f"{_described(name, tensor)}, {_described('h[0]', first)}"
             raise ValueError(f"{both}: they must share N, d and device")
-    return [t.unsqueeze(1) if t.ndim == 2 else t if t.ndim == 3 else t.flatten(1, -2) for t in tensors]
+    return tensors
 
 
 def _described(name: str, tensor: Tensor) -> str:
