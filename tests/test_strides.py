@@ -316,6 +316,7 @@ ENTRIES = [
     Entry("losses.vcr.VCRLoss.forward", lambda *h: VCRLoss(0.7, 0.3, over="both")(h), "n t d, n d", ANY),
     Entry("losses.vcr.as_slices", as_slices, "n t s d"),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(), "n t d, n t d", ANY),
+    Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(return_terms=True), "n t d, n t d", ANY),
     Entry("losses.vicreg.VICRegLoss.forward", VICRegLoss(gather_distributed=dist.is_available()), "n t d, n t d", BOTH),
     *(
         Entry("losses.lejepa.sigreg", functools.partial(sliced, group=group, **options), "n t d, d k", ANY)

@@ -7,7 +7,7 @@ from processes import in_processes
 from tolerances import relative
 from torch import Tensor, nn
 
-from vjvcr_fast.losses import VICRegLoss, variance_hinge
+from vjvcr_fast.losses import VICRegLoss, VICRegTerms, variance_hinge
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -44,6 +44,20 @@ class TestVICReg:
         for ours, gradient in zip(torch.autograd.grad(loss, z), torch.autograd.grad(right, z), strict=True):
             assert relative(ours, gradient) <= tolerances.FLOAT64
 
+    @pytest.mark.parametrize("hinges", ["mean", "sum"])
+    @pytest.mark.parametrize("divisor", ["d", "d(d-1)"])
+    def test_terms(self, hinges, divisor):
+        """Each term alone, and its gradient, is the loss with its weight alone."""
+        z = [random(6, 3, 4, dtype=torch.float64, seed=i).requires_grad_() for i in range(2)]
+        options = {"variance_branches": hinges, "covariance_divisor": divisor}
+        terms = VICRegLoss(2.0, 3.0, 4.0, **options, return_terms=True)(*z)
+        assert isinstance(terms, VICRegTerms)
+        losses = [VICRegLoss(*weights, **options)(*z) for weights in ((2, 3, 4), (1, 0, 0), (0, 1, 0), (0, 0, 1))]
+        for term, loss in zip(terms, losses, strict=True):
+            assert relative(term, loss) <= tolerances.FLOAT64
+            of_both = [torch.autograd.grad(x, z, retain_graph=True) for x in (term, loss)]
+            assert all(relative(*pair) <= tolerances.FLOAT64 for pair in zip(*of_both, strict=True))
+
     def test_weights_and_eps(self):
         z = [random(5, 4, dtype=torch.float64, seed=i) for i in range(2)]
         weighted = [float(VICRegLoss(*w)(*z)) for w in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (2, 3, 4))]
@@ -71,12 +85,13 @@ def _gathering(rank: int, size: int) -> dict[str, Tensor]:
     """One process of test_gathered_over_processes, with its shard. Gradients are averaged as in DDP."""
     model = _model()
     views = [x.chunk(size)[rank] for x in _views()]
-    loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in views))
+    loss, *terms = VICRegLoss(gather_distributed=True, return_terms=True)(*(model(x) for x in views))
     loss.backward()
     gradient = model.weight.grad
     torch.distributed.all_reduce(gradient)
     torch.distributed.all_reduce(loss.detach_())
-    return {"loss": loss / size, "gradient": gradient / size, "second": _second_derivative(*views)}
+    found = {"loss": loss / size, "gradient": gradient / size, "second": _second_derivative(*views)}
+    return found | {"terms": torch.stack(terms).detach()}
 
 
 def _second_derivative(z_a: Tensor, z_b: Tensor) -> Tensor:
@@ -99,12 +114,14 @@ def _views() -> list[Tensor]:
 def test_gathered_over_processes(tmp_path):
     """Two processes with half the batch each: the means of their losses and gradients are those of one process."""
     model = _model()
-    loss = VICRegLoss(gather_distributed=True)(*(model(x) for x in _views()))  # no process group: the batch is whole
+    whole = VICRegLoss(gather_distributed=True, return_terms=True)  # no process group: the batch is whole
+    loss, *terms = whole(*(model(x) for x in _views()))
     loss.backward()
     results = in_processes(_gathering, 2, tmp_path)
     for result in results:
         assert relative(result["loss"], loss) <= tolerances.FLOAT64
         assert relative(result["gradient"], model.weight.grad) <= tolerances.FLOAT64
+        assert relative(result["terms"], torch.stack(terms)) <= tolerances.FLOAT64
     # Both processes return the whole loss, so a first derivative counts it twice and its square four times.
     second = torch.cat([result["second"] for result in results])
     assert relative(second, 4 * _second_derivative(*_views())) <= tolerances.FLOAT64

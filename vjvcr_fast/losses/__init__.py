@@ -19,7 +19,7 @@ from vjvcr_fast.losses.vcr import (
     variance_hinge,
     vcr_loss,
 )
-from vjvcr_fast.losses.vicreg import VICRegLoss
+from vjvcr_fast.losses.vicreg import VICRegLoss, VICRegTerms
 
 __all__ = [
     "Form",
@@ -30,6 +30,7 @@ __all__ = [
     "VCRLoss",
     "VCRTerms",
     "VICRegLoss",
+    "VICRegTerms",
     "attainable_std",
     "covariance_penalty",
     "sigreg",

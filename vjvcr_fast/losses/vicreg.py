@@ -1,6 +1,6 @@
 """VICReg. Variance and covariance are computed by `vcr_loss`, to which the two branches are two time steps."""
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,16 @@ from torch import Tensor, nn
 
 from vjvcr_fast.losses import analytic, distributed
 from vjvcr_fast.losses.backends import check_choice, check_number
-from vjvcr_fast.losses.vcr import Samples, as_slices, check_eps, vcr_loss
+from vjvcr_fast.losses.vcr import DIVISORS, Divisor, Samples, as_slices, check_eps, vcr_loss
+
+
+class VICRegTerms(NamedTuple):
+    """Four differentiable scalars: the loss, and its three terms without weights, in the convention that was chosen."""
+
+    loss: Tensor
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
 
 
 class VICRegLoss(nn.Module):
@@ -28,6 +37,8 @@ class VICRegLoss(nn.Module):
         variance_branches: "mean" of the two branches' hinges, or their "sum" as in the VICReg paper and solo-learn.
         covariance_divisor: "d", or "d(d-1)", the mean over off-diagonal entries, as in eb_jepa.
         samples: with gather_distributed, how many samples each process holds; see `vcr_loss`.
+        return_terms: return VICRegTerms(loss, invariance, variance, covariance) instead of the loss, for example to log
+            them: loss = lambda_param * invariance + mu_param * variance + nu_param * covariance.
 
     Raises: ValueError if variance_branches or covariance_divisor is unknown, if a weight or eps is not finite, if
     eps < 0, or if gather_distributed is set and this torch has no torch.distributed; TypeError if a weight or eps is no
@@ -43,21 +54,23 @@ class VICRegLoss(nn.Module):
         eps: float = 1e-4,
         *,
         variance_branches: Literal["mean", "sum"] = "mean",
-        covariance_divisor: Literal["d", "d(d-1)"] = "d",
+        covariance_divisor: Divisor = "d",
         samples: Samples = None,
+        return_terms: bool = False,
     ) -> None:
         super().__init__()
         check_choice("variance_branches", variance_branches, ("mean", "sum"))
-        check_choice("covariance_divisor", covariance_divisor, ("d", "d(d-1)"))
+        check_choice("covariance_divisor", covariance_divisor, DIVISORS)
         if gather_distributed and not torch.distributed.is_available():
             raise ValueError("gather_distributed=True needs a torch built with torch.distributed")
         self.lambda_param = check_number("lambda_param", lambda_param)
         self.mu_param, self.nu_param = check_number("mu_param", mu_param), check_number("nu_param", nu_param)
         self.gather_distributed, self.eps, self.samples = gather_distributed, check_eps(eps), samples
-        self.variance_branches, self.covariance_divisor = variance_branches, covariance_divisor
+        self.variance_branches, self.return_terms = variance_branches, return_terms
+        self.covariance_divisor: Divisor = covariance_divisor
 
-    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor:
-        """z_a, z_b: (N, ..., d), of the same shape. Returns the scalar loss.
+    def forward(self, z_a: Tensor, z_b: Tensor) -> Tensor | VICRegTerms:
+        """z_a, z_b: (N, ..., d), of the same shape. Returns the scalar loss, or with return_terms the four scalars.
 
         Raises the errors of `vcr_loss`, and ValueError if the two shapes differ.
         """
@@ -65,21 +78,27 @@ class VICRegLoss(nn.Module):
         hs = as_slices([z_a, z_b], least=1 if together else 2)
         if z_a.shape != z_b.shape:
             raise ValueError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
-        d = z_a.shape[-1]
-        # The branches are time steps of one call. Its variance is the mean of theirs, its covariance half their sum.
-        mu = self.mu_param * (2.0 if self.variance_branches == "sum" else 1.0)
-        nu = self.nu_param * 2.0
-        if self.covariance_divisor == "d(d-1)":
-            nu /= max(d - 1, 1)
+        # The branches are time steps of one call. Its terms are means of theirs.
+        hinges = 2.0 if self.variance_branches == "sum" else 1.0
+        group = torch.distributed.group.WORLD if together else None
+        found = distributed.shards(hs, group, self.samples) if together else None
         a, b = (z.to(analytic.compute_dtype(z)) for z in (z_a, z_b))
-        if not together:
-            return self.lambda_param * F.mse_loss(a, b) + vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps).loss
-        group = torch.distributed.group.WORLD
-        found = distributed.shards(hs, group, self.samples)
-        count = z_a.numel() // len(z_a) * found.total
-        (invariance,) = distributed.reported(found, F.mse_loss(a, b, reduction="sum") / count)
-        regularisation = vcr_loss(hs, alpha=mu, beta=nu, eps=self.eps, group=group, samples=found.samples).loss
-        return self.lambda_param * invariance + regularisation
+        if found is None:
+            invariance = F.mse_loss(a, b)
+        else:
+            count = z_a.numel() // len(z_a) * found.total
+            (invariance,) = distributed.reported(found, F.mse_loss(a, b, reduction="sum") / count)
+        loss, variance, covariance = vcr_loss(
+            hs,
+            alpha=hinges * self.mu_param,
+            beta=2.0 * self.nu_param,
+            eps=self.eps,
+            covariance_divisor=self.covariance_divisor,
+            group=group,
+            samples=None if found is None else found.samples,
+        )
+        loss = self.lambda_param * invariance + loss
+        return VICRegTerms(loss, invariance, hinges * variance, 2.0 * covariance) if self.return_terms else loss
 
     def extra_repr(self) -> str:
         return f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}"
