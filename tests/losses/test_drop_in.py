@@ -3,6 +3,7 @@
 The formulas are written out here from what that code computes: value and gradient, in float64.
 """
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from vjvcr_fast import losses
 
+DIRECTIONS = F.normalize(torch.randn(6, 5, generator=torch.Generator().manual_seed(0)).double(), dim=0)
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "drop-in.md"
 N, T, D = 9, 5, 6
 WEIGHTS = {"sim": 3.0, "std": 1.3, "cov": 0.7, "std_t": 0.9, "cov_t": 0.4}
@@ -34,7 +36,7 @@ def random(*shape: int, seed: int) -> Tensor:
 def inputs() -> dict[str, Tensor]:
     """What the rows call their tensors: two branches, a batch, one of videos (N, T, d), one of feature maps."""
     made = {"z_a": random(N, D, seed=1), "z_b": random(N, D, seed=2), "z": random(N, D, seed=3)}
-    return made | {"h": random(N, T, D, seed=4), "x": random(4, D, T, 2, 3, seed=5)}
+    return made | {"h": random(N, T, D, seed=4), "x": random(4, D, T, 2, 3, seed=5), "v": random(4, N, D, seed=6)}
 
 
 # -- Their formulas -------------------------------------------------------------------------------------------------
@@ -105,6 +107,52 @@ def eb_jepa_first(x: Tensor, std: float, cov: float, **_: Any) -> Tensor:
     return std * hinge(rows) + cov * penalty(rows, rows.shape[1] * (rows.shape[1] - 1))
 
 
+def distance(z: Tensor, knots: Tensor) -> Tensor:
+    """Of the characteristic function of each projection from a normal one's, by the trapezoidal rule over `knots`."""
+    values = []
+    for t in knots:
+        normal = torch.exp(-(t**2) / 2)
+        empirical = torch.exp(1j * t * (z @ DIRECTIONS)).mean(0)
+        values.append(normal * ((empirical.real - normal) ** 2 + empirical.imag**2))
+    width = knots[1] - knots[0]
+    return sum((a + b) / 2 * width for a, b in itertools.pairwise(values)).mean()
+
+
+def both_halves(z: Tensor) -> Tensor:
+    """With the factor N. The integrand is even, so one half counts twice."""
+    return len(z) * 2 * distance(z, torch.linspace(0, 3, 17, dtype=torch.float64))
+
+
+def to_centres(v: Tensor) -> Tensor:
+    centre = (v[0] + v[1]) / 2
+    return sum(((view - centre) ** 2).mean() for view in v) / len(v)
+
+
+def lightly_sigreg(v: Tensor, **_: Any) -> Tensor:
+    return sum(both_halves(view) for view in v) / len(v)
+
+
+def lightly_lejepa(v: Tensor, **_: Any) -> Tensor:
+    return 0.05 * lightly_sigreg(v) + 0.95 * to_centres(v)
+
+
+def worldmodel_sigreg(h: Tensor, **_: Any) -> Tensor:
+    return sum(both_halves(h[:, t]) for t in range(T)) / T
+
+
+def sliced(z: Tensor, **_: Any) -> Tensor:
+    return both_halves(z)
+
+
+def pretraining_lejepa(v: Tensor, **_: Any) -> Tensor:
+    return to_centres(v) + 0.02 * both_halves(torch.cat(list(v)))
+
+
+def bcs(z_a: Tensor, z_b: Tensor, **_: Any) -> Tensor:
+    knots = torch.linspace(-3, 3, 10, dtype=torch.float64)
+    return ((z_a - z_b) ** 2).mean() + 10 * (distance(z_a, knots) + distance(z_b, knots)) / 2
+
+
 THEIRS: dict[str, Callable[..., Tensor]] = {
     "lightly `VICRegLoss`": lightly,
     "facebookresearch/vicreg `main_vicreg.py`": lightly,
@@ -117,6 +165,12 @@ THEIRS: dict[str, Callable[..., Tensor]] = {
     "eb_jepa `VICRegLoss`": eb_jepa,
     "eb_jepa `VCLoss`": eb_jepa_maps,
     "eb_jepa `VC_IDM_Sim_Regularizer`, `std` and `cov`": eb_jepa_first,
+    "lightly `SIGReg`": lightly_sigreg,
+    "lightly `LeJEPALoss`": lightly_lejepa,
+    "stable-worldmodel `SIGReg`": worldmodel_sigreg,
+    "stable-pretraining `SlicedEppsPulley`": sliced,
+    "stable-pretraining `LeJEPA`": pretraining_lejepa,
+    "eb_jepa `BCS`": bcs,
 }
 
 # -- The rows -------------------------------------------------------------------------------------------------------
@@ -135,7 +189,13 @@ def test_every_row_is_tested():
 @pytest.mark.parametrize("name", THEIRS)
 def test_is_the_same(name):
     tensors = {key: tensor.requires_grad_() for key, tensor in inputs().items()}
-    names = vars(losses) | {"torch": torch, "F": F, "T": T, "c": tensors["h"] - tensors["h"].mean(dim=0)}
+    names = vars(losses) | {
+        "torch": torch,
+        "F": F,
+        "T": T,
+        "A": DIRECTIONS,
+        "c": tensors["h"] - tensors["h"].mean(dim=0),
+    }
     ours = eval(rows()[name], names, tensors | WEIGHTS)
     right = THEIRS[name](**tensors, **WEIGHTS)
     found = [(value, *gradients(value, tensors)) for value in (ours[0] if isinstance(ours, tuple) else ours, right)]
