@@ -18,11 +18,18 @@ from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
 
 def terms(hs: Sequence[Tensor], settings: Settings, early: bool) -> Terms:
     """(loss, variance, covariance) of (N, T, d) tensors with any strides. early: forward may compute the gradient."""
-    # Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
-    # that. Not where hooks (checkpoints, save_on_cpu) decide what is kept until backward.
-    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
-    early = early and torch.is_grad_enabled() and hs[0].dtype == analytic.compute_dtype(hs[0]) and not hooked
+    early = early and makes_gradients(hs[0])
     return VCR.apply(settings, [early and h.requires_grad for h in hs], *hs)
+
+
+def makes_gradients(h: Tensor) -> bool:
+    """Whether a forward pass in eager mode may compute the gradient for tensors like h.
+
+    Not in half precision: multiplying by the incoming gradient would round twice, and float16 may underflow before
+    that. Not where hooks (checkpoints, save_on_cpu) decide what is kept until backward.
+    """
+    hooked = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    return torch.is_grad_enabled() and h.dtype == analytic.compute_dtype(h) and not hooked
 
 
 def operator(hs: Sequence[Tensor], settings: Settings) -> Terms:

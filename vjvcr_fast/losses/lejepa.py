@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vjvcr_fast import reference
 from vjvcr_fast.data.hashing import splitmix
-from vjvcr_fast.losses import analytic, distributed, projections
-from vjvcr_fast.losses.backends import Backend, check_number, resolve
+from vjvcr_fast.losses import analytic, cpu, distributed, projections
+from vjvcr_fast.losses.backends import Backend, check_number, resolve, transformed
 from vjvcr_fast.losses.projections import Settings, Work
 from vjvcr_fast.losses.vcr import Representations, Samples, as_slices, guarded
 
@@ -202,11 +202,9 @@ def _evaluate(hs: list[Tensor], settings: Settings, a: Tensor, backend: str) -> 
         h = torch.cat(hs, dim=1).to(a.dtype)
         with analytic.full_precision(h):
             return reference.sigreg(h, a, *settings)
-    if not compiling and torch._C._are_functorch_transforms_active():
+    if transformed():
         return projections.plain(hs, a, settings, hs[0].shape[0])
-    # As in vcr.py: neither in half precision nor in a compiled graph.
-    early = backend == "native" and torch.is_grad_enabled() and not compiling
-    early = early and hs[0].dtype == a.dtype
+    early = backend == "native" and not compiling and cpu.makes_gradients(hs[0])
     made = [early and h.requires_grad for h in hs]
     hs, work = _work(hs, backend)
     if compiling and not (torch.is_grad_enabled() and any(h.requires_grad for h in hs)):

@@ -306,7 +306,7 @@ class SIGReg(torch.autograd.Function):
         settings, work, needed = ctx.settings, ctx.work, ctx.needed
         directions, *saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
         hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if analytic.followed((incoming,)):
             found = _differentiable(settings, directions, work, hs, needed, incoming)
         elif not any(ctx.made):
             found = _from_sums(settings, directions, work, hs, needed, incoming, kept)
