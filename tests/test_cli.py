@@ -174,7 +174,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
 @pytest.mark.parametrize("command", [["train"], ["reproduce", "table1"]])
 def test_missing_digits(capsys: pytest.CaptureFixture[str], command: list[str], tmp_path: Path) -> None:
     line = fails(capsys, [*command, "--data.root", "nowhere", "--out", "run"], code=1)
-    assert line == f"vjvcr-fast: nowhere: no such directory. {WAYS}\n"
+    assert line == f"vjvcr-fast: --data.root: nowhere: no such directory. {WAYS}\n"
 
 
 def test_missing_digits_do_not_block_the_corrected_command(

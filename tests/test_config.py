@@ -29,6 +29,7 @@ from vjvcr_fast.config import (
     parse,
     preset,
     resolve_device,
+    shown,
 )
 from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.models.energy import ROWS
@@ -198,9 +199,9 @@ def test_every_field_is_set_by_text_and_survives_a_file(name: str) -> None:
 
 @pytest.mark.parametrize("name", fields())
 def test_every_field_is_explained(name: str) -> None:
-    text = help_text(name)
+    text = help_text(name, preset("clevrer-mini"))
     assert describe(fields()[name]) in text
-    assert "(default: " in text
+    assert text.endswith(f"(default: {shown(value_of(preset('clevrer-mini'), name)) or 'empty'})")
     assert len(text) > 20
 
 
@@ -209,9 +210,15 @@ def test_several_fields_that_only_fit_together() -> None:
     assert (config.data.canvas, config.data.digit, config.model.pool) == (16, 8, 1)
 
 
-@pytest.mark.parametrize("name", ["train.nothing", "lr", "preset", "train", "train.lr.x", "", "Train.lr"])
-def test_unknown_field(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"^{name}: no such field; fields are data.dataset, ") as error:
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        *((name, "fields are data.dataset, ") for name in ("train.nothing", "lr", "preset", "train", "")),
+        *((name, "did you mean train.lr?") for name in ("train.lrr", "train.lr.x", "Train.lr")),
+    ],
+)
+def test_unknown_field(name: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: no such field; {says}") as error:
         override(preset("moving-mnist"), {name: "1"})
     assert "\n" not in str(error.value)
 
@@ -239,7 +246,7 @@ def test_unknown_field(name: str) -> None:
         pytest.param("train.lr", 10**400, f"{10**400}: must be a number", id="huge"),
         ("train.lr", "1,2", "'1,2': must be a number"),
         ("train.lr", True, "True: must be a number"),
-        ("train.precision", "fp16", "'fp16': must be one of auto, fp32, bf16"),
+        ("train.precision", "fp16", "'fp16': must be one of auto, fp32, bf16; did you mean bf16?"),
         ("train.precision", ["auto"], "['auto']: must be one of auto, fp32, bf16"),
         ("train.compile", True, "True: must be one of auto, on, off"),
         ("model.row", "jepa", "'jepa': must be one of vj-vcr, vj-vcr-decoder, generative-vcr, generative"),

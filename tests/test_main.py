@@ -60,5 +60,5 @@ def test_a_small_network_takes_one_thread(
         os.environ["OMP_NUM_THREADS"] = chosen
     arguments = cli._parser().parse_args(["train"])
     arguments.own_process = own
-    cli._use_one_thread(arguments, override(tiny, {"model.channels": channels}))
+    cli.use_one_thread(arguments, override(tiny, {"model.channels": channels}))
     assert now[-1] == threads

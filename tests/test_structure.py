@@ -18,11 +18,12 @@ LAYERS = [
     ("latents",),
     ("models",),
     ("settings",),
-    ("config",),
+    ("config", "cli_parser"),
     ("training",),
     ("runs", "cli_info", "cli_options", "cli_scan"),
     ("evaluation",),
     ("paper",),
+    ("cli_reproduce",),
     ("cli",),
     ("__main__",),
 ]

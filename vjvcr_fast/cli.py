@@ -10,15 +10,25 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import torch
 
 from vjvcr_fast import __version__
-from vjvcr_fast.cli_options import Parser, add_fields, add_preset, config_of, config_of_run, overrides, reject
-from vjvcr_fast.config import LATENTS, Config, ConfigError, latent, override, parse, resolve_device
-from vjvcr_fast.paper.jobs import processes_for
-from vjvcr_fast.paper.store import open_store
+from vjvcr_fast.cli_options import (
+    add_fields,
+    add_preset,
+    base_of,
+    base_of_run,
+    config_of,
+    config_of_run,
+    overrides,
+    use_one_thread,
+)
+from vjvcr_fast.cli_parser import Parser, help_last
+from vjvcr_fast.cli_reproduce import SIMULATED, TARGETS, base_of_target, reproduce
+from vjvcr_fast.config import LATENTS, PRESETS, Config, ConfigError, latent, override, parse
+from vjvcr_fast.data.digits import ENVIRONMENT
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.log import reach
@@ -26,27 +36,6 @@ from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, 
 
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: the command stopped at once
 REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written; the same command continues from it
-# The formats to simulate videos in (modules of vjvcr_fast.data.simulated), and what to `reproduce` with the videos.
-SIMULATED = {"clevrer": "table1 --dataset clevrer", "cater": "fig2"}
-
-
-class _Target(NamedTuple):
-    """What `reproduce` can make. `module` of vjvcr_fast.paper has the function, table1 or figure2, and the names of the
-    files that it writes, TABLE1_FILES or FIGURE2_FILES. `folder` is the start of the default folder's name."""
-
-    about: str
-    preset: str
-    folder: str
-    module: str
-
-
-TARGETS = {
-    "table1": _Target("models", "moving-mnist", "table1", "table1"),
-    "table2": _Target("latents", "moving-mnist-stochastic", "table2", "table2"),
-    "fig2": _Target("actions from latents", "cater", "cater", "actions"),
-    "fig4": _Target("spectra", "cater", "cater", "actions"),
-    "fig3": _Target("futures with latents", "moving-mnist-stochastic", "table2", "table2"),
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,9 +44,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         # This process is ours. Weights that decay end below 1e-38, where some CPUs compute many times as slowly.
         torch.set_flush_denormal(True)
-    arguments, unknown = _parser().parse_known_args(argv)
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(help_last(sys.argv[1:] if argv is None else [*argv]))
     if unknown:
-        reject(unknown, arguments.parser)
+        vars(arguments).get("parser", parser).reject(unknown)
+    if arguments.name is None:
+        parser.error(f"a COMMAND is needed; `{parser.prog} --help` lists all")
     arguments.own_process = argv is None
     code = _run(arguments)
     if processes.launched() > 1:
@@ -85,11 +77,20 @@ def _run(arguments: argparse.Namespace) -> int:
     except (RuntimeError, ImportError, OSError) as error:
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("vjvcr_fast."):
             raise
-        _say(str(error), to_all=not isinstance(error, DivergedError))
+        _say(_with_option(str(error), arguments), to_all=not isinstance(error, DivergedError))
         return 1
     except KeyboardInterrupt:
         print("\nvjvcr-fast: stopped; run the same command again to continue", file=sys.stderr)
         return INTERRUPTED
+
+
+def _with_option(message: str, arguments: argparse.Namespace) -> str:
+    """The message of an error about data, with the option or variable that the folder at its start is from."""
+    given = {f"--{name}": vars(arguments).get(name) for name in ("data.root", *SIMULATED)}
+    for name, folder in (given | {ENVIRONMENT: os.environ.get(ENVIRONMENT)}).items():
+        if folder and message.startswith(tuple(f"{Path(folder).expanduser()}{end}" for end in ":/")):
+            return f"{name}: {message}"
+    return message
 
 
 def _say(text: str, to_all: bool = True, start: str = "") -> None:
@@ -104,15 +105,14 @@ def _parser() -> Parser:
         prog="vjvcr-fast",
         description="VJ-VCR (arXiv 2412.10925): video JEPA with variance-covariance regularisation.",
         epilog="`vjvcr-fast COMMAND --help` lists the options of a command, with every field of the configuration.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"vjvcr_fast {__version__}")
-    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="name", metavar="COMMAND")
 
     def add(command: Callable[[argparse.Namespace], int | None], usage: str = "[OPTIONS]") -> Parser:
         name, about = command.__name__.strip("_"), inspect.getdoc(command) or ""
         summary, usage = about.partition("\n")[0], f"{parser.prog} {name} {usage}"
-        sub = commands.add_parser(name, help=summary, description=about, usage=usage, allow_abbrev=False)
+        sub = commands.add_parser(name, help=summary, description=about, usage=usage)
         sub.set_defaults(command=command, parser=sub)
         return sub
 
@@ -131,13 +131,13 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     resume = "auto: go on if the run exists; must: fail if it does not; never: fail if it does (default: auto)"
     sub.add_argument("--resume", choices=get_args(Resume), default="auto", help=resume)
     sub.add_argument("--evaluate", action="store_true", help="evaluate the run when it is trained")
-    add_fields(sub)
+    add_fields(sub, base_of)
 
     sub = add(_evaluate, "RUN [OPTIONS]")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    add_fields(sub, only=("evaluate.", "data.root", "data.download", "train.device", "latent.method"))
+    add_fields(sub, base_of_run, only=("evaluate.", "data.root", "data.download", "train.device", "latent.method"))
 
-    sub = add(_reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
+    sub = add(reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
     about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
     sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, on one page")
     add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
@@ -153,7 +153,7 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     text = "folder of small files with results of finished runs, taken instead of training and added to; off: none "
     text += "(default: docs/results/runs of a checkout, only taken from)"
     sub.add_argument("--results", metavar="DIR", help=text)
-    add_fields(sub, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
+    add_fields(sub, base_of_target, without=("train.seed", "model.row", "latent.kind", "latent.zeros"))
 
     sub = add(_sweep, "FILE [OPTIONS]")
     sub.add_argument("file", type=Path, metavar="FILE", help="the settings; docs/guides/sweeps.md has the format")
@@ -164,18 +164,22 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
 
 
 def _add_files(add: Callable[..., Parser]) -> None:
-    """The commands that read or write video files, and info."""
+    """The commands that read or write files, and those that show what there is."""
+
+    def of_files(given: argparse.Namespace) -> Config:
+        return base_of(given, "clevrer")
+
     sub = add(_scan, "DIR [OPTIONS]")
     sub.add_argument("root", type=Path, metavar="DIR", help="folder of videos, or with --data of a data set")
     add_preset(sub, "; here that of the data set, or clevrer or clevrer-mini for a folder")
     sub.add_argument("--every-frame", action="store_true", help="decode all frames, to find damage inside of files")
     sub.add_argument("--json", action="store_true", help="print JSON, which names every file that is left out")
-    add_fields(sub, only=("data.", "train.device"), without=("data.root", "data.on_bad_video"))
+    add_fields(sub, of_files, only=("data.", "train.device"), without=("data.root", "data.on_bad_video"))
 
     sub = add(_cache)
     add_preset(sub, "; here clevrer or clevrer-mini")
     sub.add_argument("--verify", action="store_true", help="check cached videos and decode damaged ones again")
-    add_fields(sub, only=("data.",))
+    add_fields(sub, of_files, only=("data.",))
 
     sub = add(_embed, "RUN VIDEO ... --out FILE [OPTIONS]")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
@@ -184,7 +188,11 @@ def _add_files(add: Callable[..., Parser]) -> None:
     sub.add_argument("--batch", default="32", metavar="N", help="windows per batch (default: 32)")
     every = "frames (counted with the run's stride) from one window to the next; 0: no overlap (default: 0)"
     sub.add_argument("--every", default="0", metavar="K", help=every)
-    add_fields(sub, only=("data.decoder", "data.workers", "data.decode_timeout", "data.on_bad_video", "train.device"))
+    add_fields(
+        sub,
+        base_of_run,
+        only=("data.decoder", "data.workers", "data.decode_timeout", "data.on_bad_video", "train.device"),
+    )
 
     sub = add(_simulate, f"{{{','.join(SIMULATED)}}} [OPTIONS]")
     sub.add_argument("target", choices=[*SIMULATED], help="the data set whose format to write")
@@ -194,6 +202,9 @@ def _add_files(add: Callable[..., Parser]) -> None:
     sub.add_argument("--size", metavar="W,H", help="width and height of frames, even (default: the data set's)")
     sub.add_argument("--no-shadows", action="store_true", help="draw no shadows, about three times as fast")
     sub.add_argument("--processes", default="0", metavar="N", help="number of processes; 0: one per core (default: 0)")
+
+    sub = add(_presets, "[PRESET ...]")
+    sub.add_argument("presets", nargs="*", metavar="PRESET", help="only these (default: all)")
 
     sub = add(_info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
@@ -224,7 +235,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if cache and not (cache / "meta.json").exists() and processes.speaks():
         hint = f"`vjvcr-fast cache --preset {config.preset}` with the same --data options decodes all videos once"
         print(f"no cache of decoded frames, so every window is decoded from its file; {hint}", file=sys.stderr)
-    _use_one_thread(arguments, config)
+    use_one_thread(arguments, config)
     if processes.speaks() and (text := reach(config)):
         print(text, flush=True)
     train(config, out, probe=training_probe if config.data.has_speed else None, resume=arguments.resume)
@@ -234,21 +245,13 @@ def _train(arguments: argparse.Namespace) -> None:
             _show_evaluation(out, config)
 
 
-def _use_one_thread(arguments: argparse.Namespace, config: Config) -> None:
-    """Sets one thread if the network is too small for a second to help and the user has not chosen a number."""
-    small = config.model.kind == "conv" and max(config.model.channels) <= 32
-    free = arguments.own_process and "OMP_NUM_THREADS" not in os.environ
-    if small and free and resolve_device(config.train.device).type == "cpu":
-        torch.set_num_threads(1)
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Probe and decode a trained run.
 
     Writes evaluation.json into the folder of the run; for a run with a latent latents.json or actions.json.
     """
-    config = config_of_run(arguments.run, arguments)
-    _use_one_thread(arguments, config)
+    config = config_of_run(arguments)
+    use_one_thread(arguments, config)
     _show_evaluation(arguments.run, config)
 
 
@@ -291,8 +294,8 @@ def _scan(arguments: argparse.Namespace) -> int:
     from vjvcr_fast.cli_scan import show
 
     vars(arguments).setdefault("data.dataset", "folder")
-    vars(arguments).update({"data.root": str(arguments.root), "data.on_bad_video": "skip"})
-    return show(config_of(arguments, "clevrer"), arguments.every_frame, arguments.json)
+    config = override(config_of(arguments, "clevrer"), {"data.root": str(arguments.root), "data.on_bad_video": "skip"})
+    return show(config, arguments.every_frame, arguments.json)
 
 
 def _cache(arguments: argparse.Namespace) -> None:
@@ -315,7 +318,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     """
     from vjvcr_fast.evaluation.embed import embed
 
-    config = config_of_run(arguments.run, arguments)
+    config = config_of_run(arguments)
     batch, every = (parse(f"--{k}", int, getattr(arguments, k)) for k in ("batch", "every"))
     done = embed(arguments.run, arguments.videos, arguments.out, config, batch, every)
     for reason in done.bad.values():
@@ -342,47 +345,11 @@ def _simulate(arguments: argparse.Namespace) -> None:
     print(f"simulated: {arguments.out}; next: vjvcr-fast reproduce {following} --data.root {arguments.out}")
 
 
-def _reproduce(arguments: argparse.Namespace) -> None:
-    """Make a table or figure of the paper, with our numbers beside the paper's.
+def _presets(arguments: argparse.Namespace) -> None:
+    """Show the presets side by side, only where they differ."""
+    from vjvcr_fast.cli_info import presets
 
-    Runs that exist are continued or kept; table2 and fig3 share their runs.
-    """
-    seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
-    if len(set(seeds)) != len(seeds):
-        raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
-    roots = {name: given for name in SIMULATED if (given := getattr(arguments, name))}
-    if arguments.target == "all":
-        _reproduce_all(arguments, seeds, roots)
-        return
-    if roots:
-        raise ConfigError(f"--{next(iter(roots))} is for reproduce all; {arguments.target} takes --data.root")
-    target, function = TARGETS[arguments.target], arguments.target.replace("fig", "figure")
-    module = importlib.import_module(f"vjvcr_fast.paper.{target.module}")
-    config = config_of(arguments, target.preset)
-    out = arguments.out or Path("runs") / f"{target.folder}-{config.preset}"
-    where = f"preset {config.preset} on {resolve_device(config.train.device).type}, into {out}"
-    at_once = processes_for(arguments.processes, config)
-    print(f"reproduce {arguments.target}: {where}; unfinished runs are resumed, finished ones are kept", flush=True)
-    _use_one_thread(arguments, config)
-    text = getattr(module, function)(config, out, seeds, at_once, open_store(arguments.results))
-    files = [out / name for name in getattr(module, f"{function.upper()}_FILES")]
-    print(f"\n{text}\nwrote {', '.join(str(file) for file in files if file.exists())}")
-
-
-def _reproduce_all(arguments: argparse.Namespace, seeds: tuple[int, ...], roots: dict[str, str]) -> None:
-    from vjvcr_fast.paper.reproduce_all import PAGE, reproduce_all
-
-    if arguments.preset or arguments.config:
-        raise ConfigError("reproduce all has presets of its own: --scale instead of --preset and --config")
-    for name, given in roots.items():
-        if not Path(given).is_dir():
-            raise ConfigError(f"--{name}={given}: no such folder")
-    processes_for(arguments.processes, override(Config(), overrides(arguments)))  # wrong values fail now, not later
-    out = arguments.out or Path("runs") / (f"all-{arguments.scale}" if arguments.scale else "all")
-    text = reproduce_all(
-        out, seeds, overrides(arguments), roots, arguments.processes, arguments.scale, arguments.results
-    )
-    print(f"\n{text}\nwrote {out / PAGE}")
+    print(presets(arguments.presets or PRESETS))
 
 
 def _info(arguments: argparse.Namespace) -> None:

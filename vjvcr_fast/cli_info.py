@@ -1,14 +1,20 @@
-"""What `vjvcr-fast info` shows: versions, devices, extras, data, and what would be chosen on this machine."""
+"""What `vjvcr-fast info` and `vjvcr-fast presets` show.
+
+info: versions, devices, extras, data, and what would be chosen on this machine. presets: their values, side by side.
+"""
 
 import importlib.util
+import itertools
 import os
 import platform
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
+from operator import attrgetter
 
 import torch
 
 from vjvcr_fast import __version__, native
-from vjvcr_fast.config import PRESETS, default_preset
+from vjvcr_fast.config import PRESETS, default_preset, fields, preset, shown
 from vjvcr_fast.data.digits import DigitsError, load_digits
 from vjvcr_fast.data.video import decode
 from vjvcr_fast.losses import backends
@@ -46,6 +52,21 @@ def report(root: str) -> Iterator[tuple[str, str]]:
         yield "digits", load_digits(root).source
     except (DigitsError, ImportError) as error:
         yield "digits", f"none: {error}"
+
+
+def presets(names: Iterable[str]) -> str:
+    """A table with a column for each of these presets and a row for every field that is not the same in all.
+
+    Raises ConfigError for a name that is not a preset's."""
+    chosen = {name: preset(name) for name in names}
+    heads = [textwrap.wrap(name, 12) for name in chosen]
+    lines = [["", *row] for row in itertools.zip_longest(*heads, fillvalue="")]
+    for name in fields():
+        values = [shown(attrgetter(name)(config)) for config in chosen.values()]
+        if len(set(values)) > 1:
+            lines.append([name, *values])
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def _is_installed(module: str) -> bool:

@@ -1,18 +1,21 @@
-"""Options of the command line: its parser, and the options that change the configuration: --preset, --config, and
-one or two for every field.
+"""Options of the command line that change the configuration: --preset, --scale, --config, and those of fields.
 
 The field `lr` of Train is `--train.lr`, and `--lr` if no other group has an `lr`. `--frames-in` is `--frames_in`.
 """
 
-import difflib
-import sys
-from argparse import SUPPRESS, ArgumentParser, Namespace
+import inspect
+import os
+from argparse import SUPPRESS, Namespace
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
+import torch
+
+from vjvcr_fast.cli_parser import Parser
 from vjvcr_fast.config import (
+    GROUPS,
     PRESETS,
     SCALES,
     Config,
@@ -22,19 +25,15 @@ from vjvcr_fast.config import (
     help_text,
     override,
     preset,
+    resolve_device,
 )
 from vjvcr_fast.settings import Dataset
 
-
-class Parser(ArgumentParser):
-    """argparse, but an error is one line."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: {message}", file=sys.stderr)
-        sys.exit(2)
+TITLES = {"train": "training", "evaluate": "evaluation"}  # of groups in help, where they are not the group's name
+Base = Callable[[Namespace], Config]  # the configuration that a command's options change
 
 
-def add_preset(parser: ArgumentParser, more: str = "") -> None:
+def add_preset(parser: Parser, more: str = "") -> None:
     """Adds --preset, --scale and --config, one of which may be given. more: what the help says about the default."""
     names = ", ".join(PRESETS)
     text = f"one of {names} (default: moving-mnist on a CUDA GPU, moving-mnist-mini elsewhere{more})"
@@ -45,17 +44,34 @@ def add_preset(parser: ArgumentParser, more: str = "") -> None:
     group.add_argument("--config", type=Path, metavar="FILE", help="start from the config.json of a run instead")
 
 
-def add_fields(parser: ArgumentParser, only: tuple[str, ...] = ("",), without: Sequence[str] = ()) -> None:
-    """Adds the fields whose dotted names start with one of `only` and are not in `without`."""
+def add_fields(parser: Parser, base: Base, only: tuple[str, ...] = ("",), without: Sequence[str] = ()) -> None:
+    """Adds the fields whose dotted names start with one of `only` and are not in `without`, grouped as in Config.
+
+    base: what the options change, as far as they are known. Help shows its values as the defaults.
+    """
     wanted = [name for name in fields() if name.startswith(only) and name not in without]
     leaves = Counter(name.split(".")[1] for name in wanted)
-    about = "The defaults shown are those of the preset moving-mnist. Another preset, config file or run has its own."
-    options = parser.add_argument_group("configuration", about)
+    groups = {
+        name: parser.add_argument_group(TITLES.get(name, name), inspect.getdoc(of))
+        for name, of in GROUPS.items()
+        if any(field.startswith(f"{name}.") for field in wanted)
+    }
+    actions = {}
     for name in wanted:
-        leaf = name.split(".")[1]
+        group, leaf = name.split(".")
         spellings = [name, *([leaf] if leaves[leaf] == 1 else []), *(["data"] if name == "data.dataset" else [])]
         flags = dict.fromkeys(f"--{text}" for s in spellings for text in (s, s.replace("_", "-")))
-        options.add_argument(*flags, dest=name, default=SUPPRESS, metavar="X", help=help_text(name))
+        actions[name] = groups[group].add_argument(*flags, dest=name, default=SUPPRESS, metavar="X")
+
+    def describe(given: Namespace) -> None:
+        config = base(given)
+        for name, action in actions.items():
+            action.help = help_text(name, config).replace("%", "%%")
+        file = vars(given).get("run") or vars(given).get("config")
+        whose = file or f"the preset {config.preset}"
+        parser.epilog = f"The defaults of {', '.join(TITLES.get(g, g) for g in groups)} are those of {whose}."
+
+    parser.on_help = describe
 
 
 def overrides(arguments: Namespace) -> dict[str, str]:
@@ -63,33 +79,42 @@ def overrides(arguments: Namespace) -> dict[str, str]:
     return {name: value for name, value in vars(arguments).items() if name in fields()}
 
 
-def config_of(arguments: Namespace, name: str = "moving-mnist") -> Config:
-    """The configuration that the options ask for. Raises ConfigError.
+def base_of(given: Namespace, name: str = "moving-mnist") -> Config:
+    """The configuration that the options start from: --config, --preset, or a default. Raises ConfigError.
 
-    Without --preset and --config it starts from the preset `name`, or from that of the data set asked for, if `name` is
-    one of a data set; in the size --scale, or mini where there is no GPU.
+    The default is the preset `name`, or that of the data set asked for, if `name` is one of a data set; in the size
+    --scale, or mini where there is no GPU.
     """
-    dataset = vars(arguments).get("data.dataset", name)
+    dataset = vars(given).get("data.dataset", name)
     if name in get_args(Dataset) and dataset in get_args(Dataset):
         name = "clevrer" if dataset == "folder" else dataset
-    if arguments.config:
-        base = Config.load(arguments.config)
-    else:
-        base = preset(arguments.preset or default_preset(name, arguments.scale))
-    return override(base, overrides(arguments))
+    if given.config:
+        return Config.load(given.config)
+    return preset(given.preset or default_preset(name, given.scale))
 
 
-def config_of_run(run: Path, arguments: Namespace) -> Config:
-    """The configuration of the run in a folder, with the fields that were given. Raises ConfigError."""
-    if not (run / "config.json").exists():
-        raise ConfigError(f"{run}: not the folder of a run: it has no config.json")
-    return override(Config.load(run / "config.json"), overrides(arguments))
+def config_of(arguments: Namespace, name: str = "moving-mnist") -> Config:
+    """The configuration that the options ask for: that of `base_of` with the fields given. Raises ConfigError."""
+    return override(base_of(arguments, name), overrides(arguments))
 
 
-def reject(unknown: list[str], parser: ArgumentParser) -> NoReturn:
-    """Ends with one line: the unknown option, the nearest ones that exist, and where all are listed."""
-    name = next((u for u in unknown if u.startswith("-")), unknown[0]).split("=")[0]
-    near = difflib.get_close_matches(name, parser._option_string_actions, n=3, cutoff=0.6)
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    what = "no such option" if name.startswith("-") else "unexpected argument"
-    parser.error(f"{name}: {what}; {hint}`{parser.prog} --help` lists all")
+def base_of_run(given: Namespace) -> Config:
+    """The configuration of the run in the folder RUN; where none is given, a default. Raises ConfigError."""
+    if given.run is None:
+        return preset(default_preset())
+    if not (given.run / "config.json").exists():
+        raise ConfigError(f"{given.run}: not the folder of a run: it has no config.json")
+    return Config.load(given.run / "config.json")
+
+
+def config_of_run(arguments: Namespace) -> Config:
+    """The configuration of the run in the folder RUN, with the fields that were given. Raises ConfigError."""
+    return override(base_of_run(arguments), overrides(arguments))
+
+
+def use_one_thread(arguments: Namespace, config: Config) -> None:
+    """Sets one thread if the network is too small for a second to help and the user has not chosen a number."""
+    small = config.model.kind == "conv" and max(config.model.channels) <= 32
+    free = arguments.own_process and "OMP_NUM_THREADS" not in os.environ
+    if small and free and resolve_device(config.train.device).type == "cpu":
+        torch.set_num_threads(1)

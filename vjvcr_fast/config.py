@@ -17,7 +17,7 @@ from vjvcr_fast.data.cater import CLASSES as ACTIONS
 from vjvcr_fast.data.files import one_line
 from vjvcr_fast.models import convnet, simvp, swin
 from vjvcr_fast.models.energy import ROWS
-from vjvcr_fast.settings import ConfigError, Data, Evaluate, Latent, Model, Train, describe, need, parse
+from vjvcr_fast.settings import ConfigError, Data, Evaluate, Latent, Model, Train, describe, meant, need, parse
 
 GROUPS: dict[str, Any] = {"data": Data, "model": Model, "latent": Latent, "train": Train, "evaluate": Evaluate}
 
@@ -225,20 +225,20 @@ LATENTS: dict[str, dict[str, Any]] = {
 
 def preset(name: str) -> Config:
     """The preset with this name. Raises ConfigError if PRESETS has none."""
-    need(name in PRESETS, "preset", repr(name), f"one of {', '.join(PRESETS)}")
+    need(name in PRESETS, "preset", repr(name), f"one of {', '.join(PRESETS)}{meant(name, PRESETS)}")
     return PRESETS[name]
 
 
 def default_preset(name: str = "moving-mnist", scale: str | None = None) -> str:
     """The preset `name` in one of SCALES; if none is given, full where there is a CUDA GPU, else mini."""
     scale = scale or ("full" if torch.cuda.is_available() else "mini")
-    need(scale in SCALES, "scale", repr(scale), f"one of {', '.join(SCALES)}")
+    need(scale in SCALES, "scale", repr(scale), f"one of {', '.join(SCALES)}{meant(scale, SCALES)}")
     return name if scale == "full" else f"{name}-{scale}"
 
 
 def latent(config: Config, name: str) -> Config:
     """config with the latent of this name. Raises ConfigError if LATENTS has none."""
-    need(name in LATENTS, "latent", repr(name), f"one of {', '.join(LATENTS)}")
+    need(name in LATENTS, "latent", repr(name), f"one of {', '.join(LATENTS)}{meant(name, LATENTS)}")
     return override(config, LATENTS[name])
 
 
@@ -253,12 +253,18 @@ def fields() -> dict[str, Any]:
     return {f"{group}.{f.name}": f.type for group, of in GROUPS.items() for f in dataclasses.fields(of)}
 
 
-def help_text(name: str) -> str:
-    """What the field with this dotted name is, which values it takes, and its default in the preset moving-mnist."""
+def help_text(name: str, config: Config) -> str:
+    """What the field with this dotted name is, which values it takes, and its value in `config`, the default."""
     group, leaf = name.split(".")
     found = GROUPS[group].__dataclass_fields__[leaf]
-    default = ",".join(map(str, found.default)) if isinstance(found.default, tuple) else str(found.default).lower()
-    return f"{found.metadata['help']}; {describe(found.type)} (default: {default or 'empty'})"
+    return f"{found.metadata['help']}; {describe(found.type)} (default: {shown(attrgetter(name)(config)) or 'empty'})"
+
+
+def shown(value: Any) -> str:
+    """A field's value as one writes it on a command line."""
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def override(config: Config, values: dict[str, Any]) -> Config:
@@ -269,7 +275,8 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     changes: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         if name not in fields():
-            raise ConfigError(f"{one_line(name)}: no such field; fields are {', '.join(fields())}")
+            known = meant(name, fields(), 0.8) or f"; fields are {', '.join(fields())}"
+            raise ConfigError(f"{one_line(name)}: no such field{known}")
         group, leaf = name.split(".")
         changes.setdefault(group, {})[leaf] = value
     groups = {g: dataclasses.replace(getattr(config, g), **leaves) for g, leaves in changes.items()}

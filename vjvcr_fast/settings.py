@@ -11,9 +11,10 @@ calibrates the L1 weight, evaluation/probes.py has the speed probes.
 
 import contextlib
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args, get_origin
 
@@ -41,6 +42,14 @@ def at_least(least: int, words: str = "") -> Allowed:
 def setting(default: Any, text: str, allowed: Allowed = ANY) -> Any:
     """A field of a dataclass with its help text and the values it allows."""
     return dataclasses.field(default=default, metadata={"help": text, "allowed": allowed})
+
+
+def meant(value: object, words: Iterable[str], least: float = 0.7) -> str:
+    """The end of an error about a word that is not one of `words`: "; did you mean X?", or "" if none is like it.
+
+    least: how alike two words must be, between 0 and 1. Words that all begin alike need more."""
+    found = difflib.get_close_matches(value.lower(), list(words), 1, least) if isinstance(value, str) else []
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def need(condition: bool, name: str, value: Any, allowed: str) -> None:
@@ -83,7 +92,8 @@ def parse(name: str, hint: Any, value: Any) -> Any:
             number = hint(value)
             if math.isfinite(number) and number == float(value):  # int(2.5) is 2
                 return number
-    raise ConfigError(f"{name}={value!r}: must be {describe(hint)}")
+    words = args if origin is Literal else ("true", "false") if hint is bool else ()
+    raise ConfigError(f"{name}={value!r}: must be {describe(hint)}{meant(value, words)}")
 
 
 def describe(hint: Any) -> str:
@@ -223,7 +233,7 @@ class Latent(Group):
 class Train(Group):
     """Pre-training. Its length is given in steps, so that it does not depend on the number of videos."""
 
-    steps: int = setting(21_500, "optimizer steps; the default is 100 epochs of 55,000 digits", at_least(1))
+    steps: int = setting(21_500, "optimizer steps; 21,500 batches of 256 are 100 epochs of 55,000 digits", at_least(1))
     batch: int = setting(256, "N, videos in a batch", BATCH)
     lr: float = setting(1e-3, "Adam's learning rate", ABOVE_0)
     warmup: int = setting(0, "steps in which the learning rate grows linearly to lr [ours, studied]", OR_NONE)

@@ -132,7 +132,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
 
 
 def test_every_part_is_a_command_with_these_files() -> None:
-    from vjvcr_fast.cli import TARGETS
+    from vjvcr_fast.cli_reproduce import TARGETS
     from vjvcr_fast.config import PRESETS
 
     for part in PARTS:
