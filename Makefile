@@ -31,7 +31,7 @@ $(VENV)/.train: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,dev]'
+	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,hub,dev]'
 	@touch $@
 
 setup: $(VENV)/.train  ## no more than the install that `make train` needs

@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 
 def load(run: Any, device: str = "auto") -> "Trained":
-    """Loads a run's trained model, which has methods encode(frames) and predict(x). See `vjvcr_fast.runs.load`."""
+    """Loads a trained model, which has methods encode(frames) and predict(x): of a run's folder, of one that
+    `save_pretrained` wrote, or of a repository "user/repo" on the Hugging Face Hub. See `vjvcr_fast.runs.load`."""
     from vjvcr_fast.runs import load as load_trained
 
     return load_trained(run, device)

@@ -182,7 +182,7 @@ def _add_files(add: Callable[..., Parser]) -> None:
     add_fields(sub, of_files, only=("data.",))
 
     sub = add(_embed, "RUN VIDEO ... --out FILE [OPTIONS]")
-    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a saved model")
     sub.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="video files, or folders of them")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
     sub.add_argument("--batch", default="32", metavar="N", help="windows per batch (default: 32)")

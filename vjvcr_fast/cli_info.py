@@ -23,6 +23,7 @@ from vjvcr_fast.losses import backends
 EXTRAS = {
     "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm", "yaml"),
     "video": ("av", "decord", "pebble", "safetensors"),
+    "hub": ("huggingface_hub", "safetensors"),
     "simulate": ("av", "mujoco", "pebble"),
     "torchcodec": ("torchcodec",),
     "dali": ("nvidia.dali",),

@@ -194,6 +194,17 @@ def test_with_a_latent(tmp_path: Path, videos: Path) -> None:
     assert relative(tensors["predicted"][0], model.predict(frames[:, :2], frames[:, 2:])[0].detach()) <= 1e-3
 
 
+def test_with_a_saved_model(tmp_path: Path, run: Path, videos: Path) -> None:
+    pytest.importorskip("safetensors")
+    folder = tmp_path / "saved"
+    vjvcr_fast.load(run).save_pretrained(folder)
+    for model, name in ((run, "ours"), (folder, "theirs")):
+        assert main(["embed", str(model), str(videos), "--out", str(tmp_path / name)]) == 0
+    ours, theirs = table(tmp_path / "ours"), table(tmp_path / "theirs")
+    assert all(torch.equal(ours[0][key], theirs[0][key]) for key in ours[0])
+    assert theirs[1]["checkpoint"] == checkpoint.digest(folder / "model.safetensors")
+
+
 def fails(capsys: pytest.CaptureFixture[str], arguments: list[str], code: int) -> str:
     assert main(["embed", *arguments]) == code
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("vjvcr-fast")]

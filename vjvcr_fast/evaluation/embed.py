@@ -18,7 +18,7 @@ from vjvcr_fast.data.folder import FolderError, videos_below
 from vjvcr_fast.data.video.clips import Source, VideoClips
 from vjvcr_fast.data.video.scan import probe, scan
 from vjvcr_fast.data.video.workers import Pool
-from vjvcr_fast.runs import Trained, load_run
+from vjvcr_fast.runs import Trained, load_run, weights_of
 from vjvcr_fast.settings import need
 from vjvcr_fast.training import checkpoint
 
@@ -42,8 +42,9 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     Frames are read as in training, every `data.stride`-th. In a run with a latent, predicted is at z*. A video that is
     too short for a window has none.
 
-    videos: files, or folders that are searched for files. config: the run's; its device and decoder may differ. batch:
-    windows at a time. every: frames from one window to the next, counted with the stride; 0: windows do not overlap.
+    run: its folder, or that of a saved model. videos: files, or folders that are searched for files. config: the run's;
+    its device and decoder may differ. batch: windows at a time. every: frames from one window to the next, counted with
+    the stride; 0: windows do not overlap.
 
     Raises ConfigError if `out` is a folder or one of the videos; FolderError if there are no videos or no windows;
     VideoError if a video cannot be read; and as `load_run`. With `data.on_bad_video` "skip" bad videos are left out: to
@@ -67,7 +68,7 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
         about = {
             "videos": json.dumps(names),
             "run": str(run),
-            "checkpoint": checkpoint.digest(run / "best.pt"),
+            "checkpoint": checkpoint.digest(weights_of(run)),
             "stride": str(data.stride),
             "latent": config.latent.kind,
             "vjvcr_fast": __version__,
