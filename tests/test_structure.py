@@ -21,7 +21,7 @@ LAYERS = [
     ("config", "cli_parser"),
     ("training",),
     ("runs", "cli_info", "cli_options", "cli_scan"),
-    ("evaluation",),
+    ("evaluation", "export"),
     ("paper",),
     ("cli_reproduce",),
     ("cli",),

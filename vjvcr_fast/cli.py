@@ -182,7 +182,7 @@ def _add_files(add: Callable[..., Parser]) -> None:
     add_fields(sub, of_files, only=("data.",))
 
     sub = add(_embed, "RUN VIDEO ... --out FILE [OPTIONS]")
-    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of a saved model")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, or of an exported model")
     sub.add_argument("videos", type=Path, nargs="+", metavar="VIDEO", help="video files, or folders of them")
     sub.add_argument("--out", type=Path, required=True, metavar="FILE", help="the safetensors file to write")
     sub.add_argument("--batch", default="32", metavar="N", help="windows per batch (default: 32)")
@@ -193,6 +193,12 @@ def _add_files(add: Callable[..., Parser]) -> None:
         base_of_run,
         only=("data.decoder", "data.workers", "data.decode_timeout", "data.on_bad_video", "train.device"),
     )
+
+    sub = add(_export, "RUN DIR [OPTIONS]")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
+    sub.add_argument("folder", type=Path, metavar="DIR", help="folder to write; a README.md that is there is kept")
+    encoder = "also write the encoder as a program of torch.export, which needs torch alone"
+    sub.add_argument("--encoder", type=Path, metavar="FILE.pt2", help=encoder)
 
     sub = add(_simulate, f"{{{','.join(SIMULATED)}}} [OPTIONS]")
     sub.add_argument("target", choices=[*SIMULATED], help="the data set whose format to write")
@@ -324,6 +330,17 @@ def _embed(arguments: argparse.Namespace) -> None:
     for reason in done.bad.values():
         print(f"left out: {reason}", file=sys.stderr)
     print(f"{arguments.out}: {done.windows} windows of {len(done.videos)} videos")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    """Write a trained model as a folder to share: config.json, model.safetensors and a model card, README.md.
+
+    `vjvcr_fast.load` loads it from the folder, or from the Hugging Face Hub once it is uploaded.
+    """
+    from vjvcr_fast.export import export
+
+    written = export(arguments.run, arguments.folder, arguments.encoder)
+    print(f"wrote {', '.join(map(str, written))}")
 
 
 def _simulate(arguments: argparse.Namespace) -> None:
