@@ -326,6 +326,24 @@ def decode(path: Path) -> tuple[Tensor, list[bool], Any]:
     return torch.stack(pictures), keys, facts
 
 
+def test_a_stride_leaves_frames_out(made: Path, tmp_path: Path) -> None:
+    """Annotations are in frames of the video; the motion is that of the whole scene."""
+    simulate_clevrer(tmp_path, VIDEOS, processes=1, stride=2, **TINY)
+    firsts = set()
+    for notes, whole in zip(notes_of(tmp_path), notes_of(made), strict=True):
+        entries = [frame["objects"] for frame in whole["motion_trajectory"]]
+        seen = [frame["objects"] for frame in notes["motion_trajectory"]]
+        assert [frame["frame_id"] for frame in notes["motion_trajectory"]] == list(range(FRAMES // 2))
+        first = entries.index(seen[0])
+        assert seen == entries[first::2]
+        between = [c for c in whole["collision"] if first <= c["frame_id"] < first + FRAMES - 2]
+        assert notes["collision"] == [c | {"frame_id": (c["frame_id"] - first) // 2} for c in between]
+        firsts.add(first)
+    assert firsts == {0, 1}
+    (path,) = tmp_path.glob("video_train/*/video_00000.mp4")
+    assert (len(decode(path)[0]), decode(path)[2][2]) == (FRAMES // 2, 12.5)
+
+
 def test_videos_are_as_a_decoder_expects(made: Path) -> None:
     for path in made.glob("video_*/*/*.mp4"):
         pictures, keys, facts = decode(path)

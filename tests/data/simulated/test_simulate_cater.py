@@ -15,9 +15,9 @@ import pytest
 import torch
 from videos import drawing, needs, quick_workers
 
-from vjvcr_fast.data.cater import CLASSES, load_split, read_list
+from vjvcr_fast.data.cater import CLASSES, load_split, read_list, read_scene, sampled
 from vjvcr_fast.data.simulated import make
-from vjvcr_fast.data.simulated.cater import ENCODING, draw_scene, scene_path, simulate_cater, video_path
+from vjvcr_fast.data.simulated.cater import ENCODING, FORMAT, draw_scene, scene_path, simulate_cater, video_path
 from vjvcr_fast.data.simulated.scenes import film
 from vjvcr_fast.data.simulated.scenes_cater import ACTIONS, HEIGHT, NAMES, Body, Movement, Stage, State, _choose, poses
 from vjvcr_fast.data.video.decode import open_video
@@ -282,9 +282,42 @@ def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Sign
     assert content(out) == content(made)
 
 
-def test_another_seed_is_refused(made: Path) -> None:
+def test_a_stride_draws_what_a_reader_with_that_stride_takes(made: Path, tmp_path: Path) -> None:
+    """The same pictures and labels, but from a first frame that is the video's own."""
+    with quick_workers():
+        simulate_cater(tmp_path, 4, seed=3, processes=1, stride=3, **SMALL)
+    for number in range(4):
+        drawn = make.Settings(3, (64, 48), 24, True, 3).drawn("cater", number)
+        video, whole = (open_video(video_path(out, number)) for out in (tmp_path, made))
+        assert (video.frame_count, video.fps) == (8, 8.0)
+        assert video.frames(range(8)).equal(whole.frames(drawn))
+        active = read_scene(scene_path(made, number), 24)[:, drawn.start :]
+        assert read_scene(scene_path(tmp_path, number), 8).equal(sampled(active, 3))
+    loaded = load_split(tmp_path, "train", 3, 5, stride=1)
+    assert (len(loaded.sources), loaded.notes) == (3, [])
+
+
+def test_every_phase_of_a_stride_is_drawn() -> None:
+    settings = make.Settings(0, (64, 48), 301, True, 15)
+    drawn = [settings.drawn("cater", number) for number in range(200)]
+    assert {frames.start for frames in drawn} == set(range(15))
+    assert {len(frames) for frames in drawn} == {20}
+    assert max(frames[-1] for frames in drawn) < 301
+    assert settings._replace(stride=1).drawn("cater", 7) == range(301)
+
+
+def test_other_settings_are_refused(made: Path) -> None:
     with pytest.raises(ValueError, match="seed 3, not 4"):
         simulate_cater(made, 4, seed=4, **SMALL)
+    with pytest.raises(ValueError, match="stride 1, not 3"):
+        simulate_cater(made, 4, seed=3, stride=3, **SMALL)
+
+
+def test_videos_of_earlier_versions_have_no_stride(made: Path, tmp_path: Path) -> None:
+    about = json.loads((made / make.ABOUT).read_text())
+    del about["stride"]
+    (tmp_path / make.ABOUT).write_text(json.dumps(about))
+    make.prepare(FORMAT, tmp_path, make.Settings(3, (64, 48), 24, True), [], lambda _: True)
 
 
 def test_other_data_is_refused(drawable: None, tmp_path: Path) -> None:
@@ -301,6 +334,8 @@ def test_other_data_is_refused(drawable: None, tmp_path: Path) -> None:
         ({"size": (63, 48)}, "size"),
         ({"processes": -1}, "processes"),
         ({"frames": 7}, "frames"),
+        ({"stride": 0}, "stride"),
+        ({"stride": 25}, "stride must be between 1 and the 24 frames of a scene, got 25"),
     ],
 )
 def test_wrong_arguments(tmp_path: Path, options: dict, said: str) -> None:

@@ -44,6 +44,7 @@ def simulate_cater(
     size: tuple[int, int] = (320, 240),
     frames: int = 301,
     shadows: bool = True,
+    stride: int = 1,
 ) -> None:
     """Writes `videos` simulated videos, scenes and lists under `out`, in CATER's layout. Those already there are kept.
 
@@ -51,7 +52,7 @@ def simulate_cater(
     size: (width, height) in pixels, both even. frames: at least 8. The other arguments, and the errors raised, are as
     in `simulate_clevrer`.
     """
-    settings = make.Settings(seed, size, frames, shadows)
+    settings = make.Settings(seed, size, frames, shadows, stride)
     make.check(FORMAT, videos, processes, settings)
     out = Path(out)
     missing = make.prepare(FORMAT, out, settings, range(videos), lambda number: scene_path(out, number).is_file())
@@ -92,7 +93,8 @@ def draw_scene(seed: int, number: int, frames: int) -> tuple[list[Body], dict[st
 
 def _make_video(out: Path, settings: make.Settings, number: int) -> None:
     bodies, movements = draw_scene(settings.seed, number, settings.frames)
-    motion = poses(bodies, movements, settings.frames)
+    drawn, motion = settings.drawn("cater", number), poses(bodies, movements, settings.frames)
+    motion = [motion[frame] for frame in drawn]
     stage = Stage(bodies, settings.size)
 
     def pictures() -> Iterator[Any]:
@@ -102,15 +104,26 @@ def _make_video(out: Path, settings: make.Settings, number: int) -> None:
                 yield draw()
 
     video = video_path(out, number)
-    make.write_video(video, pictures(), settings.size, ENCODING)
+    make.write_video(video, pictures(), settings.size, ENCODING.every(settings.stride))
     scene = {
         "image_filename": video.name,
         "image_index": number,
         "split": "new",
         "objects": [_object(body, motion) for body in bodies],
-        "movements": {name: [list(m[:4]) for m in of_one] for name, of_one in movements.items()},
+        "movements": {name: _in_video(of_one, drawn) for name, of_one in movements.items()},
     }
     write_atomic(scene_path(out, number), json.dumps(scene))
+
+
+def _in_video(movements: list[Movement], drawn: range) -> list[list[Any]]:
+    """Movements as a scene file has them, in frames of the video.
+
+    Frame t of the video stands for all frames of the scene from drawn[t] up to the next that is drawn, as for
+    `data.cater.sampled`. A movement that is over before drawn[0] is left out.
+    """
+    spans = [(m, (m.start - drawn.start) // drawn.step, -((drawn.start - m.end) // drawn.step)) for m in movements]
+    spans = [(m, max(start, 0), min(end, len(drawn))) for m, start, end in spans]
+    return [[m.action, m.other, start, end] for m, start, end in spans if start < end]
 
 
 def _object(body: Body, motion: list[dict[str, Pose]]) -> dict[str, Any]:

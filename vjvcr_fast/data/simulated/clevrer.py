@@ -41,18 +41,21 @@ def simulate_clevrer(
     size: tuple[int, int] = (480, 320),
     frames: int = 128,
     shadows: bool = True,
+    stride: int = 1,
 ) -> None:
     """Writes `videos` simulated videos with annotations under `out`, in CLEVRER's layout. Those already there are kept.
 
     videos: 1 to 15,000 in all. A third of them (at least 1 of 2) are for validation, which CLEVRER counts from 10000.
     Asking for more later only adds files. processes: 0 is one for each core. size: (width, height) in pixels, both
-    even, the width 1.2 to 2 times the height. shadows: without them pictures are drawn about three times as fast.
+    even, the width 1.2 to 2 times the height. frames: of a scene. shadows: without them pictures are drawn about three
+    times as fast. stride: draw every so many frames only, from a first one that is drawn from the seed, so that the
+    videos have frames // stride frames at 1 / stride of the rate; annotations are in frames of the video.
 
     Raises ValueError for arguments out of range, or if `out` holds other videos (real ones, or of another seed, size or
-    number of frames); ImportError if mujoco, av, pebble or tqdm is missing; RuntimeError if nothing can draw without a
-    screen; OSError if the disk is too small.
+    number of frames); ImportError if mujoco, av, pebble or tqdm is missing; SimulationError if nothing can draw without
+    a screen; OSError if the disk is too small.
     """
-    settings = make.Settings(seed, size, frames, shadows)
+    settings = make.Settings(seed, size, frames, shadows, stride)
     make.check(FORMAT, videos, processes, settings)
     if not 1.2 <= size[0] / size[1] <= 2:  # else the camera sees the horizon, or hardly the scene
         raise ValueError(f"size must be (width, height) with width / height between 1.2 and 2, got {size}")
@@ -78,22 +81,25 @@ def path_of(out: Path, kind: str, split: str, number: int) -> Path:
 def _make_video(out: Path, settings: make.Settings, item: tuple[str, int]) -> None:
     (name, number), size, frames = item, settings.size, settings.frames
     random = Random(key(settings.seed, "clevrer", name, number) % 2**64)
+    drawn = settings.drawn("clevrer", name, number)
     world = World(sample_clevrer(random, aspect=size[0] / size[1], seconds=frames * FRAME_SECONDS), size=size)
     trajectory: list[dict[str, Any]] = []
 
     def pictures() -> Iterator[Any]:
         with film(world, size, shadows=settings.shadows) as draw:
-            for entry in annotate(world, frames):
-                trajectory.append(entry)
-                yield draw()
+            for entry in annotate(world, drawn[-1] + 1):
+                if entry["frame_id"] in drawn:
+                    trajectory.append(entry | {"frame_id": len(trajectory)})
+                    yield draw()
 
     video = path_of(out, "video", *item)
-    make.write_video(video, pictures(), size, ENCODING)
+    make.write_video(video, pictures(), size, ENCODING.every(settings.stride))
+    collisions = [(c, (c["frame_id"] - drawn.start) // drawn.step) for c in world.collisions]
     annotation = {
         "scene_index": number,
         "video_filename": video.name,
         "object_property": world.properties(),
         "motion_trajectory": trajectory,
-        "collision": world.collisions,
+        "collision": [c | {"frame_id": frame} for c, frame in collisions if frame >= 0],
     }
     write_atomic(path_of(out, "annotation", *item), json.dumps(annotation))

@@ -14,15 +14,21 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from vjvcr_fast.data.files import ahead, cores, load, progress, replace, write_atomic
+from vjvcr_fast.data.hashing import key
 from vjvcr_fast.data.video.workers import Pool, died
 
 Item = TypeVar("Item")
 
 ABOUT = "simulated.json"
+
+
+class SimulationError(RuntimeError):
+    """Nothing can draw here, or a process that made a video died."""
 
 
 class Format(NamedTuple):
@@ -45,12 +51,20 @@ class Format(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What videos depend on. size: (width, height) in pixels. shadows: pictures without them are drawn faster."""
+    """What videos depend on. size: (width, height) in pixels. frames: of a scene. shadows: pictures without them are
+    drawn faster. stride: a video has every so many frames of its scene."""
 
     seed: int
     size: tuple[int, int]
     frames: int
     shadows: bool
+    stride: int = 1
+
+    def drawn(self, *video: str | int) -> range:
+        """The frames of a video's scene that are drawn. Their number is the same for all videos, the first one is not:
+        it is drawn from the seed, so that many videos together show all phases of the stride."""
+        first = key(self.seed, "phase", *video) % self.stride
+        return range(first, first + self.frames // self.stride * self.stride, self.stride)
 
 
 def check(form: Format, videos: int, processes: int, settings: Settings) -> None:
@@ -64,6 +78,8 @@ def check(form: Format, videos: int, processes: int, settings: Settings) -> None
         raise ValueError(f"size must be (width, height), both even and at least 16, got {size}")
     if settings.frames < form.fewest:
         raise ValueError(f"frames must be at least {form.fewest}, got {settings.frames}")
+    if not 1 <= settings.stride <= settings.frames:
+        raise ValueError(f"stride must be between 1 and the {settings.frames} frames of a scene, got {settings.stride}")
 
 
 def prepare(
@@ -84,7 +100,8 @@ def prepare(
             leftover.unlink(missing_ok=True)
     missing = [item for item in items if not is_made(item)]
     pixels = settings.size[0] * settings.size[1]
-    needed = len(missing) * settings.frames * (pixels * form.bytes_per_pixel + form.bytes_per_frame)
+    frames = len(missing) * (settings.frames // settings.stride)
+    needed = frames * (pixels * form.bytes_per_pixel + form.bytes_per_frame)
     free = shutil.disk_usage(out).free
     if free < needed:
         raise OSError(f"{out}: not enough space, about {needed / 1e6:,.0f} MB needed, {free / 1e6:,.0f} MB free")
@@ -117,7 +134,7 @@ def _claim(form: Format, out: Path, settings: Settings) -> None:
         write_atomic(about, json.dumps({"note": note, **wanted}, indent=1) + "\n")
         return
     try:
-        found = {**json.loads(about.read_text())}
+        found = {"stride": 1, **json.loads(about.read_text())}  # earlier versions drew all frames
     except (ValueError, TypeError) as error:  # TypeError: it is no JSON object
         raise ValueError(f"{about} cannot be read ({error}): choose another folder") from error
     other = [name for name, value in wanted.items() if found.get(name) != value]
@@ -131,9 +148,13 @@ class Encoding(NamedTuple):
 
     container: str
     codec: str
-    fps: int
+    fps: int | Fraction
     pixels: str
     options: dict[str, str]
+
+    def every(self, stride: int) -> "Encoding":
+        """The same for videos that have every so many frames only. Played, they last as long."""
+        return self._replace(fps=Fraction(self.fps) / stride)
 
 
 def write_video(path: Path, pictures: Iterable[Any], size: tuple[int, int], encoding: Encoding) -> None:
@@ -154,7 +175,7 @@ def write_video(path: Path, pictures: Iterable[Any], size: tuple[int, int], enco
 def gl_backend() -> str:
     """The value of MUJOCO_GL to draw with: the caller's if set, else EGL if there is a GPU, else OSMesa.
 
-    Tries each in a process of its own. Raises RuntimeError if none can draw.
+    Tries each in a process of its own. Raises SimulationError if none can draw.
     """
     gpu = any(Path("/dev").glob("nvidia[0-9]*")) or any(Path("/dev").glob("dri/renderD*"))
     given = os.environ.get("MUJOCO_GL")
@@ -168,7 +189,7 @@ def gl_backend() -> str:
         if done.returncode == 0:
             return name
         reasons.append(f"MUJOCO_GL={name}: {(done.stderr.strip().splitlines() or ['it died'])[-1]}")
-    raise RuntimeError(f"MuJoCo cannot draw here: install Debian's libosmesa6 ({'; '.join(reasons)})")
+    raise SimulationError(f"MuJoCo cannot draw here: install Debian's libosmesa6 ({'; '.join(reasons)})")
 
 
 def in_parallel(
@@ -178,8 +199,8 @@ def in_parallel(
 
     task, items: must be picklable. environment: variables to set in each process before it does anything.
 
-    Raises the error of a task; RuntimeError if a process dies. When the iterator is closed or fails, the processes are
-    killed. If this process is killed, each of them ends after its item.
+    Raises the error of a task; SimulationError if a process dies. When the iterator is closed or fails, the processes
+    are killed. If this process is killed, each of them ends after its item.
     """
     with Pool(processes, math.inf, environment) as pool:
         for item, future in ahead(((item, pool.schedule(task, item)) for item in items), 2 * processes):
@@ -188,6 +209,6 @@ def in_parallel(
             except Exception as error:
                 if died(error):
                     status = error.exitcode  # type: ignore[attr-defined]
-                    raise RuntimeError(f"the process that made {item} died (exit status {status})") from None
+                    raise SimulationError(f"the process that made {item} died (exit status {status})") from None
                 raise error from RuntimeError(f"while making {item}:\n{error.__cause__}")
             yield item
