@@ -186,7 +186,7 @@ def test_fields_are_those_of_the_five_groups() -> None:
 
 @pytest.mark.parametrize("name", fields())
 def test_every_field_is_set_by_text_and_survives_a_file(name: str) -> None:
-    before = preset("moving-mnist")
+    before = preset("clevrer" if name == "data.mirror" else "moving-mnist")
     after = override(before, {name: sample(name)})
     value, hint = value_of(after, name), fields()[name]
     text = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
@@ -299,6 +299,7 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
             {"data.dataset": "clevrer", "data.split": "development"},
             "data.split=development: must be validation where data.dataset=clevrer",
         ),
+        ({"data.mirror": True}, "data.mirror=True: must be false where data.dataset=moving-mnist"),
         ({"model.hidden": 0}, "model.hidden=0: must be at least 1"),
         ({"latent.heads": 1}, "latent.heads=1: must be at least 2"),
         ({"latent.dim": 0}, "latent.dim=0: must be at least 1"),

@@ -58,6 +58,7 @@ class Config:
         need(not mnist or data.digit <= data.canvas, "data.digit", data.digit, f"at most data.canvas={data.canvas}")
         need(mnist or data.split == "validation", "data.split", data.split, f"validation where {of_data}")
         need(mnist or not data.stochastic, "data.stochastic", True, f"false where {of_data}")
+        need(not (mnist and data.mirror), "data.mirror", True, f"false where {of_data}")
         means = latent.kind == "none" or model.distance == "mean"
         need(means, "model.distance", model.distance, f"mean where latent.kind={latent.kind}")
         has_none = "vcr where model.row=generative, which has no regulariser"

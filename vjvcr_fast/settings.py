@@ -132,6 +132,7 @@ class Data(Group):
     frames_in: int = setting(3, "T_x, the number of context frames", at_least(1))
     frames_out: int = setting(12, "T_y, the number of target frames", at_least(1))
     stride: int = setting(1, "files: 2 takes every second frame, 3 every third, and so on", at_least(1))
+    mirror: bool = setting(False, "files: mirror half of the windows that are trained on, left to right [ours]")
     speed: tuple[float, float] = setting(
         (2.0, 6.0), "lowest and highest speed in pixels per frame, uniform [ours, studied: read off figure 5]", SPEEDS
     )

@@ -88,6 +88,13 @@ def test_frames_become_floats_between_0_and_1(config: Config) -> None:
     assert 0 <= frames.min() < frames.max() <= 1
 
 
+def test_only_what_is_trained_on_is_mirrored(config: Config) -> None:
+    mirrored, (part, _) = override(config, {"data.mirror": True}), build_data(config)
+    for stream, same in (("train", False), ("probe", True), ("decoder", True), ("validation", True)):
+        frames = [build_videos(of, part, stream, CPU).batch(0, 8).frames for of in (config, mirrored)]
+        assert frames[0].equal(frames[1]) == same
+
+
 @pytest.mark.parametrize("row", ["vj-vcr", "generative-vcr"])
 def test_a_stopped_run_goes_on_as_if_never_stopped(config: Config, tmp_path: Path, row: str) -> None:
     config = override(config, {"model.row": row})

@@ -148,7 +148,8 @@ def open_split(config: Config, name: str, pool: Pool, **options: Any) -> Split:
 def build_videos(config: Config, part: Data, stream: str, device: torch.device) -> VideoSource:
     """The videos that `config.data` asks for, made from the split `part`.
 
-    stream: "train", "probe", "validation", ...: streams of digits share no video, streams of files no random draw.
+    stream: "train", "probe", "validation", ...: streams of digits share no video, streams of files no random draw. Only
+    "train" is mirrored if `data.mirror` asks for it.
     """
     data = config.data
     if isinstance(part, Split):
@@ -163,6 +164,7 @@ def build_videos(config: Config, part: Data, stream: str, device: torch.device) 
             cache=open_cache(config, part, device),
             pool=part.pool,
             on_bad=data.on_bad_video,
+            mirror=data.mirror and stream == "train",
         )
     return MovingMNIST(
         part,

@@ -127,6 +127,17 @@ def expected(sources: list[Source], windows: list[clips.Window], backend: str = 
     return torch.stack(frames)
 
 
+def test_half_of_the_windows_are_mirrored(sources: list[Source]) -> None:
+    """Which, depends on the window's number alone. Labels stay as they are."""
+    plain, mirrored = videos(sources), videos(sources, mirror=True)
+    before, after = plain.batch(0, 40), mirrored.batch(0, 40)
+    turned = [a.equal(b.flip(-1)) and not a.equal(b) for a, b in zip(after.frames, before.frames, strict=True)]
+    assert [a.equal(b) for a, b in zip(after.frames, before.frames, strict=True)] == [not t for t in turned]
+    assert 10 < sum(turned) < 30
+    assert after.target.equal(before.target)
+    assert mirrored.batch(13, 5).frames.equal(after.frames[13:18])
+
+
 @pytest.mark.parametrize("backend", ["decord", "torchcodec"])
 def test_a_batch_holds_the_windows_frames_and_targets(sources: list[Source], backend: str) -> None:
     needs(backend)

@@ -100,7 +100,8 @@ class VideoClips:
     `WindowSampler`. backend: a decoder of `open_video`. cache: serves the videos it has; others are decoded. pool: the
     processes that decode for a CPU backend. on_bad: if a video cannot be read, "stop" raises its VideoError; "skip"
     takes the next good video's window instead, says so on stderr and notes the reason in `bad`, {name: reason}; other
-    windows of the same video are used if they can be decoded. Decoding on a GPU always stops.
+    windows of the same video are used if they can be decoded. Decoding on a GPU always stops. mirror: a random
+    half of the windows is mirrored, left to right.
 
     Raises ValueError for arguments out of range, for sources shorter than T or with different strides.
     """
@@ -118,6 +119,7 @@ class VideoClips:
         cache: FrameCache | None = None,
         pool: workers.Pool | None = None,
         on_bad: str = "stop",
+        mirror: bool = False,
     ) -> None:
         if on_bad not in ("stop", "skip"):
             raise ValueError(f"on_bad={on_bad!r}: choose stop or skip")
@@ -130,6 +132,7 @@ class VideoClips:
         self.device, self.on_bad = torch.device(device), on_bad
         self.backend = resolve(backend, self.device)
         self.sampler = WindowSampler(sources, seed, stream)
+        self._mirror = torch.tensor([key(seed, "mirror", stream)]) if mirror else None
         self.pool = pool or workers.Pool(0)
         self.bad: dict[str, str] = {}
         self._unusable: set[int] = set()
@@ -170,12 +173,22 @@ class VideoClips:
 
     def _finished(self, windows: list[Window], tasks: list[workers.Task | None]) -> Clips:
         if not any(tasks):
-            return Clips(self._cached(windows).to(self.device), self._targets(windows))
+            return self._clips(windows, self._cached(windows))
         pinned = self.device.type == "cuda"
         out = torch.empty(len(windows), self.frames, 3, *self.size, dtype=torch.uint8, pin_memory=pinned)
         for i, task in enumerate(tasks):
             windows[i], out[i] = self._result(windows[i], task)
-        return Clips(out.to(self.device, non_blocking=True), self._targets(windows))
+        return self._clips(windows, out)
+
+    def _clips(self, windows: Sequence[Window], frames: Tensor) -> Clips:
+        """The batch of these windows, given their frames as they are stored, on any device."""
+        frames = frames.to(self.device, non_blocking=True)
+        if self._mirror is not None:
+            mirrored = uniform(self._mirror, torch.tensor([w.number for w in windows])) < 0.5
+            mirrored = mirrored.view(-1, 1, 1, 1, 1).to(self.device, non_blocking=True)
+            frames = torch.where(mirrored, frames.flip(-1), frames)
+        targets = torch.stack([self.sources[w.source].targets[w.choice] for w in windows])
+        return Clips(frames, targets.to(self.device, non_blocking=True))
 
     def _result(self, window: Window, task: workers.Task | None) -> tuple[Window, Tensor]:
         """The frames of a window, or of the window that replaces it."""
@@ -214,7 +227,7 @@ class VideoClips:
             places = ((windows, [self._place(w) for w in windows]) for windows in requests)
             reading = ((windows, at, readers.map(for_dali, [path for path, _ in at])) for windows, at in places)
             for windows, at, contents in ahead(reading, max(prefetch, 1)):
-                yield Clips(decoder.read(at, [*contents]), self._targets(windows))
+                yield self._clips(windows, decoder.read(at, [*contents]))
 
     def _place(self, window: Window) -> tuple[Path, range]:
         """The file of a window and its frames in it."""
@@ -224,10 +237,6 @@ class VideoClips:
 
     def _first(self, window: Window) -> int:
         return int(self.sources[window.source].starts[window.choice])
-
-    def _targets(self, windows: Sequence[Window]) -> Tensor:
-        targets = torch.stack([self.sources[w.source].targets[w.choice] for w in windows])
-        return targets.to(self.device, non_blocking=True)
 
 
 class ClipLoader(Iterator[Clips]):
