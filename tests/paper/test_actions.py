@@ -23,6 +23,7 @@ from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.loop import train
 from vjvcr_fast.training.step import actions, split_frames
+from vjvcr_fast.training.telemetry import COMPARED, action_energies
 
 pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
 pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
@@ -37,7 +38,7 @@ TINY = TINY_SIMVP | {
     "train.steps": 4,
     "train.validate_every": 2,
     "train.validation_videos": 4,
-    "evaluate.probe_batch": 4,
+    "evaluate.probe_batch": 16,
     "evaluate.actions_batch": 4,
     "evaluate.actions_epochs": 3,
 }
@@ -163,6 +164,25 @@ def test_runs_resume_and_actions_need_cater(config: Config, tmp_path: Path) -> N
         override(preset("clevrer-mini"), {"latent.kind": "actions"})
 
 
+def test_whether_z_is_used_is_logged(config: Config, tmp_path: Path) -> None:
+    train(config, tmp_path)
+    (*_, row) = (row for row in read_metrics(tmp_path / "metrics.jsonl") if "validation_loss" in row)
+    kinds = ("true", "other", "mean", "zero", "inferred")
+    names = [f"{split}_energy_{z}" for split in ("train", "validation") for z in kinds]
+    assert [*row] == ["step", "validation_loss", *names]
+    model, held_out = build_model(config, CPU), videos(config, 1)
+    found = action_energies(model, held_out, config, "its")
+    assert model.training
+    x, y = split_frames(held_out.batch(0, COMPARED), config)
+    true = actions(held_out.batch(0, COMPARED), config).flatten(1)
+    with torch.no_grad():
+        h_y = model.eval().encode_targets(y)
+        for name, z in (("true", true), ("zero", torch.zeros_like(true))):
+            right = reference.energy_per_sample(model.predict(x, z), h_y).mean().item()
+            assert found[f"its_energy_{name}"] == pytest.approx(right, rel=1e-5)
+    assert found["its_energy_inferred"] < found["its_energy_zero"]
+
+
 def test_a_probe_reads_what_is_there() -> None:
     """The probe finds labels that are linear in z; from random z it reaches about the share of positives."""
     config = override(preset("cater-mini"), {"evaluate.actions_epochs": 400, "evaluate.actions_lr": 5e-2})
@@ -177,6 +197,7 @@ def test_a_probe_reads_what_is_there() -> None:
 
 
 def test_the_spectrum_is_that_of_the_rows(config: Config) -> None:
+    config = override(config, {"evaluate.probe_batch": 4})
     model, held_out = build_model(config, CPU).eval(), videos(config, 1)
     found = spectrum(model, held_out, config)
     x, y = split_frames(held_out.batch(0, len(held_out)), config)

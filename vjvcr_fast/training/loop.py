@@ -42,7 +42,7 @@ from vjvcr_fast.training.log import Log
 from vjvcr_fast.training.processes import Processes, joined
 from vjvcr_fast.training.step import Step, actions, autocast, split_frames
 from vjvcr_fast.training.stop import StopRequestedError, asked_to_stop
-from vjvcr_fast.training.telemetry import Telemetry
+from vjvcr_fast.training.telemetry import Telemetry, action_energies
 
 # Fields that change no result. The data are compared by their content (`check_data`), so that their folder may change.
 NEUTRAL = (
@@ -178,11 +178,18 @@ class _Training:
         loss = validate(model, self.held_out, self.config, latents, self.processes)
         if not math.isfinite(loss):
             raise _NotFiniteError(["validation_loss"], self.step, self.batch)
-        self.log.write(self.step, {"validation_loss": loss})
+        self.log.write(self.step, {"validation_loss": loss, **self._energies()})
         if self.log.board is not None:
             self.log.videos(self.step, examples(model, self.held_out, self.config, latents))
         better, self.best = loss < self.best, min(loss, self.best)
         self._save(better)
+
+    def _energies(self) -> dict[str, float]:
+        """If actions are the latent: what the model makes of the true ones and of others, by `action_energies`."""
+        if self.config.latent.kind != "actions" or not self.processes.main:
+            return {}
+        model, both = self.update.model, {"train": self.videos, "validation": self.held_out}
+        return {k: v for name, of in both.items() for k, v in action_energies(model, of, self.config, name).items()}
 
     def _means(self) -> dict[str, float]:
         """The mean of every term since the last log line, over all processes; here the host waits for the device.

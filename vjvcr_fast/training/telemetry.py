@@ -10,19 +10,28 @@ They are computed from h_x (N, T, d) of the whole batch, as training sees it:
 Training does not wait for them. The first three are a few operations on the device, in the Gram form. The fourth needs
 singular values, which a thread computes on the host once the device has made a copy. The results are read at the next
 log line.
+
+Does the predictor use z? Where z is the actions in pre-training, `action_energies` is logged with every validation.
 """
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vjvcr_fast import reference
+from vjvcr_fast.config import Config, override
 from vjvcr_fast.losses.analytic import centred
+from vjvcr_fast.models.energy import EnergyModel
+from vjvcr_fast.training.build import VideoSource
+from vjvcr_fast.training.calibration import Latents
+from vjvcr_fast.training.step import actions, split_frames
 
 ROWS = 1_024
+COMPARED = 64  # videos that `action_energies` are of
+DESCENT = 10  # steps of gradient descent to its z*; evaluation makes more
 NAMES = ("feature_std", "feature_std_least", "feature_correlation")
 
 
@@ -74,3 +83,29 @@ def _read(values: Tensor, rows: Tensor, ready: Any) -> dict[str, float]:
     finite = bool(rows.isfinite().all())  # otherwise computing singular values raises
     rank = reference.rank_me(rows).item() if finite else float("nan")
     return {**dict(zip(NAMES, values.tolist(), strict=True)), "rank_me": rank}
+
+
+@torch.no_grad()
+def action_energies(model: EnergyModel, videos: VideoSource, config: Config, name: str) -> dict[str, float]:
+    """{"NAME_energy_true": ...}: the energy at the true actions, and at others that should have a higher one.
+
+    true: the actions in the video's target frames; other: those of another video; mean: their mean over a batch; zero:
+    no action; inferred: z* after DESCENT steps, which should come near to true. The energy is what z* minimises: the
+    hidden error, plus gamma times the pixel error of rows with a pixel term. Its mean over the first COMPARED videos,
+    with the model in evaluation mode and in full precision; the model is left in the mode it was in.
+    """
+    few = {"latent.iterations": min(DESCENT, config.latent.iterations)}
+    latents, size = Latents(override(config, few), model), min(max(config.evaluate.probe_batch, 2), COMPARED)
+    training, found = model.training, []
+    model.eval()
+    for at in range(0, COMPARED - size + 1, size):
+        clips = videos.batch(at, size)
+        x, y = split_frames(clips, config)
+        h_x, h_y = model.encoder(x), model.encode_targets(y) if model.terms.hidden else None
+        true, energy = cast(Tensor, actions(clips, config)).flatten(1), model.latent_energy(h_x, h_y, y)
+        inferred = cast(Tensor, latents.infer_from(h_x, h_y, y).z)
+        others = true.roll(1, dims=0), true.mean(dim=0).expand_as(true), torch.zeros_like(true)
+        found.append(torch.stack([energy(z).mean() for z in (true, *others, inferred)]))
+    model.train(training)
+    names = (f"{name}_energy_{of}" for of in ("true", "other", "mean", "zero", "inferred"))
+    return dict(zip(names, torch.stack(found).mean(dim=0).tolist(), strict=True))
