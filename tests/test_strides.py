@@ -75,6 +75,7 @@ EXCEPTIONS = {
     "data.video.cache": "reads the numbers of a Source one by one",
     "data.video.decode.IsolatedVideo": "has another process read",
     "data.video.clips": "reads the numbers of a Source one by one",
+    "evaluation.ceiling": "trains, or fits a linear map to features that the encoder made",
     "evaluation.evaluate.frozen_decoder": "trains",
     "evaluation.probes.training_probe": "makes its tensors itself",
     "paper": "draws",

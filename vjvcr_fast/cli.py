@@ -206,7 +206,8 @@ def _add_files(add: Callable[..., Parser]) -> None:
     sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write, for --data.root later")
     sub.add_argument("--seed", default="0", metavar="N", help="seed of all scenes (default: 0)")
     sub.add_argument("--size", metavar="W,H", help="width and height of frames, even (default: the data set's)")
-    sub.add_argument("--stride", default="1", metavar="N", help="draw every N-th frame only (default: 1)")
+    stride = "draw every N-th frame only, each video from one of its own; train with --data.stride 1 (default: 1)"
+    sub.add_argument("--stride", default="1", metavar="N", help=stride)
     sub.add_argument("--no-shadows", action="store_true", help="draw no shadows, about three times as fast")
     sub.add_argument("--processes", default="0", metavar="N", help="number of processes; 0: one per core (default: 0)")
 

@@ -28,6 +28,7 @@ TARGETS = {
     "table1": Target("models", "moving-mnist", "table1", "table1"),
     "table2": Target("latents", "moving-mnist-stochastic", "table2", "table2"),
     "fig2": Target("actions from latents", "cater", "cater", "actions"),
+    "ceiling": Target("the most of fig2", "cater", "cater", "actions"),
     "fig4": Target("spectra", "cater", "cater", "actions"),
     "fig3": Target("futures with latents", "moving-mnist-stochastic", "table2", "table2"),
 }

@@ -14,6 +14,8 @@ from vjvcr_fast import reference
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, ConfigError, override, preset
 from vjvcr_fast.data.cater import CLASSES
+from vjvcr_fast.data.video.clips import Clips
+from vjvcr_fast.evaluation import ceiling
 from vjvcr_fast.evaluation.latent_probes import actions_probe, spectrum
 from vjvcr_fast.evaluation.metrics import average_precision, mean_average_precision
 from vjvcr_fast.paper import actions as module
@@ -230,6 +232,63 @@ def test_figures_2_and_4(config: Config, tmp_path: Path) -> None:
     assert all(len(values) == config.d for values in spectra["ours"].values())
     for said in ("before training", "one row a video and time step", "No collapse: 25%", "5800"):
         assert said in text
+
+
+def test_the_ceiling(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before figure 2 is made it is the supervised network's alone, afterwards that of linear maps from h_y as well."""
+    monkeypatch.setattr(ceiling, "STEPS", 2)
+    text = module.ceiling(config, tmp_path, seeds=(0, 1))
+    assert [line.split(" | ")[0] for line in text.splitlines() if line[:3] in ("| 2", "| 4", "| 9")] == [
+        "| 2",
+        "| 4",
+        "| 9",
+    ]
+    found = json.loads((tmp_path / "ceiling.json").read_text())
+    assert all(0 < of["map"] <= 1 for runs in found["supervised"].values() for of in runs)
+    assert found["linear"] == {}
+    train(config, tmp_path / "vj-vcr-seed0")
+    assert "on the differences of h_y of vj-vcr-seed0" in module.ceiling(config, tmp_path, seeds=(0,))
+
+
+def test_the_supervised_network_learns(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One action that a single frame shows and one that only differences show, of videos it has not seen."""
+    monkeypatch.setattr(ceiling, "STEPS", 90)
+    generator = torch.Generator().manual_seed(0)
+    frames, active = torch.full((80, 6, 3, 16, 16), 60), torch.zeros(80, 14, 6)
+    happens = torch.rand(80, 2, 6, generator=generator) < 0.15
+    active[:, :2] = happens.float()
+    frames[:, :, 0, 4:8, 4:8] += (120 * happens[:, 0]).view(80, 6, 1, 1)
+    moved = happens[:, 1].cumsum(dim=1) % 2
+    frames[:, :, 1, 10:14, 10:14] += (120 * moved).view(80, 6, 1, 1)
+    clips = Clips(frames.to(torch.uint8), active)
+    fitted, held_out = (Fixed(Clips(clips.frames[part], clips.target[part])) for part in (slice(60), slice(60, 80)))
+    short = override(config, {"data.frames_in": 1, "data.frames_out": 5})
+    found = ceiling.actions_ceiling(short, fitted, held_out, 60)
+    assert found["map"] > 0.9, found
+
+
+class Fixed:
+    """Videos that are in memory."""
+
+    device = CPU
+
+    def __init__(self, clips: Clips) -> None:
+        self.clips = clips
+
+    def __len__(self) -> int:
+        return len(self.clips.frames)
+
+    def batch(self, start: int, n: int) -> Clips:
+        return Clips(*(of[start : start + n] for of in self.clips))
+
+
+def test_ridge_map_reads_what_is_there() -> None:
+    generator = torch.Generator().manual_seed(0)
+    features = torch.rand(300, 40, generator=generator) * 100 + 7
+    label = features[:, :3] + 20 * torch.rand(300, 3, generator=generator) > 90
+    others = torch.rand(300, 40, generator=generator)
+    assert ceiling.ridge_map(features[:200], label[:200], features[200:], label[200:]) > 0.85
+    assert ceiling.ridge_map(others[:200], label[:200], others[200:], label[200:]) < 0.5
 
 
 def test_figure_of_bars(tmp_path: Path) -> None:

@@ -1,25 +1,33 @@
-"""CATER: mAP from an inferred z to the actions (figure 2), and spectra of the representations (figure 4).
+"""CATER: mAP from an inferred z to the actions (figure 2), spectra of the representations (figure 4), and the mAP that
+a network reaches which is trained on the actions themselves (ceiling).
 
-Both figures use the same runs. The probe and the spectra are in latent_probes.py.
+Both figures use the same runs. The probe and the spectra are in latent_probes.py, the ceiling in ceiling.py.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config, ConfigError, override
+from vjvcr_fast.config import Config, ConfigError, override, resolve_device
+from vjvcr_fast.data.video.clips import VideoClips
+from vjvcr_fast.evaluation.ceiling import actions_ceiling, linear_ceilings
 from vjvcr_fast.evaluation.latent_probes import evaluate_actions
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures, pages
-from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
+from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows, prepare
 from vjvcr_fast.paper.store import Store
+from vjvcr_fast.runs import load_run
+from vjvcr_fast.training.build import build_data, build_videos
 
 ACTIONS = Evaluation(evaluate_actions, "actions.json")
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
 FIGURE4_FILES = ("figure4.md", "figure4.json", "figure4.png")
+CEILING_FILES = ("ceiling.md", "ceiling.json")
 
 COMPARED = ("vj-vcr", "generative")  # rows of Table 1
 # Figure 2: mAP in per cent. Figure 4: singular values after training, and the share of the first 500 in their sum.
@@ -97,9 +105,47 @@ def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     return pages.write_page(out, "figure4", "Figure 4: spectra", lines, notes, found, indent=None)
 
 
-def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int, store: Store | None) -> Table:
+def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
+    """Measures which mAP can be asked of figure 2 at these pixels and with these videos.
+
+    A small network is trained on the actions in the target frames of a quarter, half and all of the training videos.
+    Where `figure2` has made VJ-VCR's run of the first seed in `out`, linear probes read them from its h_y too. Writes
+    CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done here.
+
+    Raises ConfigError if the latent is not "actions"; else as `prepare`.
+    """
+    _check(config)
+    prepare(config)
+    train, validation = build_data(config)
+    device, run = resolve_device(config.train.device), out / f"{COMPARED[0]}-seed{seeds[0]}"
+    fitted, held_out = (cast(VideoClips, build_videos(config, of, "probe", device)) for of in (train, validation))
+    lines, found = pages.table_head(["training videos", "mAP, %", "on the training videos"]), {}
+    print("\n".join(lines), flush=True)
+    for count in (len(fitted) // parts for parts in (4, 2, 1)):
+        configs = (override(config, {"train.seed": seed}) for seed in seeds)
+        found[count] = [actions_ceiling(of, fitted, held_out, count) for of in configs]
+        maps = (pages.percent(found[count], key, "") for key in ("map", "map_fitted"))
+        lines.append(pages.table_row([f"{count:,}", *maps]))
+        print(lines[-1], flush=True)
+    linear = linear_ceilings(load_run(run)[1], fitted, held_out, config) if (run / "best.pt").exists() else {}
+    side = config.data.canvas
+    notes = [
+        f"A small network is trained on the actions in each target frame of {side}x{side} pixels. Training data: "
+        f"{train.source}; validation: {validation.source}; {pages.named_seeds(seeds)}.",
+        *(f"A linear probe with a ridge on {name} of {run.name}: {100 * value:.1f}." for name, value in linear.items()),
+    ]
+    described = {"data": dataclasses.asdict(config.data) | {"root": ""}, "machine": pages.machine(config)}
+    numbers = described | {"seeds": [*seeds], "supervised": found, "linear": linear}
+    return pages.write_page(out, "ceiling", "What the target frames tell about the actions", lines, notes, numbers)
+
+
+def _check(config: Config) -> None:
     if config.latent.kind != "actions":
         raise ConfigError(f"latent.kind={config.latent.kind}: figures 2 and 4 need actions: use the preset cater")
+
+
+def _finished(config: Config, out: Path, seeds: Sequence[int], processes: int, store: Store | None) -> Table:
+    _check(config)
     rows, head = {row: override(config, {"model.row": row}) for row in COMPARED}, ["model", "mAP of z* -> actions, %"]
     table = finish_rows(config, out, seeds, processes, rows, ACTIONS, pages.table_head(head), _line, store)
     pages.draw_curves(table, "action-curves.png")
