@@ -19,9 +19,9 @@ from test_sigreg import CONVENTIONS, directions_of, judge
 from test_triton import DEVICE, HALF, INTERPRETED, LAYOUTS, Watched, guarded, later, placed  # noqa: F401
 from tolerances import relative
 from torch import Tensor
-
 from vjvcr_fast.kernels import launch
 from vjvcr_fast.kernels import sigreg as kernels
+
 from vjvcr_fast.losses import SIGRegLoss, ops, projections, sigreg
 from vjvcr_fast.losses.projections import Settings
 
