@@ -85,10 +85,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _with_option(message: str, arguments: argparse.Namespace) -> str:
-    """The message of an error about data, with the option or variable that the folder at its start is from."""
+    """The message, with the option or variable that its folder is from if it starts with the folder of the data."""
     given = {f"--{name}": vars(arguments).get(name) for name in ("data.root", *SIMULATED)}
     for name, folder in (given | {ENVIRONMENT: os.environ.get(ENVIRONMENT)}).items():
-        if folder and message.startswith(tuple(f"{Path(folder).expanduser()}{end}" for end in ":/")):
+        if folder and message.startswith(f"{Path(folder).expanduser()}:"):
             return f"{name}: {message}"
     return message
 

@@ -59,8 +59,8 @@ def test_two_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         assert main(table(out, 2)) == 1
     shown = capsys.readouterr()
     log = out / RUNS[1] / "run.log"
-    assert f"1 of 4 runs failed: {log}: /there/is/none" in shown.err
-    assert f"{RUNS[1]} failed: /there/is/none" in shown.err
+    assert f"1 of 4 runs failed: {log}: --data.root: /there/is/none" in shown.err
+    assert f"{RUNS[1]} failed: --data.root: /there/is/none" in shown.err
     assert started == RUNS
     done = evaluations(out)
     assert [*done] == [RUNS[0], *RUNS[2:]]
@@ -99,7 +99,7 @@ def test_a_stop_reaches_every_run(
 
     def stop() -> None:
         end = time.monotonic() + 60
-        while not all(log.exists() for log in logs) and time.monotonic() < end:
+        while not all(log.exists() and log.stat().st_size for log in logs) and time.monotonic() < end:  # it trains
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
