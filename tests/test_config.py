@@ -33,6 +33,7 @@ from vjvcr_fast.config import (
 )
 from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.models.energy import ROWS
+from vjvcr_fast.training.build import build_model
 
 # -- Presets --------------------------------------------------------------------------------------------------------
 
@@ -116,6 +117,13 @@ def test_default_preset(monkeypatch: pytest.MonkeyPatch, there: bool, name: str)
     assert [default_preset("cater", scale) for scale in SCALES] == ["cater-mini", "cater-small", "cater"]
     with pytest.raises(ConfigError, match="scale='big': must be one of mini, small, full"):
         default_preset("cater", "big")
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_pixels_have_another_weight_in_generative_rows(row: str) -> None:
+    changes = {"model.row": row, "model.gamma": 0.3, "model.gamma_generative": 10.5}
+    model = build_model(override(preset("moving-mnist-mini"), changes), torch.device("cpu"))
+    assert model.gamma == (0.3 if ROWS[row].hidden else 10.5)
 
 
 @pytest.mark.parametrize("name", ["moving-mnist", "moving-mnist-stochastic", "clevrer", "cater"])
@@ -281,10 +289,7 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
         ({"data.speed": "-1,2"}, "data.speed=(-1.0, 2.0): must be LOW,HIGH with 0 <= LOW <= HIGH"),
         ({"model.alpha": -0.1}, "model.alpha=-0.1: must be at least 0"),
         ({"model.eps": -1}, "model.eps=-1.0: must be at least 0"),
-        (
-            {"model.gamma": 0, "model.row": "generative-vcr"},
-            "model.gamma=0.0: must be above 0 where model.row=generative-vcr",
-        ),
+        ({"model.gamma_generative": 0}, "model.gamma_generative=0.0: must be above 0"),
         ({"model.norm_scale": 0}, "model.norm_scale=0.0: must be above 0"),
         (
             {"model.kind": "simvp", "model.padding": "replicate"},

@@ -16,7 +16,6 @@ import torch
 from vjvcr_fast.data.cater import CLASSES as ACTIONS
 from vjvcr_fast.data.files import one_line
 from vjvcr_fast.models import convnet, simvp, swin
-from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.settings import ConfigError, Data, Evaluate, Latent, Model, Train, describe, meant, need, parse
 
 GROUPS: dict[str, Any] = {"data": Data, "model": Model, "latent": Latent, "train": Train, "evaluate": Evaluate}
@@ -52,8 +51,6 @@ class Config:
 
     def __post_init__(self) -> None:
         data, model, latent = self.data, self.model, self.latent
-        needs_pixels = ROWS[model.row].pixel and not ROWS[model.row].hidden
-        need(model.gamma > 0 or not needs_pixels, "model.gamma", model.gamma, f"above 0 where model.row={model.row}")
         conv, mnist, of_data = model.kind == "conv", data.dataset == "moving-mnist", f"data.dataset={data.dataset}"
         need(not mnist or data.digit <= data.canvas, "data.digit", data.digit, f"at most data.canvas={data.canvas}")
         need(mnist or data.split == "validation", "data.split", data.split, f"validation where {of_data}")

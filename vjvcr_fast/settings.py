@@ -191,10 +191,11 @@ class Model(Group):
         "vcr", "vcr: hinge and covariance, the paper's; sigreg: LeJEPA's, with 1,024 directions [ours]"
     )
     sigreg_weight: float = setting(0.05, "weight of SIGReg, instead of alpha and beta [ours, studied]", at_least(0))
-    gamma: float = setting(
+    gamma: float = setting(1.0, "weight of the pixel term where there is a hidden term too [ours]", at_least(0))
+    gamma_generative: float = setting(
         1.0,
-        "weight of the pixel term, of pixels in [0, 1]; 10.5: as if divided by MNIST's deviation [ours]",
-        at_least(0),
+        "the same where there is none; 10.5: as if pixels were divided by MNIST's deviation [ours, studied]",
+        ABOVE_0,
     )
     distance: Literal["mean", "sum"] = setting("mean", "D: mean or sum over the elements of a frame [ours, studied]")
     threshold: float = setting(1.0, "tau, the standard deviation that the variance hinge asks for")

@@ -61,7 +61,7 @@ def build_model(config: Config, device: torch.device) -> EnergyModel:
         model.row,
         alpha=model.alpha,
         beta=model.beta,
-        gamma=model.gamma,
+        gamma=model.gamma if ROWS[model.row].hidden else model.gamma_generative,
         threshold=model.threshold,
         eps=model.eps,
         distance=model.distance,
