@@ -142,13 +142,41 @@ def test_a_cut_off_file(kept: tuple[Store, Path], tiny_mini: Config, capsys: pyt
 
 @pytest.mark.usefixtures("digits")
 def test_results_of_other_data(kept: tuple[Store, Path], tiny_mini: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """Alone they are shown as they are. Beside runs of these data, or of a third kind, they are not taken."""
+    """Alone they are shown as they are. Beside runs of these data, of a third kind, or if the folder of the data is
+    given, they are not taken."""
     into, run = kept
-    configs = {run: tiny_mini}
-    assert [*jobs._taken(tiny_mini, configs, {}, paper.TABLE1, into)] == [run]
+    configs, anywhere = {run: tiny_mini}, override(tiny_mini, {"data.root": ""})
+    assert [*jobs._taken(anywhere, configs, {}, paper.TABLE1, into)] == [run]
+    assert jobs._taken(tiny_mini, configs, {}, paper.TABLE1, into) == {}
+    tiny_mini = anywhere
     configs[run.with_name("generative-seed0")] = override(tiny_mini, {"model.row": "generative"})
     assert jobs._taken(tiny_mini, configs, {}, paper.TABLE1, into) == {}
     assert "is of some digits; here are blobs: 40 digits" in capsys.readouterr().err
+
+
+def test_what_is_there_is_not_lost(
+    kept: tuple[Store, Path], tiny_mini: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file still says where its results were made, and stays if another config is run; an old measurement goes."""
+    into, run = kept
+    file = into.file(run, tiny_mini)
+    before = file.read_text()
+    monkeypatch.setattr(store, "machine", lambda config: {"commit": "later", "name": "another machine"})
+    into.add(run, tiny_mini, "evaluation.json", EVALUATION)
+    assert file.read_text() == before
+    into.add(run, override(tiny_mini, {"train.steps": 13}), "evaluation.json", EVALUATION | {"speed_mse": 9.0})
+    assert file.read_text() == before
+    said = f"not kept: vj-vcr-seed0: {file} is of another config (train.steps 12 -> 13); choose another --results"
+    assert said in capsys.readouterr().err
+    file.write_text(before.replace(f'"measures": {MEASURES}', '"measures": 0'))
+    into.add(run, tiny_mini, "evaluation.json", EVALUATION)
+    assert json.loads(file.read_text())["machine"]["commit"] == "later"
+
+
+def test_make_train_trains() -> None:
+    """Even in a checkout that has results of these runs."""
+    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
+    assert "vjvcr-fast reproduce table1 --dataset moving-mnist --results off $(ARGS)" in makefile
 
 
 def test_which_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,11 +142,12 @@ def _taken(
     evaluation: Evaluation,
     store: Store | None,
 ) -> dict[Path, Kept]:
-    """What `store` has of the runs that are not finished here, unless it is of other data than the rest."""
+    """What `store` has of the runs that are not finished here, unless it is of other data than the rest, or than
+    `data.root` if that is given."""
     asked = {run: of for run, of in configs.items() if run not in here} if store else {}
     taken = {run: kept for run, of in asked.items() if store and (kept := store.take(run, of, evaluation.file))}
     sources = {e["data"] for e in (*here.values(), *(kept.evaluation for kept in taken.values()))}
-    if taken and (len(sources) > 1 or len(taken) < len(asked)):
+    if taken and (config.data.root or len(sources) > 1 or len(taken) < len(asked)):
         source = build_data(config)[0].source
         for run, kept in [*taken.items()]:
             if (theirs := kept.evaluation["data"]) != source:

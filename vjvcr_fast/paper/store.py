@@ -2,7 +2,8 @@
 
 A folder has one file for each run, PRESET/ROW-seedK.json: the config, what was measured, the learning curves with few
 points, and where the run was made. `vjvcr-fast reproduce --results DIR` takes finished rows from there instead of
-training them, and adds each run that ends. A file has no paths of the machine.
+training them, and adds each run that ends. What is there is not lost: a file of another config stays as it is. A file
+has no paths of the machine.
 """
 
 import json
@@ -15,12 +16,16 @@ from vjvcr_fast.config import Config, ConfigError, differences, override
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.evaluation.evaluate import MEASURES
 from vjvcr_fast.paper.figures import CURVES
-from vjvcr_fast.paper.machine import machine, package_parent
+from vjvcr_fast.paper.machine import checkout, machine, package_parent
 from vjvcr_fast.training.checkpoint import read_metrics
 from vjvcr_fast.training.loop import NEUTRAL
 
 OFF = "off"
 POINTS = 100  # of a learning curve, at most
+
+
+class OtherConfigError(ConfigError):
+    """A file has the results of a run of another config."""
 
 
 class Kept(NamedTuple):
@@ -58,9 +63,23 @@ class Store(NamedTuple):
         return kept
 
     def add(self, run: Path, config: Config, measured: str, evaluation: dict[str, Any]) -> None:
-        """Writes the results of a finished run, if the folder is written to."""
+        """Writes the results of a finished run, if the folder is written to.
+
+        A file of these results stays as it is, since it says where they were made; one of another config stays too,
+        and stderr says so.
+        """
+        file = self.file(run, config)
         if not self.writes:
             return
+        if file.exists():
+            try:
+                if json.dumps(_read(file, config, measured).evaluation) == json.dumps(evaluation):
+                    return
+            except OtherConfigError as error:
+                print(f"not kept: {run.name}: {file} is of {error}; choose another --results", file=sys.stderr)
+                return
+            except ConfigError:  # damaged, or measured as earlier versions did
+                pass
         content = {
             "config": override(config, {"data.root": "", "data.cache": ""}).to_dict(),
             "machine": machine(config),
@@ -69,13 +88,16 @@ class Store(NamedTuple):
             "curves": _few(read_metrics(run / "metrics.jsonl")),
         }
         lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in content.items())
-        write_atomic(self.file(run, config), f"{{\n{lines}\n}}\n")
+        write_atomic(file, f"{{\n{lines}\n}}\n")
 
 
 def open_store(asked: str | None) -> Store | None:
     """The store that --results asks for, or None for "off". Without the option: that of a checkout, only to read."""
+    if asked == OFF:
+        return None
     if asked:
-        return None if asked == OFF else Store(Path(asked), writes=True)
+        checkout()  # remembered from now on: the checkout may change while runs are trained
+        return Store(Path(asked), writes=True)
     own = package_parent() / "docs" / "results" / "runs"
     return Store(own, writes=False) if own.is_dir() else None
 
@@ -90,7 +112,7 @@ def taken_notes(taken: Mapping[Path, Kept]) -> list[str]:
 
 
 def _read(file: Path, config: Config, measured: str) -> Kept:
-    """Raises ConfigError if the file is of another config or measurement, or cannot be read."""
+    """Raises OtherConfigError if the file is of another config, ConfigError if it is otherwise not what is wanted."""
     try:
         content = json.loads(file.read_text())
         theirs = Config.from_dict(content["config"])
@@ -101,7 +123,7 @@ def _read(file: Path, config: Config, measured: str) -> Kept:
     pairs = differences(theirs, config).items()
     changes = [f"{name} {was} -> {now}" for name, (was, now) in pairs if not name.startswith(NEUTRAL)]
     if changes:
-        raise ConfigError(f"another config ({', '.join(changes)})")
+        raise OtherConfigError(f"another config ({', '.join(changes)})")
     if measures != (measured, MEASURES):
         raise ConfigError(f"measured as {measures}, here {(measured, MEASURES)}")
     return kept
