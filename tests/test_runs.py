@@ -15,6 +15,7 @@ import vjvcr_fast
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.runs import CONFIG, WEIGHTS
 from vjvcr_fast.training.checkpoint import CheckpointError
+from vjvcr_fast.training.loop import train
 
 safetensors = pytest.importorskip("safetensors.torch", reason="the extra hub is not installed")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +73,15 @@ def test_it_is_not_saved_into_a_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the folder of a run; choose another one"):
         vjvcr_fast.load(run).save_pretrained(run)
     assert (run / CONFIG).read_text() == before
+
+
+def test_no_run_is_begun_in_the_folder_of_a_saved_model(tmp_path: Path) -> None:
+    """It would lose its config, and `load` would find two models."""
+    folder = saved(tmp_path)
+    before = (folder / CONFIG).read_text()
+    with pytest.raises(ConfigError, match="saved holds a saved model: choose another --out"):
+        train(override(Config(preset="tiny"), TINY), folder)
+    assert (folder / CONFIG).read_text() == before
 
 
 # -- What is refused ------------------------------------------------------------------------------------------------

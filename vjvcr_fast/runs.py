@@ -28,7 +28,7 @@ from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.checkpoint import CheckpointError
 
 CONFIG = "config.json"
-WEIGHTS = "model.safetensors"
+WEIGHTS = checkpoint.SAVED
 REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@\S+)?")  # of the Hugging Face Hub: user/name, or user/name@revision
 PLACES = {"data.root": "", "data.cache": "", "train.device": "auto"}  # what a shared config does not tell
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601

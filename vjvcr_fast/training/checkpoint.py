@@ -25,6 +25,7 @@ GENERATION = 3
 
 LAST = "last.pt"
 EARLIER = "checkpoints"  # the folder with the last few
+SAVED = "model.safetensors"  # in the folder of a saved model (vjvcr_fast.runs), which is no run
 
 
 class CheckpointError(RuntimeError):

@@ -303,7 +303,8 @@ def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) 
 
     A run without a checkpoint has nothing to go on with, so any config may take its folder. writes: False only checks.
 
-    Raises ConfigError if `run` holds a run of another config, or if `resume` (see `train`) forbids to begin or go on.
+    Raises ConfigError if `run` holds a run of another config or a saved model, whose config would be lost, or if
+    `resume` (see `train`) forbids to begin or go on.
     """
     file, begun = run / "config.json", checkpoint.exists(run)
     if resume not in get_args(Resume):
@@ -312,6 +313,8 @@ def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) 
         raise ConfigError(f"{run} holds a run, and resume=never: choose another --out, or --resume auto to go on")
     if resume == "must" and not begun:
         raise ConfigError(f"{run} holds no checkpoint, and resume=must: is it the right --out?")
+    if (run / checkpoint.SAVED).exists() and not begun:
+        raise ConfigError(f"{run} holds a saved model: choose another --out")
     if file.exists() and begun:
         pairs = differences(Config.load(file), config).items()
         changes = [f"{k} {theirs} -> {ours}" for k, (theirs, ours) in pairs if not k.startswith(_FREE)]
