@@ -104,6 +104,13 @@ def test_two_presets(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean clevrer-mini?" in fails(capsys, ["presets", "clever-mini"])
 
 
+def test_one_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to compare it with: every field is shown."""
+    assert main(["presets", "clevrer"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, *_ in lines[1:]] == [*fields()]
+
+
 # -- The word that was meant ----------------------------------------------------------------------------------------
 
 

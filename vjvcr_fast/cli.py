@@ -363,7 +363,7 @@ def _simulate(arguments: argparse.Namespace) -> None:
 
 
 def _presets(arguments: argparse.Namespace) -> None:
-    """Show the presets side by side, only where they differ."""
+    """Show the presets side by side, only where they differ; of one alone, every field."""
     from vjvcr_fast.cli_info import presets
 
     print(presets(arguments.presets or PRESETS))

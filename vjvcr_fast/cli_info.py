@@ -56,7 +56,8 @@ def report(root: str) -> Iterator[tuple[str, str]]:
 
 
 def presets(names: Iterable[str]) -> str:
-    """A table with a column for each of these presets and a row for every field that is not the same in all.
+    """A table with a column for each of these presets and a row for every field that is not the same in all; of one
+    preset alone, for every field.
 
     Raises ConfigError for a name that is not a preset's."""
     chosen = {name: preset(name) for name in names}
@@ -64,7 +65,7 @@ def presets(names: Iterable[str]) -> str:
     lines = [["", *row] for row in itertools.zip_longest(*heads, fillvalue="")]
     for name in fields():
         values = [shown(attrgetter(name)(config)) for config in chosen.values()]
-        if len(set(values)) > 1:
+        if len(set(values)) > 1 or len(chosen) == 1:
             lines.append([name, *values])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
