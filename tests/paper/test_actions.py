@@ -234,7 +234,9 @@ def test_figures_2_and_4(config: Config, tmp_path: Path) -> None:
         assert said in text
 
 
-def test_the_ceiling(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ceiling(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Before figure 2 is made it is the supervised network's alone, afterwards that of linear maps from h_y as well."""
     monkeypatch.setattr(ceiling, "STEPS", 2)
     text = module.ceiling(config, tmp_path, seeds=(0, 1))
@@ -248,6 +250,9 @@ def test_the_ceiling(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert found["linear"] == {}
     train(config, tmp_path / "vj-vcr-seed0")
     assert "on the differences of h_y of vj-vcr-seed0" in module.ceiling(config, tmp_path, seeds=(0,))
+    fewer = override(config, {"data.frames_out": config.data.frames_out - 1})
+    assert module._model_of(tmp_path / "vj-vcr-seed0", fewer) is None
+    assert "vj-vcr-seed0 is a run of another data.frames_out" in capsys.readouterr().err
 
 
 def test_the_supervised_network_learns(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Both figures use the same runs. The probe and the spectra are in latent_probes.p
 
 import dataclasses
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
@@ -13,11 +14,11 @@ from typing import cast
 import torch
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config, ConfigError, override, resolve_device
+from vjvcr_fast.config import Config, ConfigError, differences, override, resolve_device
 from vjvcr_fast.data.video.clips import VideoClips
 from vjvcr_fast.evaluation.ceiling import actions_ceiling, linear_ceilings
 from vjvcr_fast.evaluation.latent_probes import evaluate_actions
-from vjvcr_fast.models.energy import ROWS
+from vjvcr_fast.models.energy import ROWS, EnergyModel
 from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows, prepare
 from vjvcr_fast.paper.store import Store
@@ -37,6 +38,7 @@ PAPER_FIGURE4 = {
     "generative": {"sigma_1": 8.5e3, "sigma_500": 47.0, "sigma_1000": 13.0, "first_500": 0.87},
 }
 INDICES = (1, 500, 1000)
+FRAMES = ("data.canvas", "data.frames_in", "data.frames_out", "data.stride")  # what a model must share with a ceiling
 ROWS_ARE = "encoder outputs of all frames of the validation videos, one row a video and time step, not centred"
 
 
@@ -109,8 +111,9 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     """Measures which mAP can be asked of figure 2 at these pixels and with these videos.
 
     A small network is trained on the actions in the target frames of a quarter, half and all of the training videos.
-    Where `figure2` has made VJ-VCR's run of the first seed in `out`, linear probes read them from its h_y too. Writes
-    CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done here.
+    Where `figure2` has made VJ-VCR's run of the first seed in `out`, of such frames, linear probes read them from its
+    h_y too. Writes CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done
+    here.
 
     Raises ConfigError if the latent is not "actions"; else as `prepare`.
     """
@@ -121,22 +124,34 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     fitted, held_out = (cast(VideoClips, build_videos(config, of, "probe", device)) for of in (train, validation))
     lines, found = pages.table_head(["training videos", "mAP, %", "on the training videos"]), {}
     print("\n".join(lines), flush=True)
-    for count in (len(fitted) // parts for parts in (4, 2, 1)):
+    for count in sorted({max(len(fitted) // parts, 1) for parts in (4, 2, 1)}):
         configs = (override(config, {"train.seed": seed}) for seed in seeds)
         found[count] = [actions_ceiling(of, fitted, held_out, count) for of in configs]
         maps = (pages.percent(found[count], key, "") for key in ("map", "map_fitted"))
         lines.append(pages.table_row([f"{count:,}", *maps]))
         print(lines[-1], flush=True)
-    linear = linear_ceilings(load_run(run)[1], fitted, held_out, config) if (run / "best.pt").exists() else {}
+    model = _model_of(run, config)
+    linear = linear_ceilings(model, fitted, held_out, config) if model else {}
     side = config.data.canvas
     notes = [
         f"A small network is trained on the actions in each target frame of {side}x{side} pixels. Training data: "
         f"{train.source}; validation: {validation.source}; {pages.named_seeds(seeds)}.",
         *(f"A linear probe with a ridge on {name} of {run.name}: {100 * value:.1f}." for name, value in linear.items()),
     ]
-    described = {"data": dataclasses.asdict(config.data) | {"root": ""}, "machine": pages.machine(config)}
+    described = {"data": dataclasses.asdict(config.data) | {"root": "", "cache": ""}, "machine": pages.machine(config)}
     numbers = described | {"seeds": [*seeds], "supervised": found, "linear": linear}
     return pages.write_page(out, "ceiling", "What the target frames tell about the actions", lines, notes, numbers)
+
+
+def _model_of(run: Path, config: Config) -> EnergyModel | None:
+    """The model of a run of these frames, or None. Says on stderr if there is one, but of other frames."""
+    if not (run / "best.pt").exists():
+        return None
+    trained, model = load_run(run)
+    others = [name for name in differences(trained, config) if name in FRAMES]
+    if others:
+        print(f"no linear probes: {run} is a run of another {', '.join(others)}", file=sys.stderr)
+    return None if others else model
 
 
 def _check(config: Config) -> None:
