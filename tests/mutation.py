@@ -69,9 +69,9 @@ losses vjvcr_fast/losses/cpu.py test_losses test_losses_interfaces test_uses
 + ctx.__dict__.get("gradients", None)
 - if g_loss is not None and g_variance is None and g_covariance is None:
 + if g_loss is not None:
-- elif torch._C._len_torch_dispatch_stack() or g_loss.item() != 1:
-+ elif torch._C._len_torch_dispatch_stack():
-- and hs[0].dtype == analytic.compute_dtype(hs[0]) and not hooked
+- if found is not None and (torch._C._len_torch_dispatch_stack() or g_loss.item() != 1):
++ if found is not None and torch._C._len_torch_dispatch_stack():
+- and h.dtype == analytic.compute_dtype(h) and not hooked
 + and not hooked
 losses vjvcr_fast/losses/cpu.py test_uses
 - and not hooked
@@ -156,7 +156,7 @@ data vjvcr_fast/data/video/cache.py test_clips test_fuzz_files
 - first = old.first if old is not None and old.frames == video.frames else self._next
 + first = old.first if old is not None else self._next
 training vjvcr_fast/training/loop.py test_training test_safety
-- self.history = [row.to(self.processes.device) for row in state["history"]]
+- self.history = [row.to(self.processes.device) for row in state["history"] if len(row) == columns]
 + self.history = []
 training vjvcr_fast/training/loop.py test_calibration test_training
 - self.update.latents.weight = state.get("latent_weight", self.update.latents.weight)

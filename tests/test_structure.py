@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mutation
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +87,13 @@ def test_top_level_folders() -> None:
     assert (ROOT / "kernels" / "__init__.py").is_file()
     assert not (PACKAGE / "kernels").exists()  # the source lies at the top; it is installed inside
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_every_fault_of_mutation_fits() -> None:
+    """What a fault replaces is in the code, and the tests that should notice are there."""
+    for fault in mutation.FAULTS:
+        mutation.changed(fault, ROOT)
+        assert all(mutation.located(ROOT, (name,)) for name in fault.tests), fault
 
 
 PROBE = """
