@@ -47,6 +47,7 @@ def reproduce(arguments: Namespace) -> None:
     seeds = parse("--seeds", tuple[int, ...], arguments.seeds)
     if len(set(seeds)) != len(seeds):
         raise ConfigError(f"--seeds={arguments.seeds}: must be different numbers")
+    store = open_store(arguments.results)
     roots = {name: given for name in SIMULATED if (given := getattr(arguments, name))}
     if arguments.target == "all":
         _reproduce_all(arguments, seeds, roots)
@@ -61,7 +62,7 @@ def reproduce(arguments: Namespace) -> None:
     at_once = processes_for(arguments.processes, config)
     print(f"reproduce {arguments.target}: {where}; unfinished runs are resumed, finished ones are kept", flush=True)
     use_one_thread(arguments, config)
-    text = getattr(module, function)(config, out, seeds, at_once, open_store(arguments.results))
+    text = getattr(module, function)(config, out, seeds, at_once, store)
     files = [out / name for name in getattr(module, f"{function.upper()}_FILES")]
     print(f"\n{text}\nwrote {', '.join(str(file) for file in files if file.exists())}")
 

@@ -188,6 +188,9 @@ def test_which_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own.mkdir(parents=True)
     assert open_store(None) == Store(own, writes=False)
     assert open_store("off") is None
+    (tmp_path / "file").touch()
+    for target in ("table1", "all"):  # before anything is trained
+        assert main(["reproduce", target, "--results", str(tmp_path / "file")]) == 2
 
 
 def test_a_folder_that_is_only_read(tmp_path: Path, tiny_mini: Config) -> None:

@@ -92,10 +92,15 @@ class Store(NamedTuple):
 
 
 def open_store(asked: str | None) -> Store | None:
-    """The store that --results asks for, or None for "off". Without the option: that of a checkout, only to read."""
+    """The store that --results asks for, or None for "off". Without the option: that of a checkout, only to read.
+
+    Raises ConfigError if it is not a folder.
+    """
     if asked == OFF:
         return None
     if asked:
+        if Path(asked).exists() and not Path(asked).is_dir():
+            raise ConfigError(f"--results={asked}: not a folder")
         checkout()  # remembered from now on: the checkout may change while runs are trained
         return Store(Path(asked), writes=True)
     own = package_parent() / "docs" / "results" / "runs"
