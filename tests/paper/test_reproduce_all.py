@@ -79,6 +79,15 @@ def test_folders_that_are_given_are_used(tmp_path: Path) -> None:
     assert reproduce_all._data("cater", "cater-small", tmp_path, {"cater": "/somewhere"}, {}) == "/somewhere"
 
 
+@pytest.mark.parametrize(("root", "strided"), [("cater-videos", True), ("mine", False)])
+def test_of_simulated_videos_every_frame_is_taken(tmp_path: Path, monkeypatch, root: str, strided: bool) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(reproduce_all, "_run", lambda command, log: asked.extend(command))
+    part = next(part for part in PARTS if part.files == "cater")
+    reproduce_all._make(part, "cater-small", tmp_path, {}, str(tmp_path / root), [])
+    assert ("--data.stride=1" in asked) == strided
+
+
 def test_full_presets_simulate_nothing(tmp_path: Path) -> None:
     left_out = reproduce_all._data("cater", "cater", tmp_path, {}, {})
     assert left_out == "left out: give the folder of its videos, --cater DIR"

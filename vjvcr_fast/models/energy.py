@@ -63,7 +63,7 @@ class EnergyModel(nn.Module):
     and within a frame its mean (distance="mean") or its sum (distance="sum").
 
     gamma also says in which unit pixels are compared: values divided by a deviation s have 1 / s^2 times the error.
-    Equation (7), the generative rows', has no gamma: with pixels in [0, 1] it is 1.
+    Equation (7), the generative rows', has no gamma, and the paper does not say the unit of its pixels.
 
     With `sigreg`, sigreg_weight SIGReg(h_x, h_y) takes the place of the second bracket. Its directions are a function
     of its seed and of the number of training steps, which is a buffer of the model.

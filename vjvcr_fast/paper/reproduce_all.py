@@ -41,7 +41,7 @@ SIMULATED = {
     "clevrer-mini": ["--videos", "300", "--size", "120,80", "--no-shadows"],
     "clevrer-small": ["--videos", "2000", "--size", "120,80", "--no-shadows"],
     "cater-mini": ["--videos", "400", "--size", "120,80", "--no-shadows"],
-    "cater-small": ["--videos", "4000", "--size", "160,120", "--no-shadows"],
+    "cater-small": ["--videos", "4000", "--size", "160,120", "--stride", "15"],
 }
 
 
@@ -138,6 +138,8 @@ def _make(part: Part, name: str, out: Path, options: Mapping[str, str], root: st
     of_digits = ("data.root", "data.download") if part.files else ()
     fields |= {field: value for field, value in options.items() if field not in of_digits}
     fields |= {"data.root": root} if root else {}
+    if root == str(out / f"{part.files}-videos") and "--stride" in SIMULATED[name]:
+        fields["data.stride"] = 1  # only the frames that are sampled were drawn
     folder = out / part.folder
     command = ["reproduce", part.target, "--preset", name, "--out", str(folder), *always]
     command += [f"--{field}={value}" for field, value in fields.items()]
