@@ -311,6 +311,7 @@ class TestDirections:
         assert sigreg(h, seed=1, directions=30) == one
         assert sigreg(h, seed=torch.tensor([1]), directions=30) == one
         assert sigreg(h, seed=1 + 2**64, directions=30) == one
+        assert sigreg(h, seed=np.int64(1), directions=np.int32(30)) == one
         assert len({float(sigreg(h, seed=seed, directions=30)) for seed in (1, 2, -1, 2**40)}) == 4
         assert relative(sigreg(h, seed=1, directions=30, backend="torch"), one) <= tolerances.FLOAT32
         assert relative(sigreg(h, seed=1, directions=30, backend="reference"), one) <= tolerances.FLOAT32
@@ -325,6 +326,12 @@ class TestDirections:
         assert losses[0] == losses[1]
         assert losses[0][0] != losses[0][1]
         assert torch.get_rng_state().equal(before)
+        torch.set_default_dtype(torch.float64)
+        try:
+            again = [float(sigreg(h, directions=30, generator=generators[0].manual_seed(3)))]
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert again == losses[0][:1], "the default dtype has no say"
 
     def test_another_layout(self):
         h, directions = random(9, 2, 6), directions_of(6, 30)

@@ -15,6 +15,7 @@ from test_losses_interfaces import Recorder
 from test_sigreg import CONVENTIONS, directions_of, judge, random
 from tolerances import relative
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from vjvcr_fast import native, reference
 from vjvcr_fast.losses import SIGRegLoss, projections, sigreg
@@ -187,6 +188,21 @@ class TestCompiled:
             with torch._dynamo.config.patch(error_on_recompile=i > 0):
                 compiled(leaf).backward()
             assert relative(leaf.grad, judge(leaf, DIRECTIONS)[1]) <= tolerances.COMPILED
+
+    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+    def test_seeds_that_change_are_one_graph(self, backend):
+        """Or two: at first the compiler takes a number for a constant. Of numbers it knows those of int64."""
+        counter = CompileCounterWithBackend(backend)
+        compiled = torch.compile(
+            lambda h, seed: sigreg(h, seed=seed, directions=COUNT), backend=counter, fullgraph=True
+        )
+        for seed in (0, 5, -3, 2**62):
+            assert relative(compiled(H, seed), sigreg(H, seed=seed, directions=COUNT)) <= tolerances.COMPILED
+        assert counter.frame_count <= 2
+        for seed in (7, 8, 9):
+            found = compiled(H, torch.tensor(seed))
+            assert relative(found, sigreg(H, seed=seed, directions=COUNT)) <= tolerances.COMPILED
+        assert counter.frame_count <= 3
 
     def test_double_backward_is_refused(self):
         leaf = random(*SHAPE).requires_grad_()

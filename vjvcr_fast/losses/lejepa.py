@@ -4,6 +4,7 @@ The equation is `vjvcr_fast.reference.sigreg`. This file checks the arguments, d
 that computes the loss; `projections` has it. What is said of types, strides, NaN and the GPU in `vcr` holds here, too.
 """
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -87,7 +88,8 @@ class SIGRegLoss(nn.Module):
     calls after the same training step use the same directions, and how often one validates changes nothing.
 
     With a group, all processes must have made as many calls. Leave the module out of torch.utils.checkpoint: its second
-    forward pass would count as another call.
+    forward pass would count as another call. Transforms of torch.func that take gradients allow no counting, as with
+    batch norm: there use evaluation mode, or `sigreg` with a seed.
     """
 
     step: Tensor
@@ -135,15 +137,18 @@ class SIGRegLoss(nn.Module):
 
 
 def _whole(name: str, value: Any, least: int | None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    if isinstance(value, bool) or not isinstance(value, Integral):  # NumPy's are whole numbers, too
         raise TypeError(f"{name}={value!r}: a whole number is needed")
-    if least is not None and value < least:
-        raise ValueError(f"{name}={value}: at least {least} is needed")
-    return value
+    number = int(value)
+    if least is not None and number < least:
+        raise ValueError(f"{name}={number}: at least {least} is needed")
+    return number
 
 
 def _int64(number: int) -> int:
     """`number` modulo 2^64, as int64 holds it."""
+    if -(2**63) <= number < 2**63:  # torch.compile has no larger numbers, so it must not see the next line
+        return number
     return (number + 2**63) % 2**64 - 2**63
 
 
@@ -184,7 +189,7 @@ def _directions(
             "generator. SIGRegLoss counts its calls and needs neither"
         )
     if generator is not None:
-        normal = torch.randn(d, count, generator=generator, device=generator.device)
+        normal = torch.randn(d, count, generator=generator, device=generator.device, dtype=torch.float32)
         return projections.unit(normal.to(h.device, dtype))
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1:
