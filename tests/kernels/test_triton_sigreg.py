@@ -266,6 +266,19 @@ class TestSurroundings:
         arguments = (*arguments[:2], sums, torch.tensor(2.0, device=DEVICE), *arguments[2:5], 2, 10)
         assert set(torch.library.opcheck(torch.ops.vjvcr.sigreg_backward.default, arguments).values()) == {"SUCCESS"}
 
+    @pytest.mark.parametrize("settings", [Settings(5), Settings(4, 2.0, True), Settings(5, 2.0, True, False)])
+    def test_the_operator_by_itself_can_be_differentiated(self, settings):
+        """In graphs, torch.export's too, it has no Python around it."""
+        hs = [random(*SHAPE).requires_grad_(), random(*SHAPE, seed=1), random(*SHAPE, seed=2).requires_grad_()]
+        divisor = projections.divisor_of(settings, len(hs[0]), 3 * SHAPE[1] * COUNT)
+        numbers = settings.above, settings.step, settings.half, divisor
+        loss, _ = torch.ops.vjvcr.sigreg(hs, DIRECTIONS.float(), *numbers)
+        right = judge(torch.cat(hs, dim=1), DIRECTIONS, **settings._asdict())[1].split(SHAPE[1], dim=1)
+        for once in (False, True):
+            found = torch.autograd.grad(loss, hs[::2], retain_graph=True, create_graph=not once)
+            for gradient, expected in zip(found, right[::2], strict=True):
+                assert relative(gradient, expected) <= bounds(torch.float32)[1]
+
     def test_only_who_must_see_operations_gets_the_operators(self, monkeypatch):
         leaf, mode = random(*SHAPE).requires_grad_(), Watched()
         with mode:

@@ -28,7 +28,16 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
 from vjvcr_fast import native, reference
-from vjvcr_fast.losses import VCRLoss, VICRegLoss, covariance_penalty, variance_hinge, vcr_loss
+from vjvcr_fast.losses import (
+    SIGRegLoss,
+    VCRLoss,
+    VICRegLoss,
+    covariance_penalty,
+    projections,
+    sigreg,
+    variance_hinge,
+    vcr_loss,
+)
 
 ALPHA, BETA = 1.7, 0.4
 WIDE, TALL = (4, 3, 6), (6, 2, 3)  # the Gram form's shape and the covariance form's
@@ -58,11 +67,26 @@ def right_loss(h: Tensor, *settings: float) -> Tensor:
     return reference.vcr(h, *(settings or (ALPHA, BETA)))[0]
 
 
+def sigreg_of(h: Tensor) -> Tensor:
+    return sigreg(h, seed=3, directions=20)
+
+
+def drawn(h: Tensor) -> Tensor:
+    return projections.drawn(3, h.shape[-1], 20, h.device, native.MISSING is None).to(h.dtype)
+
+
+def right_sigreg(h: Tensor) -> Tensor:
+    return reference.sigreg(h, drawn(h))
+
+
+BOTH = pytest.mark.parametrize(("loss_of", "right"), [(loss_of, right_loss), (sigreg_of, right_sigreg)])
+
+
 def right_gradient(h: Tensor, *settings: float) -> Tensor:
     return grad(lambda h: right_loss(h, *settings))(h.detach())
 
 
-def gradient_of(h: Tensor) -> Tensor:
+def gradient_of(h: Tensor, loss_of: Function = loss_of) -> Tensor:
     leaf = h.clone().requires_grad_()
     loss_of(leaf * 1).backward()  # of what is no leaf
     return leaf.grad
@@ -78,15 +102,15 @@ def assert_right(loss: Tensor, gradient: Tensor, h: Tensor, *settings: float) ->
 
 
 def everything(h: Tensor) -> Tensor:
-    """The results of all losses, (6,)."""
-    vcr = vcr_loss(h, alpha=ALPHA, beta=BETA)
-    return torch.stack([*vcr, variance_hinge(h), covariance_penalty(h), VICRegLoss()(h, h.square())])
+    """The results of all losses, (7,)."""
+    vcr, of_drawn = vcr_loss(h, alpha=ALPHA, beta=BETA), sigreg(h, directions=drawn(h))
+    return torch.stack([*vcr, variance_hinge(h), covariance_penalty(h), VICRegLoss()(h, h.square()), of_drawn])
 
 
 def right_everything(h: Tensor) -> Tensor:
     vcr, both = reference.vcr(h, ALPHA, BETA), torch.cat([h, h.square()], dim=1)
     vicreg = 25 * reference.variance_hinge(both) + 2 * reference.covariance_penalty(both)
-    return torch.stack([*vcr, *vcr[1:], 25 * F.mse_loss(h, h.square()) + vicreg])
+    return torch.stack([*vcr, *vcr[1:], 25 * F.mse_loss(h, h.square()) + vicreg, right_sigreg(h)])
 
 
 def batch(h: Tensor, *sizes: int) -> Tensor:
@@ -211,20 +235,23 @@ class TestGraphs:
                 loss.backward()
             assert_right(loss, leaf.grad, leaf)
 
-    def test_compiled_backward(self, h):
+    @BOTH
+    def test_compiled_backward(self, loss_of, right, h):
         """The loss itself is not compiled."""
         leaf = h.clone().requires_grad_()
         loss = loss_of(leaf)
         with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
             (3 * loss).backward()
-        assert_right(loss, leaf.grad / 3, h)
+        assert_same(loss, right(h))
+        assert_same(leaf.grad / 3, grad(right)(h))
 
-    def test_export(self, h):
+    @BOTH
+    def test_export(self, loss_of, right, h):
         """Loaded again, it is trained with any N and T."""
 
         class Loss(nn.Module):
             def forward(self, h: Tensor) -> Tensor:
-                return vcr_loss(h, alpha=ALPHA, beta=BETA, form="gram").loss
+                return sigreg_of(h) if loss_of is sigreg_of else vcr_loss(h, alpha=ALPHA, beta=BETA, form="gram").loss
 
         n, t = torch.export.Dim("n", min=2), torch.export.Dim("t")
         file = io.BytesIO()
@@ -233,19 +260,21 @@ class TestGraphs:
         leaf = random(h.shape[0] + 2, h.shape[1] + 1, h.shape[2]).requires_grad_()
         loss = torch.export.load(file).module()(leaf)
         loss.backward()
-        assert_right(loss, leaf.grad, leaf)
+        assert_same(loss, right(leaf))
+        assert_same(leaf.grad, grad(right)(leaf.detach()))
 
+    @BOTH
     @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
-    def test_make_fx(self, mode, h):
+    def test_make_fx(self, mode, loss_of, right, h):
         def step(h: Tensor) -> Tensor:
             leaf = h.detach().requires_grad_()
             return torch.autograd.grad(loss_of(leaf), leaf)[0]
 
         other = 1.1 * h
-        assert_same(make_fx(step, tracing_mode=mode)(h)(other), right_gradient(other))
+        assert_same(make_fx(step, tracing_mode=mode)(h)(other), grad(right)(other))
         leaf = other.clone().requires_grad_()
         make_fx(loss_of, tracing_mode=mode)(h)(leaf).backward()
-        assert_same(leaf.grad, right_gradient(other))
+        assert_same(leaf.grad, grad(right)(other))
 
     def test_fake_tensors(self, h):
         with FakeTensorMode():
@@ -254,7 +283,12 @@ class TestGraphs:
             (2 * terms.loss).backward(retain_graph=True)
             (gradient,) = torch.autograd.grad(terms.variance, leaf, create_graph=True)
             gradient.sum().backward()
-        assert (terms.loss.dtype, leaf.grad.shape) == (torch.float32, h.shape)
+            module = SIGRegLoss(directions=20)
+            loss = module([leaf, leaf])
+            (2 * loss).backward(retain_graph=True)
+            (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            gradient.sum().backward()
+        assert (terms.loss.dtype, loss.dtype, leaf.grad.shape) == (torch.float32, torch.float32, h.shape)
 
 
 class TestAutograd:
@@ -268,13 +302,15 @@ class TestAutograd:
             functools.partial(graph.saved_tensors_hooks, pickle.dumps, pickle.loads),
         ],
     )
+    @BOTH
     @pytest.mark.filterwarnings("ignore:Anomaly Detection")
-    def test_contexts(self, context, h):
+    def test_contexts(self, context, loss_of, right, h):
         with context():
-            gradient = gradient_of(h)
-        assert_same(gradient, right_gradient(h))
+            gradient = gradient_of(h, loss_of)
+        assert_same(gradient, grad(right)(h))
 
-    def test_hooks_see_all_that_is_kept(self, h):
+    @pytest.mark.parametrize("loss_of", [loss_of, sigreg_of])
+    def test_hooks_see_all_that_is_kept(self, loss_of, h):
         """Nothing as large as h is kept beside what they see."""
         seen: list[Tensor] = []
         leaf = h.clone().requires_grad_()
@@ -283,7 +319,8 @@ class TestAutograd:
         assert sum(x.shape == h.shape for x in seen) == 1
         assert not hasattr(loss.grad_fn, "gradients")
 
-    def test_an_input_that_has_changed(self, h):
+    @pytest.mark.parametrize("loss_of", [loss_of, sigreg_of])
+    def test_an_input_that_has_changed(self, loss_of, h):
         leaf = h.clone().requires_grad_()
         x = leaf * 1
         loss = loss_of(x)
@@ -291,8 +328,9 @@ class TestAutograd:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
-    def test_accumulation_and_a_graph_that_is_retained(self, h):
-        loss, right = loss_of(leaf := h.clone().requires_grad_()), right_gradient(h)
+    @BOTH
+    def test_accumulation_and_a_graph_that_is_retained(self, loss_of, right, h):
+        loss, right = loss_of(leaf := h.clone().requires_grad_()), grad(right)(h)
         loss.backward(retain_graph=True)
         (0.5 * loss).backward(retain_graph=True)
         loss.backward()
@@ -361,6 +399,9 @@ class TestModules:
 
     @pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
     def test_copies(self, copied, h):
+        counting = SIGRegLoss(directions=20)
+        counting(h)
+        assert torch.equal(copied(counting)(h), counting(h))
         module, vicreg = VCRLoss(ALPHA, torch.tensor(BETA, dtype=torch.float64), eps=1e-2), VICRegLoss(nu_param=3.0)
         module(h)
         assert torch.equal(copied(module)(h).loss, module(h).loss)
@@ -368,11 +409,13 @@ class TestModules:
 
 
 class TestSideBySide:
-    def test_threads(self, h):
+    @BOTH
+    def test_threads(self, loss_of, right, h):
         scaled = [factor * h for factor in range(1, 21)]
         with ThreadPoolExecutor(4) as pool:
-            for gradient, x in zip(pool.map(gradient_of, scaled), scaled, strict=True):
-                assert_same(gradient, right_gradient(x))
+            found = pool.map(functools.partial(gradient_of, loss_of=loss_of), scaled)
+            for gradient, x in zip(found, scaled, strict=True):
+                assert_same(gradient, grad(right)(x))
 
     def test_a_forked_process(self):
         """After threads were used. Like every parallel operation of torch it needs torch.set_num_threads(1) there, as
@@ -386,6 +429,35 @@ class TestSideBySide:
         finally:
             torch.set_num_threads(before)
         assert_same(found, right_gradient(h))
+
+
+def test_a_module_that_counts_under_transforms(h):
+    """Not where they allow it to change nothing: but its own error says so, and evaluation mode has no such limit."""
+    module = SIGRegLoss(directions=20)
+    vmap(module)(batch(h, 2))
+    assert module.step == 1
+    with pytest.raises(RuntimeError, match="mutate a captured Tensor"):
+        grad(module)(h)
+    module.eval()
+    assert relative(grad(module)(h), gradient_of(h, module)) <= tolerances.FLOAT32
+
+
+@pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
+@pytest.mark.parametrize("name", ["loss", "sums"])
+def test_the_operators_of_sigreg_by_themselves_can_be_differentiated(name, h):
+    leaf, grid = h.clone().requires_grad_(), projections.Settings().grid(h.device)
+    a, scale = projections.unit(random(h.shape[2], 20)), 1 / (h[..., 0].numel() * 20)
+    if name == "loss":
+        loss, made = torch.ops.vjvcr.sigreg_cpu(leaf, a, grid, False, scale)
+    else:
+        loss = projections.loss_of(torch.ops.vjvcr.sigreg_sums_cpu(leaf, a, grid, False), grid, scale)
+    first, second = grad(lambda h: reference.sigreg(h, a)), grad(squared_gradient(lambda h: reference.sigreg(h, a)))
+    assert_same(torch.autograd.grad(3 * loss, leaf, retain_graph=True)[0], 3 * first(h))
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    assert_same(gradient, first(h))
+    assert_same(torch.autograd.grad(gradient.square().sum(), leaf, retain_graph=True)[0], second(h))
+    if name == "loss":
+        assert_same(torch.autograd.grad(made.square().sum(), leaf)[0], second(h))
 
 
 @pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")

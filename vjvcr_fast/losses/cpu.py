@@ -1,8 +1,9 @@
-"""The loss on a CPU as one compiled operator (csrc/vcr_cpu.cpp), with autograd.
+"""VCR on a CPU as one compiled operator (csrc/vcr_cpu.cpp), with autograd.
 
 `terms` is for eager mode. Forward also computes the gradient of the loss, while h is in the cache, and backward
 multiplies it by the incoming gradient, unless that is 1. What forward did not compute, backward computes from h.
-The operator by itself can be differentiated, too: that is for graphs, which hold it without our Python around it.
+The operator by itself can be differentiated, too: that is for graphs, which hold it without our Python around it. So
+can those of SIGReg (csrc/sigreg_cpu.cpp), for which projections.py has all the rest.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vjvcr_fast import native
-from vjvcr_fast.losses import analytic
+from vjvcr_fast.losses import analytic, projections
 from vjvcr_fast.losses.analytic import Incoming, Settings, Terms
 
 
@@ -84,5 +85,43 @@ def _backward(ctx: Any, *incoming: Any) -> tuple[Any, ...]:
     return _gradients(ctx, incoming[:3]), *(None,) * (len(ctx.settings) + 1)
 
 
+# -- SIGReg ---------------------------------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    h, directions, grid, ctx.half, *ctx.scale = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(h, directions, grid, *([output[1]] if ctx.scale else []))
+
+
+def _backward_of_sums(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+    h, directions, grid = ctx.saved_tensors
+    with analytic.full_precision(h):
+        if analytic.followed((incoming,)):
+            with torch.enable_grad():
+                sums = projections.plain_sums(h, directions, grid)
+            (found,) = torch.autograd.grad(sums, h, incoming, create_graph=True)
+        else:
+            factors = (incoming.flip(1) * grid[0].to(incoming.dtype)[:, None]).contiguous()
+            found = torch.ops.vjvcr.sigreg_gradient_cpu(h, directions, grid, ctx.half, factors)
+    return found, None, None, None
+
+
+def _backward_of_loss(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+    h, directions, grid, gradient = ctx.saved_tensors
+    g_loss, g_gradient = incoming
+    if g_loss is not None and g_gradient is None and not analytic.followed(incoming):
+        found = gradient * g_loss.to(gradient.dtype)
+    else:
+        with torch.enable_grad(), analytic.full_precision(h):
+            loss = projections.loss_of(projections.plain_sums(h, directions, grid), grid, *ctx.scale)
+            both = (loss, *torch.autograd.grad(loss, h, create_graph=True))
+            kept = [(x, g) for x, g in zip(both, incoming, strict=True) if g is not None]
+            (found,) = torch.autograd.grad([x for x, _ in kept], h, [g for _, g in kept], create_graph=True)
+    return found, None, None, None, None
+
+
 if native.MISSING is None:
     torch.library.register_autograd("vjvcr::vcr_cpu", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("vjvcr::sigreg_sums_cpu", _backward_of_sums, setup_context=_keep)
+    torch.library.register_autograd("vjvcr::sigreg_cpu", _backward_of_loss, setup_context=_keep)

@@ -182,15 +182,17 @@ def plain(
     """
     grid = settings.grid(hs[0].device)
     scale = 1 / divisor_of(settings, n, sum(h.shape[1] for h in hs) * directions.shape[1])
-    t, phi = grid[:2].to(directions.dtype)
     with full_precision(hs[0]):
-        parts = []
-        for h in hs:
-            x = h.transpose(0, 1).to(directions.dtype) @ directions
-            angles = x.unsqueeze(1) * t[:, None, None]  # (T, J, N, K)
-            sums = torch.stack([angles.cos().sum(2) - len(h) * phi[:, None], angles.sin().sum(2)], 1)
-            parts.append(loss_of(total(sums), grid, scale))
+        parts = [loss_of(total(plain_sums(h, directions, grid)), grid, scale) for h in hs]
         return reduce(torch.add, parts).to(directions.dtype)
+
+
+def plain_sums(h: Tensor, directions: Tensor, grid: Tensor) -> Sums:
+    """`sums_of` by such operations."""
+    t, phi = grid[:2].to(directions.dtype)
+    x = h.transpose(0, 1).to(directions.dtype) @ directions
+    angles = x.unsqueeze(1) * t[:, None, None]  # (T, J, N, K)
+    return torch.stack([angles.cos().sum(2) - len(h) * phi[:, None], angles.sin().sum(2)], 1)
 
 
 # -- Its gradient ---------------------------------------------------------------------------------------------------
@@ -353,11 +355,42 @@ def _differentiable(
     incoming: Tensor,
 ) -> list[Tensor]:
     """The same, by operations that autograd can differentiate."""
-    views = [h.view_as(h) for h in hs]  # a tensor that is there twice has two gradients
     shards = work.shards
-    if shards is None:
-        loss = plain(views, directions, settings, len(hs[0]))
-    else:
-        loss = plain(views, directions, settings, shards.total, lambda x: distributed.summed(x, shards.group))
+    with torch.enable_grad():  # it is off while many gradients are computed at once
+        views = [h.view_as(h) for h in hs]  # a tensor that is there twice has two gradients
+        if shards is None:
+            loss = plain(views, directions, settings, len(hs[0]))
+        else:
+            loss = plain(views, directions, settings, shards.total, lambda x: distributed.summed(x, shards.group))
     wanted = [view for view, need in zip(views, needed, strict=True) if need]
     return list(torch.autograd.grad(loss, wanted, incoming, create_graph=True))
+
+
+# -- The Triton operator by itself, for graphs that hold it without `SIGReg` around it ------------------------------
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    hs, directions, *ctx.numbers = inputs
+    ctx.set_materialize_grads(False)
+    ctx.needed = [h.requires_grad for h in hs]
+    ctx.save_for_backward(directions, *hs, *output[1])
+
+
+def _operator_backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
+    directions, *saved = ctx.saved_tensors
+    hs, kept = saved[: len(ctx.needed)], saved[len(ctx.needed) :]
+    above, step, half, divisor = ctx.numbers
+    n, count = len(hs[0]), sum(h.shape[1] for h in hs) * directions.shape[1]
+    scaled = divisor == divisor_of(Settings(), n, count)
+    settings = Settings(*((2 * above, (above - 0.5) * step) if half else (above + 1, above * step)), half, scaled)
+    work = Work(False, triton=True)
+    if analytic.followed((incoming,)):
+        found = _differentiable(settings, directions, work, hs, ctx.needed, incoming)
+    else:
+        kept = [sums for sums, need in zip(kept, ctx.needed, strict=True) if need]
+        found = _from_sums(settings, directions, work, hs, ctx.needed, incoming, kept)
+    rest = iter(found)
+    return [next(rest) if need else None for need in ctx.needed], None, None, None, None, None
+
+
+ops.sigreg_operator.register_autograd(_operator_backward, setup_context=_setup_context)
