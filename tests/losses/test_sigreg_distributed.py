@@ -53,6 +53,8 @@ def _processes(rank: int, world: int) -> dict[str, Any]:
     if world == 2:
         compiled = torch.compile(module.eval(), backend="eager")
         found["compiled"] = float(compiled(leaf)), float(module(leaf))
+    alone = dist.new_group([rank], use_local_synchronization=True)
+    found["alone"] = float(sigreg(leaf[:1], seed=1, group=alone)), float(sigreg(leaf[:1], seed=1))
     try:
         sigreg(leaf, seed=1, group=dist.group.WORLD, backend="reference")
     except ValueError as error:
@@ -86,4 +88,5 @@ def test_several_processes_are_like_one(world: int, tmp_path: Path) -> None:
     assert relative(ours, world**2 * second) <= 1e-6
     for found in everyone:
         assert world > 2 or found["compiled"][0] == found["compiled"][1]
+        assert relative(torch.tensor(found["alone"][0]), torch.tensor(found["alone"][1])) <= 1e-6
         assert found["error"] == "backend='reference' computes the loss of one process alone: it takes no group"

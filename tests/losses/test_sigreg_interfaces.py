@@ -35,7 +35,7 @@ class TestErrors:
         ("h", "error", "message"),
         [
             (torch.randn(5), ValueError, r"shape \(5,\) and dtype torch.float32"),
-            (torch.ones(0, 20), ValueError, r"shape \(0, 20\)"),
+            (torch.ones(0, 20), ValueError, r"shape \(0, 20\).*: N >= 1 is needed$"),
             (torch.ones(4, 3, dtype=torch.int64), TypeError, r"shape \(4, 3\) and dtype torch.int64"),
             ([], ValueError, "empty sequence"),
             ([torch.ones(4, 3), torch.ones(5, 3)], ValueError, r"h\[1\] has shape \(5, 3\).*\(4, 3\)"),

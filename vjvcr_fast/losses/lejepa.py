@@ -65,7 +65,7 @@ def sigreg(
         ValueError: if directions is a number and neither seed nor generator is given, or both are; if it is a tensor of
             another shape than (d, K) or on another device, or is given with a seed or generator; if knots < 2, limit
             is not positive, or directions < 1; for what `vcr_loss` says of h, backend, group and samples, except
-            that N = 1 is allowed without a group. TypeError: as `vcr_loss`; if the directions or the seed require a
+            that N = 1 is allowed. TypeError: as `vcr_loss`; if the directions or the seed require a
             gradient or are no numbers.
         RuntimeError: as `vcr_loss`.
     """
@@ -228,6 +228,6 @@ def _work(hs: list[Tensor], backend: str, shards: distributed.Shards | None = No
 def _over_processes(
     hs: list[Tensor], settings: Settings, a: Tensor, backend: str, group: Any, samples: Samples
 ) -> Tensor:
-    hs, work = _work(hs, backend, distributed.shards(hs, group, samples))
+    hs, work = _work(hs, backend, distributed.shards(hs, group, samples, least=1))
     found: Tensor = projections.SIGReg.apply(settings, a, work, [False] * len(hs), *hs)
     return found

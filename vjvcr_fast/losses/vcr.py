@@ -262,7 +262,8 @@ def _checked(h: Representations, least: int) -> list[Tensor]:
         if tensor.ndim < 2:
             raise ValueError(f"{_described(name, tensor)}: (N, d) or (N, ..., d) is needed")
         if shape[0] < least:
-            raise ValueError(f"{_described(name, tensor)}: N >= {least} is needed, the variance is over the batch")
+            why = ", the variance is over the batch" if least > 1 else ""
+            raise ValueError(f"{_described(name, tensor)}: N >= {least} is needed{why}")
         if 0 in shape:
             raise ValueError(f"{_described(name, tensor)}: it is empty")
         if tensor.dtype != first.dtype:
