@@ -297,9 +297,9 @@ def test_regions_take_turns_there_and_back():
 
     host = Host(lambda: now)
     regions = {"a": timing.Region(passing("a", 8.0), passes=4), "b": timing.Region(passing("b", 12.0))}
-    times = timing.take_turns(host, regions, seconds=0.06, fewest=1, most=5)
-    assert times == {"a": [2.0] * 3, "b": [12.0] * 3}, "60 ms hold three rounds of 20 ms"
-    assert "".join(order) == "ab" + "ab" + "ba" + "ab", "the first does not count"
+    times = timing.take_turns(host, regions, seconds=0.12, fewest=1, most=5)
+    assert times == {"a": [2.0] * 3, "b": [12.0] * 3}, "120 ms hold three rounds of 20 ms, each region run twice"
+    assert "".join(order) == "ab" + "aabb" + "bbaa" + "aabb", "the first does not count"
     assert host.sweeps == 8
     assert len(timing.take_turns(host, regions, 0.0, fewest=2, most=5)["a"]) == 2
     assert len(timing.take_turns(host, regions, 9.0, fewest=2, most=5)["a"]) == 5
