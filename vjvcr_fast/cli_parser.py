@@ -24,6 +24,7 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("-h", "--help", action=_Help, nargs=0, default=argparse.SUPPRESS, help="show this and end")
 
     def error(self, message: str) -> NoReturn:
+        """Prints one line on stderr and ends with exit code 2."""
         print(f"{self.prog}: {message}", file=sys.stderr)
         sys.exit(2)
 

@@ -36,6 +36,7 @@ class ConfigError(ValueError):
 
 
 def at_least(least: int, words: str = "") -> Allowed:
+    """Allows values from `least` on. words: what an error says is allowed, if it is not just that."""
     return words or f"at least {least}", lambda value: value >= least
 
 

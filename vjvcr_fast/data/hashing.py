@@ -37,6 +37,7 @@ class Orders:
         self.kept: dict[int, Tensor] = {}
 
     def of(self, epoch: int) -> Tensor:
+        """The order of an epoch, (n,) int64 on `device`: the same for the same seed, stream and epoch."""
         order = self.kept.get(epoch)
         if order is None:
             # The hash is one-to-one, so there are no ties, and all devices sort alike.

@@ -49,6 +49,7 @@ class Supervised(nn.Module):
         )
 
     def forward(self, frames: Tensor) -> Tensor:
+        """Frames (N, T, 3, H, W), float in [0, 1] -> one logit for each of CLASSES and frame, (N, CLASSES, T)."""
         steps = frames.diff(dim=1)
         before, after = F.pad(steps, (0, 0, 0, 0, 0, 0, 1, 0)), F.pad(steps, (0, 0, 0, 0, 0, 0, 0, 1))
         seen = torch.cat([frames - 0.5, 4 * before, 4 * after], dim=2).flatten(0, 1)

@@ -105,6 +105,7 @@ class Rule(NamedTuple):
         return x, self.project(torch.where(v * x > 0, v, 0) if self.weight > 0 else v)
 
     def project(self, z: Tensor) -> Tensor:
+        """z with every entry brought into [low, high]."""
         return z.clamp(self.low, self.high)
 
 
@@ -309,15 +310,18 @@ def _diagnosis(start: _State, found: _Found, lost: Tensor, rule: Rule) -> str:
 
 
 def result(z: Tensor, energy: Tensor, steps: Tensor) -> LatentResult:
+    """A LatentResult of z (N, ...), energy (N,) and steps (N,), with the fraction of zeros in each sample's z."""
     return LatentResult(z, energy, steps, (z == 0).flatten(1).to(z.dtype).mean(dim=1))
 
 
 def checked(energy: Tensor, n: int) -> Tensor:
+    """The energy, if its shape is (n,). Raises ValueError otherwise."""
     require(energy.shape == (n,), f"energy(z) has shape {tuple(energy.shape)}: {(n,)}, one per sample, is needed")
     return energy
 
 
 def require(condition: bool, message: str) -> None:
+    """Raises ValueError with the message unless the condition holds."""
     if not condition:
         raise ValueError(message)
 

@@ -46,6 +46,7 @@ class MLPEnergy:
         return F.linear(u, self.w3, self.b3) - self.target
 
     def to(self, dtype: torch.dtype) -> "MLPEnergy":
+        """The same energy with all tensors in another dtype."""
         # Written out: Dynamo of torch 2.11 cannot go through the fields of a frozen dataclass.
         own = self.p, self.w1z, self.w2, self.b2, self.w3, self.b3, self.target
         return MLPEnergy(*(tensor.to(dtype) for tensor in own))

@@ -32,9 +32,13 @@ Method = Literal["fista", "ista", "newton"]
 class LatentModel(Protocol):
     """What `infer_from` needs of a model. `vjvcr_fast.models.energy.EnergyModel` has it."""
 
-    def modules(self) -> Iterator[nn.Module]: ...
+    def modules(self) -> Iterator[nn.Module]:
+        """The model and all its parts, which are put into evaluation mode while z* is inferred."""
+        ...
 
-    def latent_energy(self, h_x: Tensor, h_y: Tensor | None, y: Tensor | None = None) -> LatentEnergy: ...
+    def latent_energy(self, h_x: Tensor, h_y: Tensor | None, y: Tensor | None = None) -> LatentEnergy:
+        """The terms of the energy that depend on z, as a function of z. Arguments: see `Latent.infer_from`."""
+        ...
 
 
 class Latent(ABC):
@@ -51,17 +55,19 @@ class Latent(ABC):
     ) -> LatentResult:
         """z* = argmin_z energy(z) for each of n samples.
 
-        energy: z (N, ...) -> (N,). Each sample's energy depends on its own z only. Must be differentiable by
-            torch.func, unless z is discrete. Autocast is off while it runs. Tensors that it closes over may require
-            gradients; they get none.
-        device, dtype: of z; float32 or float64.
-        z0: where to start, of z's shape, with any strides; None is 0. A discrete latent ignores it.
+        Args:
+            energy: z (N, ...) -> (N,). Each sample's energy depends on its own z only. Must be differentiable by
+                torch.func, unless z is discrete. Autocast is off while it runs. Tensors that it closes over may require
+                gradients; they get none.
+            n: the number of samples.
+            device, dtype: of z; float32 or float64.
+            z0: where to start, of z's shape, with any strides; None is 0. A discrete latent ignores it.
 
         In a CUDA graph: set check=False, and infer once with the same sizes before the capture, in which no kernel can
         be loaded. The compiled operators raise a RuntimeError if that was forgotten.
 
-        Raises: ValueError for a wrong n, dtype, z0 or shape of the energy, and if method="newton" does not serve;
-            NonFiniteEnergyError, unless check=False.
+        Raises ValueError for a wrong n, dtype, z0 or shape of the energy, and if method="newton" does not serve;
+        NonFiniteEnergyError, unless check=False.
         """
         shape = (n, *self._shape())
         require(n >= 1, f"n={n}: at least one sample is needed")
@@ -88,7 +94,7 @@ class Latent(ABC):
 
         h_x: (N, T_x, d). h_y: (N, T_y, d). y: (N, T_y, C, H, W), for a model with a pixel term. z0: as for `infer`.
 
-        Raises: as `infer`; ValueError if the predictor has no such latent, or if the energy needs h_y or y.
+        Raises what `infer` raises; ValueError if the predictor has no such latent, or if the energy needs h_y or y.
         """
         dtype = compute_dtype(h_x)
         with _evaluation(model), apart(h_x):
@@ -238,7 +244,8 @@ class ContinuousLatent(_Descended):
         lr: the first step size, or the only one if step_rule="fixed".
         momentum: in [0, 1). It restarts at 0, for one step, if the energy would rise.
         clamp: (low, high), for example (0, 1) for actions; z0 is projected, too.
-        The others are those of SparseLatent.
+
+    The other arguments are those of SparseLatent.
     """
 
     shape: Sequence[int]

@@ -268,11 +268,13 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def forward(settings: Settings, *hs: Tensor) -> tuple[Tensor, ...]:
+        """hs: (N, T, d) each. Returns the three terms, then squares and product of each block."""
         values, moments = plain(hs, settings)
         return *values, *(tensor for each in moments for tensor in each[:2] if tensor is not None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Saves hs and what forward kept for backward."""
         settings, *hs = inputs
         kept = output[3:]
         ctx.mark_non_differentiable(*kept)
@@ -282,6 +284,7 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        """incoming: dL/d of each output, None if there is none. Returns dL/dh of each tensor that needs it."""
         settings: Settings = ctx.settings
         saved = iter(ctx.saved_tensors)  # read once: torch.utils.checkpoint allows no more
         hs = [next(saved) for _ in ctx.blocks]

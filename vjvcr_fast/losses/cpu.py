@@ -60,6 +60,7 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, made: Sequence[bool], *hs: Tensor) -> Terms:
+        """hs: (N, T, d) each. Keeps hs, and the gradients that were made."""
         with torch._C._AutoDispatchBelowAutograd():
             loss, variance, covariance, gradients = torch.ops.vjvcr.vcr_cpu(hs, *settings, made)
         ctx.set_materialize_grads(False)
@@ -71,6 +72,7 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        """incoming: dL/d of each term, None if there is none. Returns dL/dh of each tensor that needs it."""
         return None, None, *_gradients(ctx, incoming)
 
 

@@ -42,6 +42,7 @@ class Shards(NamedTuple):
 
     @property
     def world(self) -> int:
+        """The number of processes."""
         return len(self.samples)
 
     @property

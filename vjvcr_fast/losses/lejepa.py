@@ -116,6 +116,10 @@ class SIGRegLoss(nn.Module):
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
 
     def forward(self, h: Representations) -> Tensor:
+        """h: as for `sigreg`. Returns a scalar.
+
+        In training mode the next call takes other directions; in evaluation mode it takes the same ones.
+        """
         seed = splitmix(self.seed, self.step)
         if self.training:
             self.step += 1
@@ -133,6 +137,7 @@ class SIGRegLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What `print(module)` shows."""
         return f"directions={self.directions}, seed={self.seed}, knots={self.knots}, limit={self.limit}"
 
 

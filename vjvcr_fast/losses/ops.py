@@ -104,6 +104,7 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, settings: Settings, *hs: Tensor) -> Terms:
+        """hs: (N, T, d) each. Keeps hs and what the kernels of backward read."""
         loss, variance, covariance, kept = _forward(hs, settings)
         ctx.set_materialize_grads(False)
         ctx.settings, ctx.needed = settings, list(ctx.needs_input_grad[1:])
@@ -112,6 +113,7 @@ class VCR(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *incoming: Tensor | None) -> tuple[Tensor | None, ...]:
+        """incoming: dL/d of each term, None if there is none. Returns dL/dh of each tensor that needs it."""
         return None, *_gradients(ctx, incoming)
 
 

@@ -293,6 +293,7 @@ class SIGReg(torch.autograd.Function):
     def forward(
         ctx: Any, settings: Settings, directions: Tensor, work: Work, made: Sequence[bool], *hs: Tensor
     ) -> Tensor:
+        """hs: (N, T, d) each. Keeps hs, and the gradients that were made or else the sums."""
         needed = ctx.needs_input_grad[4:]
         found = evaluate(settings, directions, work, made, hs)
         # Either all tensors that need a gradient have one by now, or none has.
@@ -305,6 +306,7 @@ class SIGReg(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
+        """incoming: dL/dloss, a scalar. Returns dL/dh of each tensor that needs it."""
         settings, work, needed = ctx.settings, ctx.work, ctx.needed
         directions, *saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
         hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]

@@ -191,6 +191,7 @@ class VCRLoss(nn.Module):
         self.covariance_divisor: Divisor = covariance_divisor
 
     def forward(self, h: Representations) -> VCRTerms:
+        """h: as for `vcr_loss`. Returns its three terms and raises its errors."""
         return vcr_loss(
             h,
             alpha=self.alpha,
@@ -208,6 +209,7 @@ class VCRLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
+        """What `print(module)` shows."""
         return f"alpha={self.alpha}, beta={self.beta}, threshold={self.threshold}, eps={self.eps}"
 
 

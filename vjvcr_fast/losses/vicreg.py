@@ -101,4 +101,5 @@ class VICRegLoss(nn.Module):
         return VICRegTerms(loss, invariance, hinges * variance, 2.0 * covariance) if self.return_terms else loss
 
     def extra_repr(self) -> str:
+        """What `print(module)` shows."""
         return f"lambda_param={self.lambda_param}, mu_param={self.mu_param}, nu_param={self.nu_param}"

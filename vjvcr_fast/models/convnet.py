@@ -72,6 +72,7 @@ class ConvEncoder(nn.Module):
         self.window = size // 8 // pool
 
     def forward(self, frames: Tensor) -> Tensor:
+        """frames (N, T, C, S, S) -> representations (N, T, d)."""
         n, t = frames.shape[:2]
         maps = _over_time(self.temporal, self.spatial(frames.flatten(0, 1)), t)
         return F.avg_pool2d(maps, self.window).reshape(n, t, self.d)
@@ -95,6 +96,7 @@ class ConvDecoder(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
+        """h (N, T, d) -> frames (N, T, C, S, S)."""
         n, t = h.shape[:2]
         maps = h.reshape(n * t, -1, self.pool, self.pool)
         maps = F.interpolate(maps, scale_factor=self.window).contiguous(memory_format=torch.channels_last)
@@ -160,6 +162,7 @@ class MLPPredictor(LatentPredictor):
         self.add_latent(latent_dim, hidden)
 
     def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+        """h_x (N, T_x, d), and z (N, m) if there is a latent -> predicted h_y (N, T_y, d)."""
         self.check_latent(z, len(h_x), self.latent_dim if self.heads == 1 else self.heads)
         if self.heads == 1 or z is None:
             return self._frames(self.layers[4](self.hidden(h_x, z)))

@@ -61,6 +61,7 @@ class SimVPEncoder(nn.Module):
         self.last = nn.Conv2d(channels[-1], features, 1)
 
     def forward(self, frames: Tensor) -> Tensor:
+        """frames (N, T, C, S, S) -> representations (N, T, d)."""
         n, t = frames.shape[:2]
         maps = self.last(run(self.stages, frames.flatten(0, 1), self.checkpoint and self.training))
         return maps.permute(0, 2, 3, 1).reshape(n, t, self.d)
@@ -88,6 +89,7 @@ class SimVPDecoder(nn.Module):
         self.last = nn.Conv2d(channels[0], in_channels, 1)
 
     def forward(self, h: Tensor) -> Tensor:
+        """h (N, T, d) -> frames (N, T, C, S, S)."""
         n, t = h.shape[:2]
         features, height, width = self.map
         maps = h.reshape(n * t, height, width, features).permute(0, 3, 1, 2)

@@ -63,6 +63,7 @@ class SwinPredictor(LatentPredictor):
         self.add_latent(latent_dim, dim)
 
     def forward(self, h_x: Tensor, z: Tensor | None = None) -> Tensor:
+        """h_x (N, T_x, d), and z (N, m) if there is a latent -> predicted h_y (N, T_y, d)."""
         self.check_latent(z, len(h_x), self.latent_dim)
         channels, height, width = self.map
         n, t = h_x.shape[:2]
@@ -111,6 +112,7 @@ class WindowAttention(nn.Module):
         self.register_buffer("apart", _apart(grid, window, shift), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (N, H, W, dim) -> the same shape."""
         n, height, width, dim = x.shape
         a, b = self.window
         rows, columns = height // a, width // b

@@ -77,10 +77,12 @@ def futures_of(table: Table, row: str) -> tuple[Config, VideoSource, Callable[..
 
 
 def table_row(cells: Sequence[str]) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 
 def table_head(titles: Sequence[str]) -> list[str]:
+    """The two lines that begin a Markdown table."""
     return [table_row(titles), "|" + " --- |" * len(titles)]
 
 

@@ -44,6 +44,7 @@ class Store(NamedTuple):
     writes: bool
 
     def file(self, run: Path, config: Config) -> Path:
+        """The file of a run's results: only the run's name and the config's preset count."""
         return self.folder / config.preset / f"{run.name}.json"
 
     def take(self, run: Path, config: Config, measured: str) -> Kept | None:

@@ -74,6 +74,7 @@ class Sweep(NamedTuple):
 
     @property
     def entries(self) -> list[Entry]:
+        """The entries of all settings, in the file's order."""
         return [entry for entries in self.settings.values() for entry in entries]
 
 

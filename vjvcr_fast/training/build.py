@@ -37,9 +37,17 @@ class VideoSource(Protocol):
     """Gives videos by their numbers: the same number, the same video."""
 
     @property
-    def device(self) -> torch.device: ...
-    def batch(self, start_index: int, n: int) -> Batch: ...
-    def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> Iterator[Batch]: ...
+    def device(self) -> torch.device:
+        """Where the frames are delivered."""
+        ...
+
+    def batch(self, start_index: int, n: int) -> Batch:
+        """The n videos from number start_index on."""
+        ...
+
+    def batches(self, step: int, n: int, rank: int = 0, world: int = 1) -> Iterator[Batch]:
+        """Batches of n videos without end, from batch number `step` on. Each of `world` processes gets n other ones."""
+        ...
 
 
 def build_model(config: Config, device: torch.device) -> EnergyModel:

@@ -63,6 +63,7 @@ class DuringForward:
 
     @torch._disable_dynamo  # the compiler cannot look into the operators, and would unroll the loop
     def __call__(self, h_x: Tensor, h_y: Tensor | None, y: Tensor) -> Tensor:
+        """z* of the batch, for EnergyModel's forward. Keeps what was measured."""
         found = self.latents.infer_from(h_x, h_y, y)
         self.measured = found.measured
         return cast(Tensor, found.z)

@@ -63,10 +63,12 @@ def simulate_cater(
 
 
 def video_path(out: Path, number: int) -> Path:
+    """The file of a video in the folder `out`."""
     return out / "videos" / f"CLEVR_new_{number:06d}.avi"
 
 
 def scene_path(out: Path, number: int) -> Path:
+    """The file that says what happens in a video. It is written when the video is complete."""
     return out / "scenes" / f"CLEVR_new_{number:06d}.json"
 
 

@@ -144,10 +144,12 @@ class State:
         self.flights: list[tuple[Body, list[tuple[float, float]]]] = []  # each object lifted in it, and its path
 
     def begin(self) -> None:
+        """Begins a stretch: nothing moves, and each object takes the place where it stands."""
         self.moving, self.flights = set(), []
         self.taken = {name: [place] for name, place in self.places.items()}
 
     def content(self, cone: str) -> str | None:
+        """The object that a cone hides, or None."""
         return next((name for name, around in self.inside.items() if around == cone), None)
 
     def is_free(self, name: str, place: tuple[float, float], without: Sequence[str | None] = ()) -> bool:
@@ -162,6 +164,7 @@ class State:
         return all(_apart(body, a, other, b) for other, others in self.flights for a in way for b in others)
 
     def move(self, name: str, movement: Movement) -> Movement:
+        """Makes a movement of an object, with what it carries, and returns it."""
         self.moving |= {name, *filter(None, (movement.other, movement.carried))}
         if movement.action in ("_pick_place", "_contain"):
             self.flights.append((self.bodies[name], _way(self.places[name], movement.goal)))
@@ -296,6 +299,7 @@ class Stage:
         self._names = [body.instance for body in bodies]
 
     def show(self, frame: dict[str, Pose]) -> None:
+        """Moves each object to its pose in the frame, {instance: Pose}."""
         for i, name in enumerate(self._names):
             place, yaw, pitch = frame[name]
             self.data.mocap_pos[i] = place

@@ -96,6 +96,7 @@ class Facts(NamedTuple):
 
     @property
     def mirrored(self) -> bool:
+        """Whether stored frames are shown as in a mirror: the matrix has a negative determinant."""
         a, b, c, d = self.matrix
         return a * d - b * c < 0
 
