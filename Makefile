@@ -17,7 +17,7 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup train test test-slow check format aot bench bench-compare has-gpu clean
+.PHONY: help setup train test test-slow check format docs aot bench bench-compare has-gpu clean
 .PHONY: gpu gpu-smoke gpu-bench gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-paper
 
 help:  ## list the targets
@@ -31,7 +31,7 @@ $(VENV)/.train: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,hub,dev]'
+	@$(PIP) --no-build-isolation --editable '.[train,video,torchcodec,dali,simulate,hub,docs,dev]'
 	@touch $@
 
 setup: $(VENV)/.train  ## no more than the install that `make train` needs
@@ -53,6 +53,9 @@ check: $(VENV)/.dev  ## linter, formatter, types
 format: $(VENV)/.dev  ## format and fix in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.dev  ## the documentation site, in site/; a link that leads nowhere fails
+	$(BIN)/mkdocs build --strict
 
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there: registers, spills, tensor cores; 3 minutes
 	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/kernels/test_aot.py
@@ -148,4 +151,4 @@ gpu-paper: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, in pieces: the full 
 	done
 
 clean:  ## remove the virtual environments and caches; runs/ stays
-	rm -rf $(VENV) $(GPU_VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
