@@ -60,7 +60,7 @@ docs: $(VENV)/.dev  ## the documentation site, in site/; a link that leads nowhe
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there: registers, spills, tensor cores; 3 minutes
 	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/kernels/test_aot.py
 
-bench: $(VENV)/.dev  ## benchmarks against the reference, a quarter of an hour; ARGS=--full: all of them, three quarters
+bench: $(VENV)/.dev  ## benchmarks against the reference, a quarter of an hour; ARGS=--full: all of them, an hour
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
 bench-compare: $(VENV)/.dev  ## REF=<commit>: its speed against the working tree's, run alternately; fails over 10%

@@ -71,7 +71,7 @@ STARTED = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="more rounds and larger shapes (three quarters of an hour)")
+    parser.addoption("--full", action="store_true", help="more rounds and larger shapes (an hour)")
     parser.addoption("--seconds", type=float, default=float("inf"), help="leaves out tests that would begin later")
     results = records.ROOT / "benchmarks" / "results"
     parser.addoption("--results", type=Path, default=results, help="the folder of the files")
