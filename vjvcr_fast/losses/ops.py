@@ -205,42 +205,28 @@ vcr.register_autograd(_operator_backward, setup_context=_setup_context)
 # -- SIGReg ---------------------------------------------------------------------------------------------------------
 
 
-def sigreg(
+def sigreg(hs: Sequence[Tensor], *arguments: Any) -> tuple[Tensor, list[Tensor]]:
+    """`_sigreg`, by its operator where something wants to see that."""
+    return (sigreg_operator if _watched(hs) else _sigreg)(hs, *arguments)
+
+
+def sigreg_backward(hs: Sequence[Tensor], *arguments: Any) -> list[Tensor]:
+    """`_sigreg_backward`, by its operator where something wants to see that."""
+    return (sigreg_backward_operator if _watched(hs) else _sigreg_backward)(hs, *arguments)
+
+
+def _sigreg(
     hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss of tensors (N, T, d), features side by side, as a float32 scalar; and D and S of each, (T, 2, J, K).
 
     directions: (d, K), float32. knots: J. step, half: t_j is step * (1, ... J), or half a step less. divisor: T K N^2
     / F, a whole number, which torch.compile can leave open. See projections.py.
+    Raises ValueError if the features of a tensor are not adjacent in memory.
     """
-    if _watched(hs):
-        return sigreg_operator(hs, directions, knots, step, half, divisor)
-    return _sigreg(hs, directions, knots, step, half, divisor)
-
-
-def sigreg_backward(
-    hs: Sequence[Tensor],
-    directions: Tensor,
-    sums: Sequence[Tensor],
-    incoming: Tensor,
-    knots: int,
-    step: float,
-    half: bool,
-    times: int,
-    divisor: int,
-) -> list[Tensor]:
-    """dL/dh of each tensor. sums: its D and S. incoming: dL/dloss, a scalar. times: 2, or 2 times the
-    number of processes."""
-    if _watched(hs):
-        return sigreg_backward_operator(hs, directions, sums, incoming, knots, step, half, times, divisor)
-    return _sigreg_backward(hs, directions, sums, incoming, knots, step, half, times, divisor)
-
-
-def _sigreg(
-    hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
-) -> tuple[Tensor, list[Tensor]]:
     from vjvcr_fast.kernels import sigreg as kernels
 
+    _check_strides(hs)
     with _device_of(hs[0]):
         return kernels.forward(hs, directions, kernels.Knots(knots, step, half), 1 / divisor)
 
@@ -256,6 +242,8 @@ def _sigreg_backward(
     times: int,
     divisor: int,
 ) -> list[Tensor]:
+    """dL/dh of each tensor. sums: its D and S. incoming: dL/dloss, a scalar. times: 2, or 2 times the number of
+    processes."""
     from vjvcr_fast.kernels import sigreg as kernels
     from vjvcr_fast.kernels.vcr import like
 
@@ -266,13 +254,8 @@ def _sigreg_backward(
     return outs
 
 
-@torch.library.custom_op("vjvcr::sigreg", mutates_args=())
-def sigreg_operator(
-    hs: Sequence[Tensor], directions: Tensor, knots: int, step: float, half: bool, divisor: int
-) -> tuple[Tensor, list[Tensor]]:
-    """See `sigreg`. Raises ValueError if the features of a tensor are not adjacent in memory."""
-    _check_strides(hs)
-    return _sigreg(hs, directions, knots, step, half, divisor)
+sigreg_operator = torch.library.custom_op("vjvcr::sigreg", _sigreg, mutates_args=())
+sigreg_backward_operator = torch.library.custom_op("vjvcr::sigreg_backward", _sigreg_backward, mutates_args=())
 
 
 @sigreg_operator.register_fake
@@ -280,22 +263,6 @@ def _(hs, directions, knots, step, half, divisor):  # type: ignore[no-untyped-de
     count = directions.shape[1]
     found = [h.new_empty((h.shape[1], 2, knots, count), dtype=torch.float32) for h in hs]
     return directions.new_empty((), dtype=torch.float32), found
-
-
-@torch.library.custom_op("vjvcr::sigreg_backward", mutates_args=())
-def sigreg_backward_operator(
-    hs: Sequence[Tensor],
-    directions: Tensor,
-    sums: Sequence[Tensor],
-    incoming: Tensor,
-    knots: int,
-    step: float,
-    half: bool,
-    times: int,
-    divisor: int,
-) -> list[Tensor]:
-    """See `sigreg_backward`."""
-    return _sigreg_backward(hs, directions, sums, incoming, knots, step, half, times, divisor)
 
 
 @sigreg_backward_operator.register_fake
