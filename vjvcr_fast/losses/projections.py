@@ -307,64 +307,63 @@ class SIGReg(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, incoming: Tensor) -> tuple[Tensor | None, ...]:
         """incoming: dL/dloss, a scalar. Returns dL/dh of each tensor that needs it."""
-        settings, work, needed = ctx.settings, ctx.work, ctx.needed
         directions, *saved = ctx.saved_tensors  # read once: torch.utils.checkpoint allows no more
         hs, kept = saved[: ctx.tensors], saved[ctx.tensors :]
         if analytic.followed((incoming,)):
-            found = _differentiable(settings, directions, work, hs, needed, incoming)
+            found = _differentiable(ctx, directions, hs, incoming)
         elif not any(ctx.made):
-            found = _from_sums(settings, directions, work, hs, needed, incoming, kept)
+            found = _from_sums(ctx, directions, hs, incoming, kept)
         else:
             made = ctx.__dict__.pop("gradients", None)  # given away once: it may be changed
             if made is None:
-                made = evaluate(settings, directions, work, ctx.made, hs).gradients
+                made = evaluate(ctx.settings, directions, ctx.work, ctx.made, hs).gradients
             one = not torch._C._len_torch_dispatch_stack() and incoming.item() == 1
             found = made if one else [gradient.mul_(incoming) for gradient in made]
         rest = iter(found)
-        return None, None, None, None, *(next(rest) if need else None for need in needed)
+        return None, None, None, None, *(next(rest) if need else None for need in ctx.needed)
 
 
 def _from_sums(
-    settings: Settings,
-    directions: Tensor,
-    work: Work,
-    hs: Sequence[Tensor],
-    needed: Sequence[bool],
-    incoming: Tensor,
-    kept: Sequence[Sums],
+    ctx: Any, directions: Tensor, hs: Sequence[Tensor], incoming: Tensor, kept: Sequence[Sums]
 ) -> list[Tensor]:
     """The gradients of the tensors that are needed. kept: their sums."""
-    wanted = [h for h, need in zip(hs, needed, strict=True) if need]
+    settings, work = ctx.settings, ctx.work
+    wanted = [h for h, need in zip(hs, ctx.needed, strict=True) if need]
     # Every process returns the whole loss, so what comes in counts it as often as there are processes.
     times, divisor = 2 * (work.shards.world if work.shards else 1), _divisor(settings, directions, work, hs)
     with full_precision(hs[0]):
         if work.triton:
             numbers = settings.above, settings.step, settings.half, times, divisor
             return ops.sigreg_backward(wanted, directions, kept, incoming, *numbers)
-        grid = settings.grid(hs[0].device)
-        return [
-            gradient_of(h, directions, settings, coefficients(each, grid, incoming * (times / divisor)), work.native)
-            for h, each in zip(wanted, kept, strict=True)
-        ]
+        grid, factor = settings.grid(hs[0].device), incoming * (times / divisor)
+
+        def of(h: Tensor, sums: Sums) -> Tensor:
+            return gradient_of(h, directions, settings, coefficients(sums, grid, factor), work.native)
+
+        return [_by_steps(of, h, sums) for h, sums in zip(wanted, kept, strict=True)]
 
 
-def _differentiable(
-    settings: Settings,
-    directions: Tensor,
-    work: Work,
-    hs: Sequence[Tensor],
-    needed: Sequence[bool],
-    incoming: Tensor,
-) -> list[Tensor]:
+def _by_steps(of: Callable[[Tensor, Sums], Tensor], h: Tensor, sums: Sums) -> Tensor:
+    """of(h, sums), of an eighth of the time steps at once, since coefficients are as large as the sums."""
+    few = h.shape[1] // 8
+    if torch.compiler.is_compiling() or few == 0:
+        return of(h, sums)
+    made = torch.empty_like(h)
+    for to, x, part in zip(made.split(few, 1), h.split(few, 1), sums.split(few), strict=True):
+        to.copy_(of(x, part))
+    return made
+
+
+def _differentiable(ctx: Any, directions: Tensor, hs: Sequence[Tensor], incoming: Tensor) -> list[Tensor]:
     """The same, by operations that autograd can differentiate."""
-    shards = work.shards
+    settings, shards = ctx.settings, ctx.work.shards
     with torch.enable_grad():  # it is off while many gradients are computed at once
         views = [h.view_as(h) for h in hs]  # a tensor that is there twice has two gradients
         if shards is None:
             loss = plain(views, directions, settings, len(hs[0]))
         else:
             loss = plain(views, directions, settings, shards.total, lambda x: distributed.summed(x, shards.group))
-    wanted = [view for view, need in zip(views, needed, strict=True) if need]
+    wanted = [view for view, need in zip(views, ctx.needed, strict=True) if need]
     return list(torch.autograd.grad(loss, wanted, incoming, create_graph=True))
 
 
@@ -384,13 +383,13 @@ def _operator_backward(ctx: Any, incoming: Tensor, *_: Any) -> tuple[Any, ...]:
     above, step, half, divisor = ctx.numbers
     n, count = len(hs[0]), sum(h.shape[1] for h in hs) * directions.shape[1]
     scaled = divisor == divisor_of(Settings(), n, count)
-    settings = Settings(*((2 * above, (above - 0.5) * step) if half else (above + 1, above * step)), half, scaled)
-    work = Work(False, triton=True)
+    ctx.settings = Settings(*((2 * above, (above - 0.5) * step) if half else (above + 1, above * step)), half, scaled)
+    ctx.work = Work(False, triton=True)
     if analytic.followed((incoming,)):
-        found = _differentiable(settings, directions, work, hs, ctx.needed, incoming)
+        found = _differentiable(ctx, directions, hs, incoming)
     else:
         kept = [sums for sums, need in zip(kept, ctx.needed, strict=True) if need]
-        found = _from_sums(settings, directions, work, hs, ctx.needed, incoming, kept)
+        found = _from_sums(ctx, directions, hs, incoming, kept)
     rest = iter(found)
     return [next(rest) if need else None for need in ctx.needed], None, None, None, None, None
 
