@@ -243,6 +243,7 @@ PAGES: dict[Path, dict[str, Part]] = {
         "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
         "study": paper("study-moving-mnist-mini", made=True),
         "study-sigreg": paper("study-sigreg-moving-mnist-mini", made=True),
+        "study-regime": paper("study-regime-moving-mnist-mini", made=True),
         "row-sigreg": paper("study-sigreg-table1-moving-mnist-mini", made=True),
     },
     ROOT / "docs" / "benchmarks.md": {
