@@ -18,7 +18,7 @@ from vjvcr_fast import reference
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.evaluation import evaluate, probes
 from vjvcr_fast.evaluation.evaluate import evaluate_run, frozen_decoder, mean_psnr
-from vjvcr_fast.evaluation.metrics import psnr
+from vjvcr_fast.evaluation.metrics import grain, psnr
 from vjvcr_fast.evaluation.probes import (
     Features,
     adam_probe,
@@ -236,6 +236,18 @@ def test_mean_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
     assert mean_psnr(videos, config, decode) == pytest.approx(expected, rel=FLOAT32)
 
 
+def test_grain_is_measured_on_black_ground_only() -> None:
+    target = torch.zeros(1, 3, 1, 32, 32)
+    target[:, 1, :, 4:12, 4:12] = 1  # in one frame: no ground in any
+    drawn = target.clone()
+    drawn[:, 1, :, 0:16, 0:16] += 0.3 * torch.rand(16, 16)  # within GRAIN_MARGIN of it
+    total, count = grain(drawn, target)
+    assert total.tolist() == [0, 0, 0]
+    assert count == 2 * 32 * 31 - 2 * 16 * 16  # every difference with an end in the corner of 16x16 is left out
+    drawn[:, 2, :, 20, 20] = 0.5
+    assert grain(drawn, target)[0].tolist() == [0, 0, 4 * 0.5]
+
+
 # -- A whole run ----------------------------------------------------------------------------------------------------
 
 
@@ -257,6 +269,8 @@ def test_evaluation(run: Path, tiny: Config) -> None:
     for name in ("speed_mse", "speed_mse_least_squares", "speed_mse_of_the_mean"):
         assert 0 < result[name] < math.inf
     assert 0 < result["psnr"] < 100
+    assert len(result["grain_by_step"]) == 3
+    assert result["grain"] == pytest.approx(sum(result["grain_by_step"]) / 3)
     assert 1 <= result["rank_me"] <= 32
     assert len(result["singular_values"]) == 32  # min(24 videos x 3 frames, d)
     assert result["singular_values"] == sorted(result["singular_values"], reverse=True)

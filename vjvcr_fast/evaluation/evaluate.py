@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from vjvcr_fast import reference
 from vjvcr_fast.config import Config
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.evaluation import probes
-from vjvcr_fast.evaluation.metrics import psnr
+from vjvcr_fast.evaluation.metrics import grain, psnr
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training import checkpoint
@@ -25,7 +26,7 @@ from vjvcr_fast.training.calibration import Latents
 from vjvcr_fast.training.loop import check_data
 from vjvcr_fast.training.step import autocast, split_frames
 
-MEASURES = 2  # version of the measurements; results of an earlier version are measured again
+MEASURES = 3  # version of the measurements; results of an earlier version are measured again
 
 
 class Subject(NamedTuple):
@@ -118,6 +119,7 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
         }
     singular = reference.singular_values(validation.encoded)
     decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
+    rough = mean_grain(held_out, config, lambda x, y: decode(latents, decoder, x, y))
     return {
         "row": config.model.row,
         "latent": config.latent.kind,  # with one, predictions are at z*, inferred from the target frames
@@ -125,6 +127,8 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
         "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
         "psnr_of_last_frame": mean_psnr(held_out, config, lambda x, y: x[:, -1:]),
+        "grain": statistics.mean(rough) if rough else None,
+        "grain_by_step": rough,
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
@@ -183,3 +187,15 @@ def mean_psnr(videos: VideoSource, config: Config, predict: Callable[[Tensor, Te
         x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
         total.append(psnr(predict(x, y), y).flatten())
     return torch.cat(total).mean().item()
+
+
+@torch.no_grad()
+def mean_grain(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+    """`metrics.grain` of predict(x, y) in each target frame, over validation videos; [] if none has black ground."""
+    totals, counts, count = [], 0, config.evaluate.validation_videos
+    for start in range(0, count, config.evaluate.probe_batch):
+        x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
+        total, differences = grain(predict(x, y), y)
+        totals.append(total)
+        counts += differences
+    return (torch.stack(totals).sum(dim=0) / counts).tolist() if counts else []

@@ -43,7 +43,7 @@ KEYS = ("preset", "config", "set", "list", "grid", "seeds", "measure")
 # The columns of the table, with digits after the point, and what else `measure` may name.
 DEFAULT = {name: digits for name, (_, digits) in COLUMNS.items()}
 DEFAULT |= {"direction_accuracy": 3, "digit_accuracy": 3, "map": 1}
-OTHERS: tuple[str, ...] = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std")
+OTHERS: tuple[str, ...] = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "grain")
 OTHERS += ("explained", "zeros", "step", "train_seconds", "evaluate_seconds")
 OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged")
 CURVES = 10  # at most so many settings have their learning curves drawn
