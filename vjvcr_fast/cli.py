@@ -137,6 +137,13 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
     add_fields(sub, base_of_run, only=("evaluate.", "data.root", "data.download", "train.device", "latent.method"))
 
+    sub = add(_report, "RUN [OPTIONS]")
+    sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not, or of an exported model")
+    sub.add_argument("--out", type=Path, metavar="FILE", help="the page to write (default: RUN/report.html)")
+    text = "if the model has no decoder, train one for the clips, as `evaluate` does (evaluate.decoder_steps)"
+    sub.add_argument("--decode", action="store_true", help=text)
+    add_fields(sub, base_of_run, only=("data.root", "train.device"))
+
     sub = add(reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
     about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
     sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, on one page")
@@ -271,6 +278,20 @@ def _show_evaluation(run: Path, config: Config) -> None:
         if not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
     print(f"these and more are in {run / file}")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    """Show a run on one page of HTML, which needs no other file.
+
+    It has the curves, how far the encoder has collapsed, the spectrum, decoded clips and the configuration. The run may
+    be unfinished: what is missing is left out, and the page says so.
+    """
+    from vjvcr_fast.paper.report import report
+
+    config = config_of_run(arguments)
+    use_one_thread(arguments, config)
+    page = report(arguments.run, config, arguments.out, arguments.decode)
+    print(f"{page} ({page.stat().st_size / 1e3:,.0f} kB)")
 
 
 def _sweep(arguments: argparse.Namespace) -> None:

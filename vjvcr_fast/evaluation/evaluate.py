@@ -174,6 +174,19 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) ->
     return decoder.eval()
 
 
+def kept_decoder(run: Path, config: Config, model: EnergyModel) -> nn.Module | None:
+    """What `frozen_decoder` would return if it need not train: None if it would have to begin anew."""
+    file = run / "decoder.pt"
+    if model.decoder is not None or not file.exists():
+        return model.decoder
+    state = checkpoint.load(file)
+    if state.get("decodes") != checkpoint.digest(run / "best.pt"):
+        return None
+    decoder = build_decoder(config).to(next(model.parameters()).device)
+    checkpoint.restore(file, state, model=decoder)
+    return decoder.eval()
+
+
 @torch.no_grad()
 def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Decoded predictions (N, T_y, C, S, S) in [0, 1] from x (N, T_x, C, S, S). y (N, T_y, C, S, S) only infers z*."""

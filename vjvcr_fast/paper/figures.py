@@ -1,9 +1,9 @@
 """The figures, drawn with matplotlib's object interface, which needs no display and changes no global state."""
 
-import io
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.reference import cumulative_spectrum
+
+Points = Sequence[tuple[int, float]]  # (step, value)
 
 # What learning curves show: the name in metrics.jsonl, and its title.
 CURVES = {
@@ -83,7 +85,44 @@ def curves(path: Path, runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
             axis.legend(fontsize=6)
 
 
-def spectrum(path: Path, singular_values: Mapping[str, Sequence[float]]) -> None:
+def lines(path: Path | BytesIO, title: str, series: Mapping[str, Points], levels: Mapping[str, float]) -> None:
+    """One panel of a run's curves. series: {label: points}. levels: {label: height} of dashed lines.
+
+    The vertical axis is logarithmic if all values are positive and span more than a factor of ten.
+    """
+    with _panels(path, (3.9, 2.7), 1) as ((axis,),):
+        for label, points in series.items():
+            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.2, marker="." if len(points) < 3 else None)
+        for i, (label, height) in enumerate(levels.items()):
+            axis.axhline(height, color="0.5", linewidth=0.9, linestyle=("--", ":")[i % 2], label=label)
+        values = [value for points in series.values() for _, value in points]
+        if min(values) > 0 and max(values) > 10 * min(values):
+            axis.set(yscale="log")
+        axis.set(xlabel="step")
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        if len(series) + len(levels) > 1:
+            axis.legend(fontsize=7)
+
+
+def film(path: Path | BytesIO, videos: Sequence[Tensor], milliseconds: int) -> None:
+    """An animation without end, as WebP: clips side by side, and below each the same clip of the next tensor.
+
+    videos: each (clips, T, C, S, S) in [0, 1]. A pixel of the file is one of the video. Colours may be slightly off,
+    since the file is compressed with losses. milliseconds: how long a frame is shown.
+    """
+    from PIL import Image
+
+    rows = [_strips(video.transpose(0, 1).expand(-1, -1, 3, -1, -1)) for video in videos]  # each (T, S, width, 3)
+    below = [torch.nn.functional.pad(row, (0, 0, 0, 0, 1, 0), value=1.0) for row in rows[1:]]  # a white line between
+    frames = torch.cat([rows[0], *below], dim=1).mul(255).round().byte().cpu().numpy()
+    first, *others = map(Image.fromarray, frames)
+    buffer = BytesIO()
+    first.save(buffer, "webp", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=90)
+    _write(path, buffer.getvalue())
+
+
+def spectrum(path: Path | BytesIO, singular_values: Mapping[str, Sequence[float]]) -> None:
     """Like the paper's figure 4: singular values (log axis), and their cumulative sum over their total.
 
     A dashed straight line shows the cumulative sum without any collapse.
@@ -166,13 +205,23 @@ def settings(path: Path, columns: Mapping[str, Mapping[str, Sequence[float]]]) -
 
 
 @contextmanager
-def _panels(path: Path, size: tuple[float, float], columns: int, rows: int = 1, **options: Any) -> Iterator[Any]:
-    """Axes (rows, columns) of a new figure, which is written to `path` at the end. size: in inches."""
+def _panels(
+    path: Path | BytesIO, size: tuple[float, float], columns: int, rows: int = 1, **options: Any
+) -> Iterator[Any]:
+    """Axes (rows, columns) of a new figure, which is written to `path` at the end, or into a buffer as PNG. size: in
+    inches."""
     figure = require_matplotlib()(figsize=size, layout="constrained")
     yield figure.subplots(rows, columns, squeeze=False, **options)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip("."), dpi=130)
-    write_atomic(path, buffer.getvalue())
+    buffer = BytesIO()
+    figure.savefig(buffer, format=path.suffix.lstrip(".") if isinstance(path, Path) else "png", dpi=130)
+    _write(path, buffer.getvalue())
+
+
+def _write(path: Path | BytesIO, content: bytes) -> None:
+    if isinstance(path, Path):
+        write_atomic(path, content)
+    else:
+        path.write(content)
 
 
 @contextmanager

@@ -282,19 +282,27 @@ def validate(
 
 
 @torch.no_grad()
-def examples(model: EnergyModel, videos: VideoSource, config: Config, latents: Latents) -> list[Tensor]:
-    """Eight held-out videos to look at: their frames and, if the model has a decoder, the predicted target frames.
+def examples(
+    model: EnergyModel,
+    videos: VideoSource,
+    config: Config,
+    latents: Latents,
+    decoder: nn.Module | None = None,
+    count: int = 8,
+) -> list[Tensor]:
+    """`count` held-out videos to look at: their frames and, if there is a decoder, the predicted target frames.
 
-    Returns one or two tensors (8, T, C, S, S) in [0, 1]; in the second the input frames are black.
+    decoder: by default the model's own. The model is left in the mode it was in. Returns one or two tensors
+    (count, T, C, S, S) in [0, 1]; in the second the input frames are black.
     """
-    clips = videos.batch(0, 8)
+    clips, training, decoder = videos.batch(0, count), model.training, decoder or model.decoder
     x, y = split_frames(clips, config)
     lines = [torch.cat([x, y], dim=1)]
-    if model.decoder is not None:
+    if decoder is not None:
         model.eval()
-        decoded = model.decoder(latents.predict(x, y, actions(clips, config)))
+        decoded = decoder(latents.predict(x, y, actions(clips, config)))
         lines.append(torch.cat([torch.zeros_like(x), decoded.clamp(0, 1)], dim=1))
-        model.train()
+        model.train(training)
     return lines
 
 
