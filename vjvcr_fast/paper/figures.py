@@ -118,7 +118,7 @@ def film(path: Path | BytesIO, videos: Sequence[Tensor], milliseconds: int) -> N
     frames = torch.cat([rows[0], *below], dim=1).mul(255).round().byte().cpu().numpy()
     first, *others = map(Image.fromarray, frames)
     buffer = BytesIO()
-    first.save(buffer, "webp", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=90)
+    first.save(buffer, "webp", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=75)
     _write(path, buffer.getvalue())
 
 
@@ -208,12 +208,13 @@ def settings(path: Path, columns: Mapping[str, Mapping[str, Sequence[float]]]) -
 def _panels(
     path: Path | BytesIO, size: tuple[float, float], columns: int, rows: int = 1, **options: Any
 ) -> Iterator[Any]:
-    """Axes (rows, columns) of a new figure, which is written to `path` at the end, or into a buffer as PNG. size: in
-    inches."""
+    """Axes (rows, columns) of a new figure, which is written to `path` at the end, or into a buffer as WebP. size:
+    in inches."""
     figure = require_matplotlib()(figsize=size, layout="constrained")
     yield figure.subplots(rows, columns, squeeze=False, **options)
     buffer = BytesIO()
-    figure.savefig(buffer, format=path.suffix.lstrip(".") if isinstance(path, Path) else "png", dpi=130)
+    how: dict[str, Any] = {"format": "webp", "pil_kwargs": {"lossless": True}}
+    figure.savefig(buffer, dpi=130, **({"format": path.suffix.lstrip(".")} if isinstance(path, Path) else how))
     _write(path, buffer.getvalue())
 
 

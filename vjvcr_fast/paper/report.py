@@ -252,7 +252,7 @@ def _clips(run: Path, trained: Trained | str, decode: bool) -> Iterator[str]:
     pause = next((pause for most, pause in MILLISECONDS.items() if frames <= most), SHORTEST)
     width = count * (data.canvas + 1) - 1
     draw = functools.partial(figures.film, videos=lines, milliseconds=pause)
-    yield _div("clips", [_picture(draw, "clips", width * max(1000 // width, 1), "webp")])
+    yield _div("clips", [_picture(draw, "clips", width * max(1000 // width, 1))])
 
 
 def _films(run: Path, trained: Trained, decode: bool) -> list[torch.Tensor] | str:
@@ -325,12 +325,12 @@ def _missing(why: str) -> str:
     return _paragraph(why, ' class="missing"')
 
 
-def _picture(draw: Callable[[BytesIO], None], title: str, width: int | None = None, kind: str = "png") -> str:
+def _picture(draw: Callable[[BytesIO], None], title: str, width: int | None = None) -> str:
     """What `draw` writes, as an image inside the page. width: in pixels, where the window is wide enough."""
     buffer = BytesIO()
     draw(buffer)
     content, size = base64.b64encode(buffer.getvalue()).decode(), f' width="{width}"' if width else ""
-    return f'<img alt="{_text(title)}"{size} src="data:image/{kind};base64,{content}">'
+    return f'<img alt="{_text(title)}"{size} src="data:image/webp;base64,{content}">'
 
 
 def _table(rows: Mapping[str, str]) -> str:
