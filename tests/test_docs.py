@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import slurm
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [*GUIDES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 NEEDS = {"own-videos": ("av", "decord", "safetensors", "tqdm", "tensorboard"), "adding-a-kernel": ("triton",)}
 NEEDS |= {"several-gpus": ("mlxtend", "tqdm", "tensorboard"), "sweeps": ("mlxtend", "tqdm", "yaml", "matplotlib")}
+NEEDS["cluster"] = (*NEEDS["sweeps"], "tensorboard")
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
@@ -65,8 +67,10 @@ def shown(guide: Path) -> dict[str, list[str]]:
 def test_every_block_runs(guide: Path, tmp_path: Path) -> None:
     for package in NEEDS.get(guide.stem, ()):
         pytest.importorskip(package)
-    folder = f"{Path(sys.executable).parent}{os.pathsep}"
-    environment = {**os.environ, "PATH": folder + os.environ["PATH"], "OMP_NUM_THREADS": "1"}
+    folders = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    if guide.stem == "cluster":
+        folders.insert(0, slurm.install(tmp_path / "slurm"))
+    environment = {**os.environ, "PATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"}
     for command in commands(tmp_path, guide):
         done = subprocess.run(
             command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False

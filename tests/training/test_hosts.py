@@ -2,12 +2,14 @@
 comes back; and the bytes that go over the link. The hosts are network namespaces (tests/hosts.py)."""
 
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import slurm
 import torch
 import torch.distributed as dist
 from hosts import Host, two_hosts
@@ -25,27 +27,30 @@ pytestmark = [
     pytest.mark.usefixtures("one_thread"),
 ]
 
-# As docs/guides/cluster.md has it. Without the variable, torchrun never lets a host in again that was started anew.
-ENVIRONMENT = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
-TORCHRUN = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3"]
-TORCHRUN += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "one:29500", "--rdzv-id", "run"]
+GUIDE = Path(__file__).parents[2] / "docs" / "guides" / "cluster.md"
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "one,two", "OMP_NUM_THREADS": "1"}
 
 
-def start(host: Host, arguments: list[str], log: Path) -> "subprocess.Popen[str]":
-    """Starts torchrun on a host. log: gets what is printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", *TORCHRUN, *arguments]
+def start(host: Host, script: Path, arguments: list[str], log: Path) -> "subprocess.Popen[str]":
+    """Does on a host what the job script does on each. log: gets what is printed."""
+    path = os.pathsep.join([str(script.parent / "slurm"), str(Path(sys.executable).parent), os.environ["PATH"]])
     with log.open("a") as file:
-        return host.start(command, env={**os.environ, **ENVIRONMENT}, stdout=file, stderr=file)
+        command = ["bash", str(script), *arguments]
+        return host.start(command, env={**os.environ, **JOB, "PATH": path}, stdout=file, stderr=file)
 
 
 def test_a_host_vanishes_and_comes_back(tmp_path: Path, embedded_digits: None) -> None:
-    """The run goes on from its last checkpoint and ends with the weights, bit for bit, of two processes that nothing
-    happened to, and with the losses of a single one."""
+    """With the guide's job script. The run goes on from its last checkpoint and ends with the weights, bit for bit, of
+    two processes that nothing happened to, and with the losses of a single one."""
     settings = {"train__steps": 60, "train__validate_every": 20}
-    again, log = tmp_path / "again", tmp_path / "log"
+    again, log, script = tmp_path / "again", tmp_path / "log", tmp_path / "train.sbatch"
+    written = re.search(r"^cat > train.sbatch <<'END'\n(.*?)^END$", GUIDE.read_text(), re.DOTALL | re.MULTILINE)
+    assert written is not None
+    script.write_text(written[1])
+    slurm.install(tmp_path / "slurm")
     with two_hosts(tmp_path) as (one, two):
-        arguments = ["-m", "vjvcr_fast", *options(again, **settings)]
-        first, second = (start(host, arguments, log) for host in (one, two))
+        _, *arguments = options(again, **settings)
+        first, second = (start(host, script, arguments, log) for host in (one, two))
         end = time.monotonic() + 120
         while not (again / "last.pt").exists():
             assert time.monotonic() < end, log.read_text()
@@ -53,7 +58,7 @@ def test_a_host_vanishes_and_comes_back(tmp_path: Path, embedded_digits: None) -
         second.kill()
         second.wait()
         assert first.poll() is None
-        second = start(two, arguments, log)
+        second = start(two, script, arguments, log)
         assert [process.wait(timeout=120) for process in (first, second)] == [0, 0], log.read_text()
     said = log.read_text()
     assert "another process of this run has ended; run the same command again to continue" in said
