@@ -175,7 +175,7 @@ def frozen_decoder(run: Path, config: Config, model: EnergyModel, data: Data) ->
 
 
 def kept_decoder(run: Path, config: Config, model: EnergyModel) -> nn.Module | None:
-    """What `frozen_decoder` would return if it need not train: None if it would have to begin anew."""
+    """The model's own decoder, or what `frozen_decoder` has trained for these weights so far, if there is either."""
     file = run / "decoder.pt"
     if model.decoder is not None or not file.exists():
         return model.decoder
