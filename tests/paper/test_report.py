@@ -6,8 +6,9 @@ import shutil
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import cater_files
 import clevrer_files
 import pytest
 import torch
@@ -207,19 +208,22 @@ def test_wrong_folders(
 
 
 @pytest.mark.slow
-def test_videos_from_files(tmp_path: Path) -> None:
-    """CLEVRER's; and after the videos are gone."""
+@pytest.mark.parametrize(("name", "files"), [("clevrer-mini", clevrer_files), ("cater-mini", cater_files)])
+def test_videos_from_files(tmp_path: Path, name: str, files: Any) -> None:
+    """Also after the videos are gone."""
     pytest.importorskip("av", reason="the extra video is not installed: no videos to test with")
     pytest.importorskip("decord", reason="the extra video is not installed: no decoder")
-    root = clevrer_files.make(tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    root = files.make(tmp_path / "data")
     small = {"data.frames_in": 2, "data.frames_out": 3, "data.stride": 1, "train.steps": 2, "train.validate_every": 2}
-    small |= {"data.root": str(root), "train.validation_videos": 8, "model.row": "generative"}
-    config = override(preset("clevrer-mini"), TINY_SIMVP | small)
+    small |= {"data.root": str(root), "train.validation_videos": 4, "latent.iterations": 2}
+    config = override(preset(name), TINY_SIMVP | small | {"model.row": "generative"})
     train(config, tmp_path / "run")
     page = Page(report(tmp_path / "run", config))
     frames = page.clips()
     assert frames.shape == (5, 33, 67, 3)
     assert (frames[..., 0] != frames[..., 2]).any()  # colours
+    assert ("z is the true actions." in page.text) == (name == "cater-mini")
     shutil.rmtree(root)
     page = Page(report(tmp_path / "run", config))
     assert f"No clips. The model or its videos cannot be used: {root}" in page.text
