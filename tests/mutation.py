@@ -186,8 +186,8 @@ evaluation vjvcr_fast/evaluation/probes.py test_evaluation test_training
 evaluation vjvcr_fast/evaluation/evaluate.py test_evaluation
 - videos.batches(done + 1, batch)
 + videos.batches(1, batch)
-- split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
-+ split_frames(videos.batch(start, config.evaluate.probe_batch), config)
+- split_frames(videos.batch(start, min(size, count - start)), config)
++ split_frames(videos.batch(start, size), config)
 evaluation vjvcr_fast/evaluation/embed.py test_embed
 - start = torch.cat([source.starts for source in sources]) * data.stride
 + start = torch.cat([source.starts for source in sources])

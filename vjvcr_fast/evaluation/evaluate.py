@@ -5,7 +5,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -195,20 +195,17 @@ def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor
 
 def mean_psnr(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
     """PSNR in dB (`metrics.psnr`) of predict(x, y) against y, averaged over target frames and validation videos."""
-    total, count = [], config.evaluate.validation_videos
-    for start in range(0, count, config.evaluate.probe_batch):
-        x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
-        total.append(psnr(predict(x, y), y).flatten())
-    return torch.cat(total).mean().item()
+    return torch.cat([psnr(predict(x, y), y).flatten() for x, y in _held_out(videos, config)]).mean().item()
 
 
-@torch.no_grad()
 def mean_grain(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
     """`metrics.grain` of predict(x, y) in each target frame, over validation videos; [] if none has black ground."""
-    totals, counts, count = [], 0, config.evaluate.validation_videos
-    for start in range(0, count, config.evaluate.probe_batch):
-        x, y = split_frames(videos.batch(start, min(config.evaluate.probe_batch, count - start)), config)
-        total, differences = grain(predict(x, y), y)
-        totals.append(total)
-        counts += differences
-    return (torch.stack(totals).sum(dim=0) / counts).tolist() if counts else []
+    totals, counts = zip(*(grain(predict(x, y), y) for x, y in _held_out(videos, config)), strict=True)
+    return (torch.stack(totals).sum(dim=0) / sum(counts)).tolist() if any(counts) else []
+
+
+def _held_out(videos: VideoSource, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
+    """Input and target frames of the validation videos, in batches."""
+    count, size = config.evaluate.validation_videos, config.evaluate.probe_batch
+    for start in range(0, count, size):
+        yield split_frames(videos.batch(start, min(size, count - start)), config)
