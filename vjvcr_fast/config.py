@@ -141,7 +141,7 @@ _PRESETS = (
         Data(frames_out=6),
         Model(channels=(8, 16, 32), hidden=512, **_DIGITS),
         train=Train(steps=5_000, batch=64, validate_every=500, validation_videos=1_024),
-        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=4_000),
+        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=2_000),
     ),
     # The paper's stochastic MovingMNIST. It has no latent until one of LATENTS is chosen.
     Config(
@@ -162,7 +162,7 @@ _PRESETS = (
         Data(frames_out=3, stochastic=True),
         Model(channels=(8, 16, 32), hidden=512, **_DIGITS),
         train=Train(steps=5_000, batch=64, validate_every=500, validation_videos=1_024),
-        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=4_000),
+        evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, decoder_steps=2_000),
     ),
     # The paper's CLEVRER. d = 2048 per frame is [ours], and so is the length of an epoch: every frame once, that is,
     # 10,000 videos of 128 frames in windows of 26. 20 epochs are 3,840 steps.
