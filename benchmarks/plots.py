@@ -75,6 +75,24 @@ def ratios(file: Path, out: Path) -> None:
     _save(figure, out)
 
 
+def gain(file: Path, out: Path) -> None:
+    """Draws the README's picture: time and peak memory against d, ours and plain PyTorch."""
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["sweep"] == "d"]
+    lines = {"eager reference": "plain PyTorch", "compiled smaller form": "its best: other products, compiled"}
+    lines["ours"] = "vjvcr_fast"
+    titles = {"x reference": "times as fast as plain PyTorch", "copies": "peak memory, in copies of h"}
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    for axis, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
+        for provider, label in lines.items():
+            points = sorted((row["d"], row[key]) for row in rows if row["provider"] == provider)
+            axis.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=2, label=label)
+        axis.set(xscale="log", yscale="log", xlabel=f"features d  (batches of {rows[0]['N']})", title=title)
+        axis.set_xscale("log", base=2)
+        axis.grid(alpha=0.3)
+    figure.axes[1].legend(fontsize=9)
+    _save(figure, out)
+
+
 def _save(figure: Figure, out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(out, dpi=110)

@@ -74,18 +74,8 @@ def benchmark(name: str, columns: Sequence[Column], select: Callable[[list[Row]]
 
 SHAPE = ("(N, T, d)", show("N, T, d", form="({})"))
 
-# What the README shows: VICReg's widths, the paper's shapes, and smaller ones. docs/benchmarks.md has all.
-SHOWN = [
-    "VICReg (2048, 8192)",
-    "VICReg (256, 8192)",
-    "VICReg (256, 2048)",
-    "VCR (160, 100, 2048)",
-    "VCR (256, 26, 2048)",
-]
-SHOWN += ["VCR (256, 15, 512)", "VCR (4096, 1, 64)", "VCR (64, 8, 128)", "VCR (32, 4, 64)"]
 
-
-def by_shape(key: str, loss: str) -> Callable[[list[Row]], list[Row]]:
+def by_shape(key: str) -> Callable[[list[Row]], list[Row]]:
     """Makes a row {provider: row} for each shape that has `key`. "compiled" is the compiled reference's time over ours,
     if it was timed."""
 
@@ -94,18 +84,12 @@ def by_shape(key: str, loss: str) -> Callable[[list[Row]], list[Row]]:
         for shape in shapes:
             compiled = shape["compiled reference"].get("median_ms")
             shape["compiled"] = compiled and compiled / shape["ours"]["median_ms"]
-            shape["shown as"] = f"{loss} ({shape[key]})"
         return sorted(shapes, key=lambda shape: -shape["ours"]["x eager"])
 
     return select
 
 
-of_vcr, of_vicreg = by_shape("N, T, d", "VCR"), by_shape("N, d", "VICReg")
-
-
-def headline(rows: list[Row]) -> list[Row]:
-    found = {row["shown as"]: row for row in of_vcr(rows) + of_vicreg(rows)}
-    return [found[name] for name in SHOWN if name in found]  # a quick run has not all of them
+of_vcr, of_vicreg = by_shape("N, T, d"), by_shape("N, d")
 
 
 RATIOS = [
@@ -114,7 +98,6 @@ RATIOS = [
     ("vs best plain PyTorch", show("ours", "x plain", form="{:.1f}x")),
 ]
 MEMORY = ("peak extra memory", show("ours", "copies", form="{:.1f} copies of h"))
-SHORT = [("loss", show("shown as")), *RATIOS, MEMORY]
 LOSSES = [
     SHAPE,
     *RATIOS,
@@ -227,7 +210,6 @@ def paper(name: str, made: bool = False) -> Part:
 
 PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "README.md": {
-        "losses": benchmark("losses", SHORT, headline),
         "table1": paper("table1-moving-mnist-mini"),
     },
     ROOT / "docs" / "videos.md": {
@@ -240,10 +222,12 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "reproducing.md": {
         "table1": paper("table1-moving-mnist-mini", made=True),
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
-        "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
+        "study-regime": paper("study-regime-moving-mnist-mini", made=True),
+    },
+    ROOT / "docs" / "studies.md": {
         "study": paper("study-moving-mnist-mini", made=True),
         "study-sigreg": paper("study-sigreg-moving-mnist-mini", made=True),
-        "study-regime": paper("study-regime-moving-mnist-mini", made=True),
+        "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
         "row-sigreg": paper("study-sigreg-table1-moving-mnist-mini", made=True),
     },
     ROOT / "docs" / "benchmarks.md": {
@@ -319,6 +303,7 @@ if __name__ == "__main__":
     plots.sweeps(RESULTS / "accuracy-cpu.json", errors, DOCS / "accuracy.png")
     growth = {"times as fast as the reference": "x reference", "peak memory, copies of h": "copies", "error": "error"}
     plots.sweeps(RESULTS / "scaling-cpu.json", growth, DOCS / "scaling-cpu.png")
+    plots.gain(RESULTS / "scaling-cpu.json", DOCS / "gain-cpu.png")
     plots.roofline(RESULTS / "losses-cpu.json", DOCS / "roofline-cpu.png")
     if (RESULTS / "losses_grid-cpu.json").exists():
         plots.ratios(RESULTS / "losses_grid-cpu.json", GRID_FIGURE)

@@ -1,7 +1,7 @@
 """The groups of settings of a run: Data, Model, Latent, Train, Evaluate. Each field has a help text and allowed values.
 
 The help text is what `vjvcr-fast train --help` shows. "[ours]" marks a choice that the paper leaves open and this
-project made; "[ours, studied]" means that docs/reproducing.md compares it with others on a development split.
+project made; "[ours, studied]" means that docs/studies.md compares it with others on a development split.
 Everything else is the paper's. `Train(lr="0.01")` converts the text; `Train(lr=0)` raises ConfigError "train.lr=0.0:
 must be above 0".
 
