@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from test_evaluation import fail, image, stopped_at_the_third
 from tolerances import FLOAT32
 from torch import Tensor
@@ -209,6 +210,10 @@ def check_figure3(tmp_path: Path, tiny_stochastic: Config, monkeypatch: pytest.M
     assert (tmp_path / "figure3.md").read_text() == text
     assert {f.name for f in tmp_path.iterdir() if f.is_file()} == {*table2.TABLE2_FILES, *table2.FIGURE3_FILES}
     image(tmp_path / "figure3.png")
+    film, data = Image.open(tmp_path / "futures.gif"), tiny_stochastic.data
+    side = data.canvas * (table2.WIDTH // data.canvas)
+    assert (film.format, film.n_frames) == ("GIF", data.frames_in + data.frames_out)
+    assert film.size == (10 * (side + 1) - 1, 2 * side + 1)
     numbers = json.loads((tmp_path / "figure3.json").read_text())
     assert {*numbers["psnr"]} == {*LATENTS}
     assert all(0 < db < 100 for db in numbers["psnr"].values())

@@ -106,10 +106,10 @@ def lines(path: Path | BytesIO, title: str, series: Mapping[str, Points], levels
 
 
 def film(path: Path | BytesIO, videos: Sequence[Tensor], milliseconds: int) -> None:
-    """An animation without end, as WebP: clips side by side, and below each the same clip of the next tensor.
+    """An animation without end: clips side by side, and below each the same clip of the next tensor.
 
-    videos: each (clips, T, C, S, S) in [0, 1]. A pixel of the file is one of the video. Colours may be slightly off,
-    since the file is compressed with losses. milliseconds: how long a frame is shown.
+    path: GIF by its name, else WebP. That has losses, so colours may be slightly off, but is far smaller. videos: each
+    (clips, T, C, S, S) in [0, 1]. A pixel of the file is one of the video. milliseconds: how long a frame is shown.
     """
     from PIL import Image
 
@@ -118,7 +118,8 @@ def film(path: Path | BytesIO, videos: Sequence[Tensor], milliseconds: int) -> N
     frames = torch.cat([rows[0], *below], dim=1).mul(255).round().byte().cpu().numpy()
     first, *others = map(Image.fromarray, frames)
     buffer = BytesIO()
-    first.save(buffer, "webp", save_all=True, append_images=others, duration=milliseconds, loop=0, quality=75)
+    kind = "gif" if isinstance(path, Path) and path.suffix == ".gif" else "webp"
+    first.save(buffer, kind, save_all=True, append_images=others, duration=milliseconds, loop=0, quality=75)
     _write(path, buffer.getvalue())
 
 

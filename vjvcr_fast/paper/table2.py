@@ -22,7 +22,9 @@ from vjvcr_fast.training.step import split_frames
 
 TABLE2 = Evaluation(evaluate_latents, "latents.json")
 TABLE2_FILES = ("table2.md", "table2.json", "latent-curves.png")
-FIGURE3_FILES = ("figure3.md", "figure3.json", "figure3.png")
+FIGURE3_FILES = ("figure3.md", "figure3.json", "figure3.png", "futures.gif")
+# The latent of futures.gif, pixels of a clip there, and how long it shows a frame.
+ANIMATED, WIDTH, MILLISECONDS = "sparse-high", 96, 350
 CLIPS = 2  # per direction, in figure 3
 
 # The paper's Table 2: accuracy of z* -> direction and of z* -> digit.
@@ -76,6 +78,12 @@ def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
         run_config, videos, future = pages.futures_of(table, name)
         x, y = split_frames(one_of_each_direction(cast(MovingMNIST, videos), CLIPS), run_config)
         predictions[title(config, name)] = future(x, y)
+        if name == ANIMATED:  # futures of the first clip, at the z* that explain the targets of all
+            first = x[:1].expand_as(x)
+            films = [torch.cat(of, dim=1) for of in ((x, y), (first, future(first, y)))]
+            scale = max(1, WIDTH // x.shape[-1])
+            enlarged = [film.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2) for film in films]
+            figures.film(out / "futures.gif", enlarged, MILLISECONDS)
         db[name] = mean_psnr(videos, run_config, future)
         black = mean_psnr(videos, run_config, lambda x, y: x.new_zeros(()))
     figures.futures(out / "figure3.png", y, predictions, [f"ψ = {k} · 72°" for k in range(DIRECTIONS)])
