@@ -17,7 +17,10 @@ ifneq ($(wildcard ../shared/data/mnist),)
 test test-slow: export VJVCR_DATA ?= $(abspath ../shared/data)
 endif
 
-.PHONY: help setup train test test-slow check format docs aot bench bench-compare has-gpu clean
+# Of a wheel, so that it works on other machines: with the tag of the oldest glibc, and none of torch's libraries inside.
+REPAIR := auditwheel repair --exclude "libtorch*" --exclude "libc10*"
+
+.PHONY: help setup train test test-slow check format docs aot bench bench-compare wheel sdist has-gpu clean
 .PHONY: gpu gpu-smoke gpu-bench gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-paper
 
 help:  ## list the targets
@@ -26,7 +29,7 @@ help:  ## list the targets
 $(VENV)/.train: $(SETUP)
 	@echo "setting up $(VENV) (first call only) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) torch setuptools ninja pybind11
+	@$(PIP) torch setuptools pybind11
 	@$(PIP) --no-build-isolation --editable '.[train]'
 	@touch $@
 
@@ -60,6 +63,15 @@ docs: $(VENV)/.dev  ## the documentation site, in site/; a link that leads nowhe
 aot: $(VENV)/.dev  ## compile every kernel for GPUs that need not be there: registers, spills, tensor cores; 3 minutes
 	$(BIN)/python -m pytest -m aot -s $(ARGS) tests/kernels/test_aot.py
 
+wheel: $(VENV)/.dev  ## into dist/: a wheel with the compiled operators, with CUDA's if there is an nvcc; 2 minutes
+	@rm -rf build
+	@$(BIN)/python -m pip wheel . --quiet --no-deps --no-build-isolation --wheel-dir build/wheel
+	@PATH="$(abspath $(BIN)):$$PATH" $(REPAIR) --wheel-dir dist build/wheel/*.whl
+
+sdist: $(VENV)/.dev  ## into dist/: the sources, from which pip can build
+	@$(BIN)/python setup.py --quiet sdist
+	@ls dist/*.tar.gz
+
 bench: $(VENV)/.dev  ## benchmarks against the reference, a quarter of an hour; ARGS=--full: all of them, an hour
 	$(BIN)/python -m pytest benchmarks $(ARGS)
 
@@ -82,7 +94,7 @@ GPU := $(GPU_VENV)/bin/python
 SITE := import sysconfig; print(sysconfig.get_path("purelib"))
 GPU_INSTALL := $(GPU) -m pip --disable-pip-version-check install --quiet --no-index --no-deps --no-build-isolation
 
-$(GPU_VENV)/.done: pyproject.toml setup.py $(wildcard csrc/*) | has-gpu
+$(GPU_VENV)/.done: pyproject.toml setup.py vjvcr_fast/native_build.py $(wildcard csrc/*) | has-gpu
 	@rm -rf $(GPU_VENV)
 	@$(PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV)
 	@$(PYTHON) -c '$(SITE)' >"$$($(GPU) -c '$(SITE)')/parent.pth"
@@ -151,4 +163,4 @@ gpu-paper: has-gpu $(GPU_VENV)/.done  ## on a CUDA machine, in pieces: the full 
 	done
 
 clean:  ## remove the virtual environments and caches; runs/ stays
-	rm -rf $(VENV) $(GPU_VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) $(GPU_VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks

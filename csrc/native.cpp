@@ -1,5 +1,4 @@
-// What Python can ask about the build: for which CUDA architectures it has kernels, how fista_mlp would be launched,
-// and constants that C++ and Python must agree on.
+// Constants that C++ and Python must agree on: the tests of a checkout compare them.
 #include <pybind11/pybind11.h>
 
 #include "latent_math.h"
@@ -7,8 +6,7 @@
 namespace py = pybind11;
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Facts about the build.";
-  m.attr("architectures") = VJVCR_ARCHITECTURES;
+  m.doc() = "Constants of csrc/latent_math.h.";
   m.attr("GROWTH_AT_FIRST") = vjvcr::kGrowthAtFirst;
   m.attr("GROWTH") = vjvcr::kGrowth;
   m.attr("SHRINKAGE") = vjvcr::kShrinkage;

@@ -290,7 +290,7 @@ class Processes:
 
 
 def _kill(session: int) -> None:
-    """Ends all its processes, those too that have a group of their own, as compilers under ninja."""
+    """Ends all its processes, those too that have a group of their own."""
     left = True
     while left:
         left = False

@@ -1,11 +1,13 @@
-"""What an install is: the wheel's content and metadata, and that it works elsewhere. Built from a copy of the tree."""
+"""What an install is: the content of wheel and sdist, and that they work elsewhere. Built from a copy of the tree."""
 
 import email.message
 import email.parser
+import importlib.metadata
 import importlib.util
 import itertools
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -49,11 +51,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
+# If its last argument is the file to write.
+REMEMBERS = """#!/bin/sh
+for last; do case "$last" in *.cpp) source=${{last##*/}};; esac; done
+case "$source-$last" in *.cpp-*.o) kept="{folder}/$source.o";; *) kept=;; esac
+if [ -e "$kept" ]; then exec cp "$kept" "$last"; fi
+{compiler} "$@" -O0 -g0 || exit
+[ -z "$kept" ] || cp "$last" "$kept"
+"""
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings of a build without CUDA kernels, by a compiler that optimises nothing: what is installed is the same."""
-    script = tmp_path_factory.mktemp("compiler") / "c++"
-    script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -g0\n')
+    """Settings of a build without CUDA kernels, by a compiler that optimises nothing and remembers what it has
+    compiled: what is installed is the same."""
+    folder = tmp_path_factory.mktemp("compiler")
+    script = folder / "c++"
+    script.write_text(REMEMBERS.format(folder=folder, compiler=os.environ.get("CXX", "c++")))
     script.chmod(0o755)
     return {"VJVCR_CUDA": "0"} | ({"CXX": str(script)} if shutil.which(os.environ.get("CXX", "c++")) else {})
 
@@ -103,7 +117,7 @@ def metadata(wheel: Path) -> email.message.Message:
 
 def files(wheel: Path) -> set[str]:
     with zipfile.ZipFile(wheel) as archive:
-        return {name for name in archive.namelist() if ".dist-info/" not in name}
+        return {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith("/")}
 
 
 # -- The wheel ------------------------------------------------------------------------------------------------------
@@ -112,10 +126,16 @@ def files(wheel: Path) -> set[str]:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     package = {f"vjvcr_fast/{p.relative_to(ROOT / 'vjvcr_fast')}" for p in (ROOT / "vjvcr_fast").rglob("*.py")}
     kernels = {f"vjvcr_fast/kernels/{p.name}" for p in (ROOT / "kernels").glob("*.py")}
+    csrc = {f"vjvcr_fast/csrc/{p.name}" for p in (ROOT / "csrc").iterdir()}
     assert "vjvcr_fast/kernels/__init__.py" in kernels
+    assert "vjvcr_fast/csrc/library.cpp" in csrc
     compiled = {name for name in files(wheel) if name.endswith(".so")}
-    assert files(wheel) == package | kernels | {"vjvcr_fast/py.typed"} | compiled
-    assert {name.partition(".")[0] for name in compiled} <= {"vjvcr_fast/_operators", "vjvcr_fast/_native"}
+    assert files(wheel) == package | kernels | csrc | {"vjvcr_fast/py.typed"} | compiled
+    assert {name.partition(".")[0] for name in compiled} <= {"vjvcr_fast/_operators"}
+
+
+def test_one_wheel_serves_every_python(wheel: Path, quick: dict[str, str]) -> None:
+    assert ("-cp310-abi3-linux_" if "CXX" in quick else "-py3-none-any") in wheel.name
 
 
 def test_no_top_level_kernels(wheel: Path) -> None:
@@ -153,7 +173,7 @@ def test_torch_is_never_a_build_requirement() -> None:
 def test_every_package_is_listed(wheel: Path) -> None:
     """A new folder of the package must be in the wheel."""
     folders = {p.parent.relative_to(ROOT).as_posix() for p in (ROOT / "vjvcr_fast").rglob("__init__.py")}
-    assert {name.rpartition("/")[0] for name in files(wheel)} == folders | {"vjvcr_fast/kernels"}
+    assert {name.rpartition("/")[0] for name in files(wheel)} == folders | {"vjvcr_fast/csrc", "vjvcr_fast/kernels"}
 
 
 # -- What is compiled -----------------------------------------------------------------------------------------------
@@ -268,11 +288,11 @@ def code_in(library: Path, cuobjdump: str) -> set[str]:
 
 
 def test_the_operators_here_have_the_code_that_they_say() -> None:
-    from vjvcr_fast import native
+    from vjvcr_fast import native, native_build
 
     if native.MISSING is not None:
         pytest.skip(f"the operators are {native.MISSING}")
-    (library,) = Path(native.__file__).parent.glob("_operators*.so")
+    library = native_build.libraries()[0]
     assert_links(library)
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
@@ -344,15 +364,36 @@ def test_the_installed_wheel_works_elsewhere(installed: Path, tmp_path: Path) ->
     assert not (installed / "kernels").exists()
 
 
-@pytest.fixture
-def venv(tmp_path: Path) -> Path:
-    """A virtual environment without pip that sees this one's packages; returns its python."""
-    folder = tmp_path / "venv"
-    assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=tmp_path).returncode == 0
+def made_venv(folder: Path, *seen: str) -> Path:
+    """A virtual environment without pip that sees these folders' packages; returns its python."""
+    assert run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent).returncode == 0
     purelib = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
-    seen = [path for path in sys.path if path.endswith("-packages")]
     (Path(purelib) / "parent.pth").write_text("\n".join(seen) + "\n")
     return folder / "bin" / "python"
+
+
+@pytest.fixture
+def venv(tmp_path: Path) -> Path:
+    """One that sees this one's packages."""
+    return made_venv(tmp_path / "venv", *(path for path in sys.path if path.endswith("-packages")))
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """One that sees torch and what torch needs, nothing else."""
+    packages, wanted, seen = tmp_path / "packages", ["torch"], set[str]()
+    packages.mkdir()
+    while wanted:
+        name = wanted.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        found = importlib.metadata.distribution(name)
+        for top in {Path(str(file)).parts[0] for file in found.files or () if ".." not in str(file)}:
+            if not (packages / top).exists() and top != "__pycache__":
+                (packages / top).symlink_to(found.locate_file(top))
+        wanted += [re.split(r"[^\w.-]", need)[0] for need in found.requires or () if "extra ==" not in need]
+    return made_venv(tmp_path / "bare", str(packages))
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
@@ -369,17 +410,79 @@ def test_editable_install(compiled: bool, source: Path, venv: Path, quick: dict[
     assert shown.stdout.startswith("vjvcr_fast ")
 
 
+USED = """
+import warnings, torch
+from vjvcr_fast.latents import MLPEnergy, SparseLatent
+from vjvcr_fast.losses import vcr_loss
+h = torch.randn(40, 3, 50, requires_grad=True)
+shapes = [(40, 64), (64, 5), (64, 64), (64,), (9, 64), (9,), (40, 9)]
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        vcr_loss(h, alpha=0.5, beta=0.1).loss.backward()
+    found = SparseLatent(5, 1e-2, 20).infer(MLPEnergy(*map(torch.randn, shapes)), 40, device="cpu", dtype=torch.float32)
+assert h.grad.isfinite().all() and found.energy.isfinite().all()
+for warning in caught:
+    print(warning.message)
+"""
+
+
+def used(python: Path, cwd: Path, **environment: str) -> list[str]:
+    """Our warnings in a program that computes the loss and infers z*. torch warns that there is no numpy."""
+    done = run(python, "-c", USED, cwd=cwd, **environment)
+    assert done.returncode == 0, done.stdout
+    return [line for line in done.stdout.splitlines() if line.startswith("vjvcr_fast:")]
+
+
 @pytest.mark.slow
-def test_an_isolated_build_has_no_torch_and_says_so(source: Path, tmp_path: Path) -> None:
-    copy = tmp_path / "tree"
-    shutil.copytree(source, copy)
-    command = (sys.executable, "-m", "pip", "wheel", ".", "--verbose", "--no-deps", "--wheel-dir", tmp_path / "out")
-    done = run(*command, cwd=copy, PIP_RETRIES="1", PIP_TIMEOUT="10")
+def test_the_repaired_wheel_works_beside_torch_alone(full_wheel: Path, bare: Path, tmp_path: Path) -> None:
+    """What `make wheel` does."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    if full_wheel.name.endswith("-any.whl") or None in [shutil.which(x, path=path) for x in ("auditwheel", "patchelf")]:
+        pytest.skip("no operators were built, or auditwheel or patchelf is not installed")
+    repair = re.search(r"^REPAIR := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert repair
+    done = run(*shlex.split(repair[1]), "--wheel-dir", tmp_path, full_wheel, cwd=tmp_path, PATH=path)
+    assert done.returncode == 0, done.stdout
+    (repaired,) = tmp_path.glob("*.whl")
+    assert re.search(r"-cp310-abi3-.*manylinux_2_\d+_", repaired.name)
+    assert files(repaired) == files(full_wheel), "a library was copied into the wheel"
+    pip("--python", bare, "install", "--no-deps", "--no-index", repaired, cwd=tmp_path)
+    assert used(bare, tmp_path) == []
+    assert "No module named 'numpy'" in run(bare, "-c", "import numpy", cwd=tmp_path).stdout
+
+
+@pytest.mark.slow
+def test_from_the_sdist_to_operators(source: Path, bare: Path, tmp_path: Path, quick: dict[str, str]) -> None:
+    """As most people install it: an isolated build, which has no torch, and `vjvcr-fast build` once they read of it."""
+    copy, out, cache = tmp_path / "tree", tmp_path / "out", tmp_path / "cache"
+    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))
+    hook = f"from setuptools import build_meta; build_meta.build_sdist({str(out)!r})"
+    assert run(sys.executable, "-c", hook, cwd=copy).returncode == 0
+    (sdist,) = out.iterdir()
+    command = (sys.executable, "-m", "pip", "wheel", sdist, "--verbose", "--no-deps", "--wheel-dir", out)
+    done = run(*command, cwd=tmp_path, PIP_RETRIES="1", PIP_TIMEOUT="10")
     if done.returncode and "No matching distribution found for setuptools" in done.stdout:
         pytest.skip("pip reaches no package index here")
     assert done.returncode == 0, done.stdout
     assert "this is a pure-Python install" in done.stdout
-    assert "torch is not importable" in done.stdout
-    (built,) = (tmp_path / "out").iterdir()
-    assert built.name.endswith("-py3-none-any.whl")
-    assert "vjvcr_fast/kernels/__init__.py" in files(built)
+    (wheel,) = out.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert {name for name in files(wheel) if name.endswith(".so")} == set()
+    pip("--python", bare, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path)
+
+    (said,) = used(bare, tmp_path, XDG_CACHE_HOME=str(cache))
+    assert "the compiled operators are not built: `vjvcr-fast build` compiles them" in said
+    settings = quick | {"XDG_CACHE_HOME": str(cache)}
+    missing = run(bare.parent / "vjvcr-fast", "build", cwd=tmp_path, **settings | {"CXX": "no-such-compiler"})
+    assert missing.returncode == 1
+    assert "vjvcr-fast: no C++ compiler: no-such-compiler is not on PATH" in missing.stdout
+    if "CXX" not in quick:
+        pytest.skip("there is no C++ compiler")
+    built = run(bare.parent / "vjvcr-fast", "build", cwd=tmp_path, **settings)
+    assert built.returncode == 0, built.stdout
+    assert re.search(r"^\[1/\d\] \w+\.cpp, \d+ s$", built.stdout, re.MULTILINE)
+    assert used(bare, tmp_path) == []
+    shown = run(bare.parent / "vjvcr-fast", "info", cwd=tmp_path).stdout
+    assert "operators         CPU; not built for CUDA" in shown
+    assert not cache.exists()

@@ -14,7 +14,9 @@ PACKAGE = ROOT / "vjvcr_fast"
 
 # From the lowest layer to the highest. A module imports only from lower layers and from its own folder.
 LAYERS = [
-    ("reference", "data", "kernels", "native"),
+    ("reference", "data", "kernels"),
+    ("native_build",),
+    ("native",),
     ("losses",),
     ("latents",),
     ("models",),

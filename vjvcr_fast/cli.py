@@ -4,6 +4,7 @@ Every field of the configuration is an option: `--train.lr 0.01`, or `--lr 0.01`
 """
 
 import argparse
+import functools
 import importlib
 import inspect
 import os
@@ -112,7 +113,7 @@ def _parser() -> Parser:
     def add(command: Callable[[argparse.Namespace], int | None], usage: str = "[OPTIONS]") -> Parser:
         name, about = command.__name__.strip("_"), inspect.getdoc(command) or ""
         summary, usage = about.partition("\n")[0], f"{parser.prog} {name} {usage}"
-        sub = commands.add_parser(name, help=summary, description=about, usage=usage)
+        sub = commands.add_parser(name, help=summary, description=about, usage=usage.rstrip())
         sub.set_defaults(command=command, parser=sub)
         return sub
 
@@ -220,6 +221,8 @@ def _add_files(add: Callable[..., Parser]) -> None:
 
     sub = add(_presets, "[PRESET ...]")
     sub.add_argument("presets", nargs="*", metavar="PRESET", help="only these (default: all)")
+
+    add(_build, "")
 
     sub = add(_info)
     sub.add_argument("--data.root", dest="root", default="", metavar="DIR", help="folder of MNIST IDX files")
@@ -388,6 +391,21 @@ def _presets(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.cli_info import presets
 
     print(presets(arguments.presets or PRESETS))
+
+
+def _build(arguments: argparse.Namespace) -> None:
+    """Compile the operators, in about a minute.
+
+    pip builds where there is no torch, so most installs have none, and plain torch operations serve instead. This needs
+    a C++ compiler; the variable CXX names another than c++. With an nvcc of torch's CUDA version there are operators
+    for CUDA, too; the variable VJVCR_CUDA is auto, 0 (never) or 1 (fail without). The library goes into the package, or
+    into the user's cache if that cannot be written, and serves every torch from 2.11 on.
+    """
+    from vjvcr_fast import native_build
+
+    path = native_build.destination()
+    native_build.build(path, functools.partial(print, file=sys.stderr, flush=True))
+    print(f"built: {path}; `vjvcr-fast info` shows what for")
 
 
 def _info(arguments: argparse.Namespace) -> None:

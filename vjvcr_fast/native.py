@@ -57,26 +57,52 @@ first call loads kernels, and fista_mlp's also asks CUDA how many clusters run a
 a first call inside one raises a RuntimeError that says so.
 """
 
-from pathlib import Path
+import functools
+import multiprocessing
+import os
+import sys
+import warnings
 from typing import Any
 
 import torch
 
+from vjvcr_fast import native_build
+
 
 def _load() -> str | None:
-    """Loads the operators. Returns None, or why there are none."""
-    found = sorted(Path(__file__).parent.glob("_operators*.so"))
-    if not found:
-        return "not built: install where torch and a C++ compiler are, with pip's --no-build-isolation"
-    try:
-        torch.ops.load_library(found[0])
-    except OSError as error:
-        return f"built for another torch: {str(error).splitlines()[0]}"
-    return None if hasattr(torch.ops.vjvcr, "sigreg_cpu") else "built from older sources: install or build again"
+    """Loads the operators. Returns None, or why there are none and what to do."""
+    if sys.platform != "linux":
+        return f"for Linux, and this is {sys.platform}"
+    reason = f"not built: {native_build.COMMAND}"
+    for library in native_build.libraries():
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            reason = f"built for another torch ({str(error).splitlines()[0]}): {native_build.COMMAND}"
+            continue
+        older = f"built from older sources: {native_build.COMMAND}"
+        return None if hasattr(torch.ops.vjvcr, "sigreg_cpu") else older
+    return reason
 
 
 MISSING = _load()
 ARCHITECTURES = ""  # the operator's result
+
+
+def tell_missing() -> None:
+    """Warns that the operators are missing, where one would have served: once, in one process of a job, on Linux. In a
+    graph of torch.compile it does nothing."""
+    if MISSING is not None and not torch.compiler.is_compiling():
+        _warn(MISSING)
+
+
+@functools.cache
+def _warn(missing: str) -> None:
+    first = os.environ.get("RANK", "0") == "0" and multiprocessing.parent_process() is None
+    if first and sys.platform == "linux":
+        text = f"vjvcr_fast: the compiled operators are {missing}. Until then plain torch operations serve, more slowly"
+        warnings.warn(text, stacklevel=2)
+
 
 if MISSING is None:
     ARCHITECTURES = torch.ops.vjvcr.architectures()
@@ -137,7 +163,7 @@ def _refusal(device: int | None, fista: bool = False) -> str | None:
     """Why the operators, or fista_mlp, do not serve a GPU; None if they do. fista_mlp's kernels are empty in code for
     GPUs older than 9.0."""
     if not ARCHITECTURES:
-        return "the operators were built without an nvcc"
+        return "the operators were not built for CUDA"
     capability = torch.cuda.get_device_capability(device)
     this = "this GPU has compute capability {}.{}".format(*capability)
     if fista and capability != (9, 0):
@@ -155,6 +181,7 @@ def instruction_set() -> str:
 
 def serves(tensor: torch.Tensor) -> bool:
     """True if there are operators for tensors of this device and dtype. `serves_fista` also looks at their sizes."""
+    tell_missing()
     if MISSING is not None or tensor.dtype not in (torch.float32, torch.float64):
         return False
     return tensor.device.type == "cpu" or (tensor.is_cuda and _refusal(tensor.get_device()) is None)
@@ -164,6 +191,7 @@ def serves_fista(z: torch.Tensor, hidden: int, bf16: bool) -> bool:
     """True if `fista_mlp` can infer z (N, m) through hidden layers of this width. Raises: as `plan`."""
     if not z.is_cuda:
         return serves(z)
+    tell_missing()
     if MISSING is not None or z.dtype != torch.float32 or _refusal(z.get_device(), fista=True) is not None:
         return False
     if torch.compiler.is_compiling():  # the compiler cannot look into `fista_plan`; these sizes always fit
@@ -222,4 +250,4 @@ def explain() -> str:
         return MISSING
     if torch.cuda.is_available() and (why := _refusal(None)):
         return f"CPU only: {why}"
-    return f"CPU, CUDA for {ARCHITECTURES}" if ARCHITECTURES else "CPU; no nvcc when they were built"
+    return f"CPU, CUDA for {ARCHITECTURES}" if ARCHITECTURES else "CPU; not built for CUDA"

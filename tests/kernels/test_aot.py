@@ -3,7 +3,6 @@
 Compiling all of them takes minutes: `make aot` runs the tests marked so. The others compile a few.
 """
 
-import ast
 import os
 import re
 import shutil
@@ -18,6 +17,8 @@ import pytest
 pytest.importorskip("triton", reason="the kernels need triton: pip install 'vjvcr_fast[triton]'")
 
 import aot
+
+from vjvcr_fast.native_build import NVCC_FLAGS
 
 ARCHITECTURES = 80, 90
 # Kernels with a product, by the forms they serve. Each must use tensor cores in each precision.
@@ -169,9 +170,7 @@ def fista_mlp(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int],
     instances = (f"template __global__ void fista_mlp_kernel<{mode}, {n}>{PARAMETERS};" for mode, n in MOST_BESIDE)
     lines = '#include "fista_mlp.cuh"', "namespace vjvcr {", *instances, "}"
     (folder / "instances.cu").write_text("\n".join(lines))
-    setup = (ROOT / "setup.py").read_text()
-    flags = ast.literal_eval(re.search(r"^NVCC_FLAGS = (\[.*\])$", setup, re.MULTILINE)[1])
-    command = [nvcc, "-cubin", "-arch=sm_90a", *flags, "-I", ROOT / "csrc", "-o", "cubin", "instances.cu"]
+    command = [nvcc, "-cubin", "-arch=sm_90a", *NVCC_FLAGS, "-I", ROOT / "csrc", "-o", "cubin", "instances.cu"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text = aot.disassembled(folder / "cubin")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tolerances import relative
 from torch import Tensor
 
-from vjvcr_fast import native, reference
+from vjvcr_fast import native, native_build, reference
 from vjvcr_fast.latents import ContinuousLatent, LatentResult, MLPEnergy, NonFiniteEnergyError, SparseLatent, descent
 
 pytestmark = pytest.mark.skipif(native.MISSING is not None, reason=f"the operators are {native.MISSING}")
@@ -370,7 +370,7 @@ def test_a_plan_needs_sizes(n, hidden, latent):
         native.plan(hidden, n, latent)
 
 
-BUILT = "sm_80 sm_90a compute_80"  # what setup.py asks of nvcc
+BUILT = "sm_80 sm_90a compute_80"  # what native_build.py asks of nvcc
 
 
 def on_a_gpu(patch: pytest.MonkeyPatch, capability: tuple[int, int], built: str = BUILT) -> None:
@@ -432,7 +432,7 @@ def test_what_was_built_decides(built, capability, step, fista, monkeypatch):
     assert not native.serves_fista(OnAGPU(shape=(256, 129)), 512, True)
 
     this = f"this GPU has compute capability {capability[0]}.{capability[1]}, "
-    no_code = f"{this}the operators were built for {built}" if built else "the operators were built without an nvcc"
+    no_code = f"{this}the operators were built for {built}" if built else "the operators were not built for CUDA"
     assert native.explain() == (f"CPU, CUDA for {built}" if step else f"CPU only: {no_code}")
     refusal = None if fista else f"{this}fista_mlp needs 9.0" if built and capability != (9, 0) else no_code
     assert native.plan(512)["refusal"] == refusal
@@ -452,7 +452,7 @@ def test_no_plan_is_served_if_cuda_says_that_none_runs(monkeypatch):
 
 def test_operators_of_older_sources_are_not_used(monkeypatch):
     monkeypatch.setattr(torch.ops, "vjvcr", SimpleNamespace())
-    assert native._load() == "built from older sources: install or build again"
+    assert native._load() == f"built from older sources: {native_build.COMMAND}"
 
 
 # -- In a CUDA graph ------------------------------------------------------------------------------------------------

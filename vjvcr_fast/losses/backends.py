@@ -67,6 +67,8 @@ def resolve(backend: str, h: Tensor) -> str:
         return backend
     if backend == "auto":
         backend = "triton" if h.is_cuda else "native"
+        if h.device.type == "cpu":
+            native.tell_missing()
         return backend if _against(backend, h) is None else "torch"
     if (obstacle := _against(backend, h)) is not None:
         raise ValueError(f"backend={backend!r}: {obstacle}")
