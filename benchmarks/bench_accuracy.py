@@ -17,7 +17,8 @@ import providers
 import torch
 from providers import SIGMA, Provider, tolerance
 from records import Row
-from timing import precision
+
+from vjvcr_fast.bench.timing import precision
 
 BASE = {"N": 64, "d": 128, "T": 4}  # one of the three varies, the other two are these
 GRID = {"N": (4, 16, 64, 256, 1024), "d": (2, 8, 32, 128, 512, 2048), "T": (1, 4, 16)}

@@ -21,8 +21,8 @@ from typing import Any
 import pytest
 import torch
 from records import Row, goals
-from timing import Cuda, Device, Host, timed
 
+from vjvcr_fast.bench.timing import Cuda, Device, Host, timed
 from vjvcr_fast.data.simulated import clevrer, make
 from vjvcr_fast.data.video.cache import FrameCache, fill
 from vjvcr_fast.data.video.clips import Source, VideoClips

@@ -21,9 +21,9 @@ import pytest
 import records
 import torch
 from providers import ALPHA, BETA, Case, Parts, Provider
-from timing import Host, timed
 from torch import Tensor
 
+from vjvcr_fast.bench.timing import Host, timed
 from vjvcr_fast.losses import backends, ops
 from vjvcr_fast.losses.analytic import Settings
 

@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from records import Row, achieved, latent_floor_bytes, latent_floor_flops
-from timing import BusyElsewhere, Cuda, Device, Region, peak_bytes, spread, take_turns
 
 from vjvcr_fast import latents, native
+from vjvcr_fast.bench.timing import BusyElsewhere, Cuda, Device, Region, peak_bytes, spread, take_turns
 from vjvcr_fast.latents import LatentResult, MLPEnergy, SparseLatent
 
 N, LATENT, STEPS, WEIGHT = 256, 20, 100, 1e-3

@@ -24,9 +24,10 @@ import providers
 import pytest
 import records
 import torch
-from providers import SIGMA, Case, Provider, compiled
+from providers import Case, Provider, compiled
 from records import Row
-from timing import BusyElsewhere, Ceilings, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
+
+from vjvcr_fast.bench.timing import BusyElsewhere, Ceilings, Host, Region, Rotating, peak_bytes, spread, take_turns
 
 # About how many seconds the rounds of a case take; how many there are at least and at most.
 QUICK, FULL = (2.0, 3, 200), (6.0, 3, 1000)
@@ -102,8 +103,9 @@ def compare(
     case: Case, functions: Functions, found: Ceilings | None, rounds: tuple[float, int, int], vicreg: bool = False
 ) -> dict[str, Row]:
     """A row for each provider, which has been checked. Without ceilings nothing is timed."""
-    host, sets = Host(), inputs(case)
-    parts = sets.pop()
+    host = Host()
+    sets = providers.inputs(case.n, case.steps, case.d, torch.float32, host)
+    parts = sets[0]
     judged = providers.judge(parts, vicreg)
     rows, regions = dict[str, Row](), dict[str, Region]()
     for number, (name, function) in enumerate(functions.items()):
@@ -133,14 +135,6 @@ def compare(
         times = take_turns(host, regions, *rounds)
         put_times(rows, case, times, found, busy.share())
     return rows
-
-
-def inputs(case: Case) -> list[list[torch.Tensor]]:
-    """Copies of h, each as its parts, that together do not fit the cache, and one more."""
-    generator = torch.Generator().manual_seed(0)
-    parts = [SIGMA * torch.randn(case.n, t, case.d, generator=generator) for t in case.steps]
-    count = copies(sum(part.nbytes for part in parts), Host().cache_bytes)
-    return [[part.clone().requires_grad_() for part in parts] for _ in range(1 + count)]
 
 
 def put_times(rows: dict[str, Row], case: Case, times: dict[str, list[float]], found: Ceilings, others: float) -> None:

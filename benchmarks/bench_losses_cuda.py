@@ -6,7 +6,7 @@
 The loss and gradient of every provider are checked against the reference in float64, and those of its CUDA graph again
 after timing. Columns:
 
-    us           median time of a pass on the GPU, replayed as a CUDA graph (timing.py). If a provider cannot be
+    us           median time of a pass on the GPU, replayed as a CUDA graph (vjvcr_fast/bench). If a provider cannot be
                  captured, the note says so and the time of its launches counts.
     over floor   us over the time of two reads of h and one write at the bandwidth of a copy
     x eager      the eager reference's time over the provider's
@@ -27,13 +27,13 @@ from collections.abc import Callable, Sequence
 import providers
 import pytest
 import records
-import timing
 import torch
-from providers import SIGMA, Case, Outputs, Parts, Provider
+from providers import SLACK, Case, Outputs, Parts, Provider
 from records import Row
 from torch import Tensor
 
-SLACK = 10.0  # plain PyTorch may be off by this many times our tolerance: it also rounds variances and sums
+from vjvcr_fast.bench import timing
+
 SECONDS, SECONDS_FULL, ROUNDS = 0.6, 5.0, (10, 100)  # for graphs
 LAUNCHED_ROUNDS, LAUNCHED_PASSES = 5, 8  # for launches
 
@@ -128,7 +128,7 @@ def compare(
     rows: dict[str, Row] = {}
     checked: dict[str, Provider] = {}
     with timing.precision(name) as dtype, device.stream():
-        sets = _inputs(case, dtype, device)
+        sets = providers.inputs(*case[:3], dtype, device)
         check = functools.partial(_wrong, judge(sets[0]), name, case)
         for last in (False, True):
             for provider in [provider for provider in functions if ("compiled" in provider) == last]:
@@ -146,16 +146,6 @@ def compare(
                     say(list(rows.values()))
     wrong = [f"{row['provider']} at {case}, {name}: {row['note']}" for row in rows.values() if row.pop("_wrong", False)]
     return list(rows.values()), wrong
-
-
-def _inputs(case: Case, dtype: torch.dtype, device: timing.Device) -> list[Parts]:
-    """Copies of h, each as its parts, that together do not fit the cache. All have the same numbers, so that one
-    reference result serves all."""
-    generator = torch.Generator(device.torch_device).manual_seed(0)
-    like = {"generator": generator, "device": device.torch_device}
-    parts = [(SIGMA * torch.randn(case.n, t, case.d, **like)).to(dtype) for t in case.steps]
-    count = timing.copies(sum(part.nbytes for part in parts), device.cache_bytes)
-    return [[part.clone().requires_grad_() for part in parts] for _ in range(count)]
 
 
 def _wrong(judge: tuple[Tensor, Tensor], name: str, case: Case, row: Row, outputs: Outputs) -> bool:

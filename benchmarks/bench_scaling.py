@@ -15,9 +15,9 @@ import providers
 import torch
 from providers import ALPHA, BETA, SIGMA, Parts, Provider
 from records import Row
-from timing import Device, Rotating, copies, peak_bytes, timed
 from torch import Tensor
 
+from vjvcr_fast.bench.timing import Device, Rotating, copies, peak_bytes, timed
 from vjvcr_fast.losses import vcr_loss
 
 SWEEPS = {"d": (64, 256, 1024, 4096), "N": (32, 128, 512, 1024, 4096), "T": (1, 4, 16, 64, 128)}

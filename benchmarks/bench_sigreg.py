@@ -22,10 +22,10 @@ from typing import Any
 import pytest
 import records
 import torch
-from timing import BusyElsewhere, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
 from torch import Tensor
 
 from vjvcr_fast import reference
+from vjvcr_fast.bench.timing import BusyElsewhere, Host, Region, Rotating, copies, peak_bytes, spread, take_turns
 from vjvcr_fast.losses import projections, sigreg
 
 DIRECTIONS = 1024

@@ -25,12 +25,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from records import Row, goals
-from timing import BusyElsewhere, Cuda, Device, Host, peak_bytes, timed
 from torch import Tensor
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset
 
 from vjvcr_fast import native, reference
+from vjvcr_fast.bench.timing import BusyElsewhere, Cuda, Device, Host, peak_bytes, timed
 from vjvcr_fast.config import Config, Latent, latent, override, preset
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits
 from vjvcr_fast.data.video.cache import FrameCache, fill

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import records
 import report as reports
-import timing
 import torch
 
+from vjvcr_fast.bench import timing
 from vjvcr_fast.data.files import reason, write_atomic
 from vjvcr_fast.losses import backends
 from vjvcr_fast.paper.machine import processor

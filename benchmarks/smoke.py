@@ -25,13 +25,13 @@ from typing import NamedTuple
 
 import providers
 import records
-import timing
 import torch
 import triton
 from providers import SIGMA
 from records import Row
 
 from vjvcr_fast import reference
+from vjvcr_fast.bench import timing
 from vjvcr_fast.data.files import reason, write_atomic
 
 sys.path.append(str(records.ROOT / "tests"))

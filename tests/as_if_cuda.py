@@ -55,9 +55,9 @@ def pretend() -> None:
     torch.version.cuda = "13.0"
 
     import providers
-    import timing
 
     from vjvcr_fast import native
+    from vjvcr_fast.bench import timing
 
     native.plan = lambda *_, **__: {"refusal": "a dry run"}
 

@@ -30,9 +30,9 @@ import compare as compare_commits  # noqa: E402
 import providers  # noqa: E402
 import records  # noqa: E402
 import report  # noqa: E402
-import timing  # noqa: E402
 from providers import Case  # noqa: E402
 
+from vjvcr_fast.bench import timing  # noqa: E402
 from vjvcr_fast.losses import projections  # noqa: E402
 
 MACHINE = {
@@ -352,7 +352,7 @@ def plain(vicreg: bool) -> bench_losses.Functions:
 
 @pytest.fixture
 def one_copy(monkeypatch):
-    monkeypatch.setattr(bench_losses, "copies", lambda *_: 2)
+    monkeypatch.setattr(timing, "copies", lambda *_: 2)
 
 
 @pytest.mark.parametrize("case", [Case(6, (2, 3), 20, eager=1e9, plain=1e-9, product=2.0), Case(20, (3,), 6)])

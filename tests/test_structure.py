@@ -18,7 +18,7 @@ LAYERS = [
     ("native_build",),
     ("native",),
     ("losses",),
-    ("latents",),
+    ("bench", "latents"),
     ("models",),
     ("settings",),
     ("config", "cli_parser"),
@@ -26,7 +26,7 @@ LAYERS = [
     ("runs", "cli_info", "cli_options", "cli_scan"),
     ("evaluation", "export"),
     ("paper",),
-    ("cli_reproduce",),
+    ("cli_bench", "cli_reproduce"),
     ("cli",),
     ("__main__",),
 ]

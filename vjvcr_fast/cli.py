@@ -16,6 +16,7 @@ from typing import get_args
 import torch
 
 from vjvcr_fast import __version__
+from vjvcr_fast.bench.loss import DTYPES
 from vjvcr_fast.cli_options import (
     add_fields,
     add_preset,
@@ -222,6 +223,12 @@ def _add_files(add: Callable[..., Parser]) -> None:
     sub = add(_presets, "[PRESET ...]")
     sub.add_argument("presets", nargs="*", metavar="PRESET", help="only these (default: all)")
 
+    sub = add(_bench, "--shape N,T,d [OPTIONS]")
+    shape = "of the features: N videos, T time steps, d features; for (N, d) take T = 1"
+    sub.add_argument("--shape", required=True, metavar="N,T,d", help=shape)
+    sub.add_argument("--dtype", choices=DTYPES, default="float32", help="of the features (default: float32)")
+    sub.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+
     add(_build, "")
 
     sub = add(_info)
@@ -391,6 +398,17 @@ def _presets(arguments: argparse.Namespace) -> None:
     from vjvcr_fast.cli_info import presets
 
     print(presets(arguments.presets or PRESETS))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    """Time the VCR loss for your own shape, against plain PyTorch, eager and compiled.
+
+    Forward and backward, on random features. Losses and gradients are compared with the reference in float64 before
+    anything is timed. It takes half a minute, most of it to compile plain PyTorch.
+    """
+    from vjvcr_fast.cli_bench import show
+
+    show(arguments.shape, arguments.dtype, arguments.device)
 
 
 def _build(arguments: argparse.Namespace) -> None:

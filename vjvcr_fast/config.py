@@ -293,8 +293,8 @@ def override(config: Config, values: dict[str, Any]) -> Config:
     return dataclasses.replace(config, **groups)
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device that `train.device` means; "auto" is CUDA where there is a GPU, else the CPU.
+def resolve_device(name: str, option: str = "train.device") -> torch.device:
+    """The device that `option` means; "auto" is CUDA where there is a GPU, else the CPU.
 
     Raises ConfigError if this machine does not have the CUDA device.
     """
@@ -302,5 +302,5 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"train.device={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise ConfigError(f"{option}={name!r}: this machine has {torch.cuda.device_count()} CUDA devices")
     return device

@@ -1,4 +1,4 @@
-"""How benchmarks measure time and memory.
+"""How `vjvcr-fast bench` and the benchmarks measure time and memory.
 
 The functions that are compared take turns, there and back, so that a slow spell of the machine meets all of them.
 On a GPU a function is captured in a CUDA graph and replayed between two events, which leaves out the time that the host
@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import mkldnn
 
 PRECISIONS = ("fp32", "tf32", "bf16")  # float32 "highest", float32 with TF32 products, bfloat16 input
 MOST_COPIES = 64  # of the inputs, however small they are
@@ -50,14 +49,17 @@ class Cuda:
         self._swept.amax()
 
     def event(self) -> torch.cuda.Event:
+        """Now, in the order of the GPU's work."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
-    def milliseconds(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two events, which have passed."""
         return start.elapsed_time(end)
 
     def synchronize(self) -> None:
+        """Waits for the GPU."""
         torch.cuda.synchronize()
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
@@ -87,19 +89,25 @@ class Host:
         self.torch_device, self.cache_bytes = torch.device("cpu"), max(kilobytes, default=0) << 10
 
     def stream(self) -> contextlib.AbstractContextManager[object]:
+        """There is none."""
         return contextlib.nullcontext()
 
-    def sweep(self) -> None: ...
+    def sweep(self) -> None:
+        """Nothing: rotating inputs are not in the cache."""
 
     def event(self) -> float:
+        """Now, in seconds."""
         return time.perf_counter()
 
-    def milliseconds(self, start: float, end: float) -> float:
+    def milliseconds(self, start: Any, end: Any) -> float:
+        """Between two events."""
         return 1e3 * (end - start)
 
-    def synchronize(self) -> None: ...
+    def synchronize(self) -> None:
+        """Nothing: calls return when they are done."""
 
     def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], object], Any]:
+        """(the function itself, what it returned)."""
         return function, function()
 
 
@@ -107,6 +115,7 @@ Device = Cuda | Host
 
 
 def current() -> Device:
+    """The current GPU if there is one, else the host."""
     return Cuda() if torch.cuda.is_available() else Host()
 
 
@@ -117,6 +126,7 @@ class BusyElsewhere:
         self.started = self._seconds()
 
     def share(self) -> float:
+        """From 0 to 1."""
         machine, own, wall = (now - then for now, then in zip(self._seconds(), self.started, strict=True))
         return max(0.0, (machine - own) / (wall * (os.cpu_count() or 1)))
 
@@ -156,6 +166,7 @@ class Rotating:
         self.function, self.inputs = function, itertools.cycle([*sets[first:], *sets[:first]])
 
     def __call__(self) -> Any:
+        """What the function returns for the next inputs."""
         return self.function(next(self.inputs))
 
 
@@ -201,6 +212,7 @@ class Spread(NamedTuple):
 
 
 def spread(times: list[float]) -> Spread:
+    """Of at least one time."""
     low, median, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return Spread(median, min(times), high - low)
 
@@ -279,6 +291,8 @@ def ceilings(device: Device) -> Ceilings:
             a, b = (torch.randn(side, side, device=device.torch_device).to(dtype) for _ in range(2))
             products[name] = _rate(device, functools.partial(torch.mm, a, b, out=torch.empty_like(a)), 2 * side**3)
     if isinstance(device, Host) and torch.backends.mkldnn.is_available():
+        from torch.utils import mkldnn  # which compiles something when it is imported
+
         layer = mkldnn.to_mkldnn(torch.nn.Linear(side, side, bias=False).eval())
         with torch.no_grad():
             ordered = _rate(device, functools.partial(layer, torch.randn(side, side).to_mkldnn()), 2 * side**3)
