@@ -98,7 +98,7 @@ $(GPU_VENV)/.done: pyproject.toml setup.py vjvcr_fast/native_build.py $(wildcard
 	@rm -rf $(GPU_VENV)
 	@$(PYTHON) -m venv --system-site-packages --without-pip $(GPU_VENV)
 	@$(PYTHON) -c '$(SITE)' >"$$($(GPU) -c '$(SITE)')/parent.pth"
-	@timeout 300 $(GPU_INSTALL) --editable . || \
+	@VJVCR_CUDA=$${VJVCR_CUDA:-1} timeout 300 $(GPU_INSTALL) --editable . || \
 	  { echo "make gpu: the operators could not be built for CUDA"; VJVCR_CUDA=0 $(GPU_INSTALL) --editable .; }
 	@touch $@
 
