@@ -192,8 +192,15 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]
 def test_into_the_package_or_else_the_cache(places: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     package, cache = places
     assert native_build.destination().parent == package
+    assert native_build.destination().name.startswith("_operators-")
     monkeypatch.setattr(os, "access", lambda *_: False)
     assert native_build.destination().parent == cache
+
+
+def test_in_a_checkout_it_is_what_setup_makes(places: tuple[Path, Path]) -> None:
+    package, _ = places
+    (package / "csrc").rename(package.parent / "csrc")
+    assert native_build.destination() == package / native_build.INSTALLED
 
 
 def test_the_library_of_these_sources_is_found(places: tuple[Path, Path]) -> None:

@@ -67,10 +67,12 @@ def cache_folder() -> Path:
 def destination() -> Path:
     """The library that `vjvcr-fast build` makes here: in the package if that can be written, else in the cache.
 
-    Its name has the sources' fingerprint, since an upgrade of the package leaves it behind. Raises BuildError if there
-    are no sources.
+    Its name has the sources' fingerprint, since an upgrade of the package leaves it behind. In a checkout it is the one
+    that setup.py makes. Raises BuildError if there are no sources.
     """
-    return (HERE if os.access(HERE, os.W_OK) else cache_folder()) / _name()
+    if not os.access(HERE, os.W_OK):
+        return cache_folder() / _name()
+    return HERE / (_name() if sources().parent == HERE else INSTALLED)
 
 
 def libraries() -> list[Path]:
