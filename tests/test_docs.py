@@ -15,7 +15,8 @@ GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
 PAGES = [*GUIDES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
 NEEDS = {"own-videos": ("av", "decord", "safetensors", "tqdm", "tensorboard"), "adding-a-kernel": ("triton",)}
 NEEDS |= {"several-gpus": ("mlxtend", "tqdm", "tensorboard"), "sweeps": ("mlxtend", "tqdm", "yaml", "matplotlib")}
-NEEDS["cluster"] = (*NEEDS["sweeps"], "tensorboard")
+NEEDS["cluster"] = NEEDS["training"] = (*NEEDS["sweeps"], "tensorboard")
+NEEDS["latents"] = NEEDS["several-gpus"]
 
 
 def blocks(page: str) -> list[tuple[str, str]]:
