@@ -32,7 +32,7 @@ TINY = {
     "train.log_every": 5,
     "train.validate_every": 4,
     "train.validation_videos": 16,
-    "train.tensorboard": False,
+    "train.log": "none",
     "evaluate.probe_videos": 48,
     "evaluate.validation_videos": 24,
     "evaluate.probe_epochs": 3,
@@ -54,7 +54,7 @@ TINY_SIMVP = {
     "train.batch": 4,
     "train.device": "cpu",
     "train.log_every": 2,
-    "train.tensorboard": False,
+    "train.log": "none",
 }
 
 

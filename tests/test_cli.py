@@ -136,7 +136,7 @@ def test_version() -> None:
             ["model.row='jepa': must be one of vj-vcr, vj-vcr-decoder, generative-vcr, gener"],
         ),
         (["train", "--precision", "fp8"], ["train.precision='fp8': must be one of auto, fp32, bf16"]),
-        (["train", "--tensorboard", "maybe"], ["train.tensorboard='maybe': must be true or false"]),
+        (["train", "--log", "board"], ["train.log='board': must be one of tensorboard, wandb, none"]),
         (["train", "--canvas", "30"], ["model and data do not fit: size=30"]),
         (["train", "--device", "gpu"], ["train.device='gpu': must be auto, cpu, cuda or cuda:N"]),
         (["train", "--device", "cuda:63"], ["train.device='cuda:63': this machine has"]),
@@ -219,19 +219,25 @@ def test_a_fault_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "options"),
+    ("missing", "options", "extra"),
     [
-        ("tqdm", ["train", "--tensorboard=false"]),
-        ("torch.utils.tensorboard", ["train"]),
-        ("matplotlib.figure", ["reproduce", "table1"]),
+        ("tqdm", ["train", "--log=none"], "train"),
+        ("torch.utils.tensorboard", ["train"], "train"),
+        ("wandb", ["train", "--log=wandb"], "wandb"),
+        ("matplotlib.figure", ["reproduce", "table1"], "train"),
     ],
 )
 def test_a_missing_extra_is_named(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, missing: str, options: list[str], digits: Any
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    missing: str,
+    options: list[str],
+    extra: str,
+    digits: Any,
 ) -> None:
     monkeypatch.setattr(paper, "table1", lambda *_: paper.figures.spectrum(Path("s.png"), {"a": [1.0]}))
     monkeypatch.setitem(sys.modules, missing, None)
-    assert "pip install 'vjvcr_fast[train]'" in fails(capsys, options, code=1)
+    assert f"pip install 'vjvcr_fast[{extra}]'" in fails(capsys, options, code=1)
 
 
 @pytest.mark.parametrize("error", [StopRequestedError("stopped at step 3 of 9"), KeyboardInterrupt()])

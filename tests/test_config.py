@@ -161,6 +161,7 @@ SAMPLES = {
     "train.precision": "bf16",
     "train.compile": "off",
     "train.on_nonfinite": "rollback",
+    "train.log": "wandb",
     "data.start": "center",
     "latent.kind": "sparse",
     "latent.method": "ista",
@@ -375,6 +376,17 @@ def test_a_file_gives_the_config_back(tmp_path: Path, tiny: Config) -> None:
     file = tmp_path / "config.json"
     file.write_text(tiny.to_json())
     assert Config.load(file) == Config.load(str(file)) == tiny
+
+
+@pytest.mark.parametrize(("then", "now"), [(True, "tensorboard"), (False, "none"), ("false", "none")])
+def test_a_file_may_have_a_field_of_an_earlier_version(tmp_path: Path, then: Any, now: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"tensorboard": then}}))
+    assert Config.load(tmp_path / "config.json").train.log == now
+
+
+def test_a_field_of_an_earlier_version_is_checked() -> None:
+    with pytest.raises(ConfigError, match=r"^train.tensorboard='maybe': must be true or false$"):
+        override(Config(), {"train.tensorboard": "maybe"})
 
 
 def test_a_file_may_leave_fields_out(tmp_path: Path) -> None:

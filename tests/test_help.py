@@ -129,7 +129,7 @@ def test_one_preset(capsys: pytest.CaptureFixture[str]) -> None:
         (["train", "--latent", "spars-high"], "sparse-high"),
         (["train", "--row", "generativ-vcr"], "generative-vcr"),
         (["train", "--dataset", "CLEVRER"], "clevrer"),
-        (["train", "--tensorboard", "fasle"], "false"),
+        (["train", "--download", "fasle"], "false"),
         (["train", "--latent.method", "newtn"], "newton"),
     ],
 )

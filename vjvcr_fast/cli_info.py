@@ -22,6 +22,7 @@ from vjvcr_fast.losses import backends
 # The modules that each extra installs.
 EXTRAS = {
     "train": ("matplotlib", "mlxtend", "tensorboard", "tqdm", "yaml"),
+    "wandb": ("wandb",),
     "video": ("av", "decord", "pebble", "safetensors"),
     "hub": ("huggingface_hub", "safetensors"),
     "simulate": ("av", "mujoco", "pebble"),

@@ -18,6 +18,10 @@ from vjvcr_fast.data.files import one_line
 from vjvcr_fast.models import convnet, simvp, swin
 from vjvcr_fast.settings import ConfigError, Data, Evaluate, Latent, Model, Train, describe, meant, need, parse
 
+# Fields that were true or false in earlier versions, as the files of old runs and sweeps have them: today's field, and
+# what it is for false and for true.
+RENAMED = {"train.tensorboard": ("train.log", ("none", "tensorboard"))}
+
 GROUPS: dict[str, Any] = {"data": Data, "model": Model, "latent": Latent, "train": Train, "evaluate": Evaluate}
 
 
@@ -279,11 +283,15 @@ def shown(value: Any) -> str:
 
 def override(config: Config, values: dict[str, Any]) -> Config:
     """config with other values for some fields, such as {"train.lr": 2e-3}. Text from a command line is converted.
+    Fields of earlier versions (RENAMED) are taken as what they are now.
 
     Raises ConfigError if a field does not exist, or if a value has the wrong type or is out of range.
     """
     changes: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
+        if name in RENAMED:
+            now, meanings = RENAMED[name]
+            name, value = now, meanings[parse(name, bool, value)]
         if name not in fields():
             known = meant(name, fields(), 0.8) or f"; fields are {', '.join(fields())}"
             raise ConfigError(f"{one_line(name)}: no such field{known}")

@@ -256,7 +256,9 @@ class Train(Group):
     )
     telemetry_every: int = setting(100, "steps from one measurement of collapse to the next; 0: never", OR_NEVER)
     keep: int = setting(2, "number of checkpoints to keep, the last one included", at_least(1))
-    tensorboard: bool = setting(True, "write scalars and images for TensorBoard")
+    log: Literal["tensorboard", "wandb", "none"] = setting(
+        "tensorboard", "where to show curves and example videos; metrics.jsonl has the numbers in any case"
+    )
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def test_divergence_is_seen(
 
 def test_tensorboard_shows_predictions_at_z_star(tmp_path: Path, tiny_stochastic: Config) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    changes = {"train.tensorboard": True, "model.row": "vj-vcr-decoder"}
+    changes = {"train.log": "tensorboard", "model.row": "vj-vcr-decoder"}
     train(override(latent(tiny_stochastic, "sparse-high"), changes), tmp_path)
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert {*events.Tags()["scalars"]} > {"latent_energy", "zeros", "latent_weight"}

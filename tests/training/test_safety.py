@@ -360,7 +360,7 @@ def test_memory_is_flat(tmp_path: Path, tiny: Config, mode: str) -> None:
         return {"resident": resident[-1]}
 
     changes = {"train.steps": 1_000, "train.validate_every": 20, "train.telemetry_every": 10, "train.probe_every": 50}
-    train(override(tiny, {**changes, "train.on_nonfinite": mode, "train.tensorboard": True}), tmp_path, look)
+    train(override(tiny, {**changes, "train.on_nonfinite": mode, "train.log": "tensorboard"}), tmp_path, look)
     settled, end = max(resident[3:8]), max(resident[-5:])
     print(json.dumps(resident))
     assert end - settled < 5  # MiB: a leak of one batch a step would be 20

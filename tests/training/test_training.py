@@ -352,7 +352,7 @@ def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
         raise MemoryError
 
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    config = override(tiny, {"train.tensorboard": True, "train.probe_every": 1, "model.row": "vj-vcr-decoder"})
+    config = override(tiny, {"train.log": "tensorboard", "train.probe_every": 1, "model.row": "vj-vcr-decoder"})
     with pytest.raises(MemoryError):
         train(config, tmp_path, Probe(7, crash))
     train(config, tmp_path, Probe())
@@ -365,6 +365,54 @@ def test_tensorboard(tmp_path: Path, tiny: Config) -> None:
     assert [image.step for image in images] == [4, 8, 12]
     # Eight videos of two lines (target, prediction), five frames of 16 pixels side by side.
     assert (images[0].height, images[0].width) == (8 * 2 * 16, 5 * 16)
+
+
+def points(file: Path) -> list[dict[str, Any]]:
+    """What an offline run of wandb keeps of its curves, in the order in which it was logged."""
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    store, record, found = DataStore(), Record(), []
+    store.open_for_scan(str(file))
+    while (data := store.scan_data()) is not None:
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            row = {"/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            found.append({name: value for name, value in row.items() if not name.startswith("_")})
+    return found
+
+
+@pytest.mark.slow
+def test_wandb(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Offline. A run that goes on keeps its identity, and logs telemetry at the step it was measured at."""
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = override(tiny, {"train.log": "wandb", "train.telemetry_every": 4, "model.row": "vj-vcr-decoder"})
+    train(override(config, {"train.steps": 8}), tmp_path)
+    time.sleep(1.1)  # wandb names its folders by the second
+    train(config, tmp_path)
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert {file.stem for file in files} == {f"run-{(tmp_path / 'wandb-id').read_text().strip()}"}
+    rows = [row for file in files for row in points(file)]
+    numbers = [row for row in rows if "videos/size" not in row]
+    assert numbers == [pytest.approx(row) for row in read_metrics(tmp_path / "metrics.jsonl")]
+    assert {4, 8, 12} == {row["step"] for row in numbers if "rank_me" in row}
+    images = [row for row in rows if "videos/size" in row]
+    assert [row["step"] for row in images] == [4, 8, 12]
+    assert (images[0]["videos/height"], images[0]["videos/width"]) == (8 * 2 * 16, 5 * 16)
+
+
+@pytest.mark.slow
+def test_wandb_without_an_account(tmp_path: Path, tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+
+    def refused(**_: Any) -> None:
+        raise wandb.errors.UsageError("No API key configured.\nUse `wandb login`.")
+
+    monkeypatch.setattr(wandb, "init", refused)
+    with pytest.raises(ConfigError, match=r"^train.log=wandb: No API key .*; WANDB_MODE=offline needs no account$"):
+        train(override(tiny, {"train.log": "wandb"}), tmp_path / "run")
 
 
 # -- Stopping and going on ------------------------------------------------------------------------------------------
@@ -435,13 +483,14 @@ def test_a_run_can_be_prolonged(tmp_path: Path, tiny: Config, whole: Callable[[C
 
 def test_going_on_with_another_config_is_refused(trained: Path, tiny: Config) -> None:
     before = (trained / "config.json").read_text()
-    other = override(tiny, {"train.lr": 0.5, "model.row": "generative", "evaluate.probe_epochs": 9})
+    changed = {"train.lr": 0.5, "train.log_every": 6, "model.row": "generative", "evaluate.probe_epochs": 9}
+    other = override(tiny, {**changed, "train.log": "wandb"})
     with pytest.raises(ConfigError) as error:
         train(other, trained)
-    changes = "model.row vj-vcr -> generative, train.lr 0.001 -> 0.5"
+    changes = "model.row vj-vcr -> generative, train.lr 0.001 -> 0.5, train.log_every 5 -> 6"
     assert str(error.value) == f"{trained} holds a run of another config ({changes}); choose another --out"
     assert (trained / "config.json").read_text() == before
-    train(override(tiny, {"evaluate.probe_epochs": 9, "train.tensorboard": False, "train.steps": 13}), trained)
+    train(override(tiny, {"evaluate.probe_epochs": 9, "train.log": "none", "train.steps": 13}), trained)
     assert checkpoint.load(trained / "last.pt")["step"] == 13
 
 

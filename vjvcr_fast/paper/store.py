@@ -127,7 +127,7 @@ def _read(file: Path, config: Config, measured: str) -> Kept:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"not a file of results: {one_line(error)}") from None
     pairs = differences(theirs, config).items()
-    changes = [f"{name} {was} -> {now}" for name, (was, now) in pairs if not name.startswith(NEUTRAL)]
+    changes = [f"{name} {was} -> {now}" for name, (was, now) in pairs if name not in NEUTRAL]
     if changes:
         raise OtherConfigError(f"another config ({', '.join(changes)})")
     if measures != (measured, MEASURES):

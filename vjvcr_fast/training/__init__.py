@@ -9,6 +9,7 @@ checkpoint    saves and loads
 stop          what happens at Ctrl-C
 nonfinite     updates that are skipped because the loss is not finite
 processes     several processes, one batch
-log           metrics.jsonl, TensorBoard, the progress bar
+log           metrics.jsonl, the progress bar
+boards        TensorBoard and wandb
 telemetry     measures collapse
 """

@@ -1,4 +1,4 @@
-"""What a run reports while it trains: metrics.jsonl, TensorBoard and a progress bar."""
+"""What a run reports while it trains: metrics.jsonl, a progress bar, and TensorBoard or wandb."""
 
 import json
 import os
@@ -6,16 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vjvcr_fast.config import Config, Train
+from vjvcr_fast.config import Config
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.losses.attainable import attainable_std, batch_for
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.training import checkpoint
+from vjvcr_fast.training.boards import open_board
 
 
 def reach(config: Config) -> str:
@@ -39,20 +39,13 @@ class Log(ExitStack):
     metrics.jsonl, are dropped, since these steps will be trained again. title: shown beside the progress bar.
     quiet: write and show nothing, as on every process but one.
 
-    Raises ImportError, naming the extra to install, if tqdm or TensorBoard is missing.
+    Raises ImportError, naming the extra to install, if tqdm or the board (`open_board`) is missing.
     """
 
-    def __init__(self, run: Path, step: int, settings: Train, title: str, quiet: bool = False) -> None:
+    def __init__(self, run: Path, step: int, config: Config, title: str, quiet: bool = False) -> None:
         super().__init__()
-        self.board: Any = None
-        if settings.tensorboard and not quiet:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ImportError(
-                    "TensorBoard is not installed: pip install 'vjvcr_fast[train]', or --train.tensorboard false"
-                ) from None
-            self.board = self.enter_context(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1))
+        settings = config.train
+        self.board = None if quiet else open_board(config, run, step, self)
         path = Path(os.devnull) if quiet else run / "metrics.jsonl"
         if not quiet:
             rows = checkpoint.read_metrics(path, up_to=step)
@@ -74,12 +67,11 @@ class Log(ExitStack):
         self.write(step, {**means, "videos_per_second": rate, "data_wait": share})
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes a line of metrics.jsonl, and a point of each value's curve in TensorBoard."""
+        """Writes a line of metrics.jsonl, and a point of each value's curve on the board."""
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         if self.board is not None:
-            for name, value in values.items():
-                self.board.add_scalar(name, value, step)
+            self.board(step, values)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -89,9 +81,10 @@ class Log(ExitStack):
         self.clock += time.perf_counter() - start
 
     def videos(self, step: int, lines: list[Tensor]) -> None:
-        """Shows videos in TensorBoard, which must be on (`board`): one image with all frames side by side.
+        """Shows videos on the board, if there is one (`board`): one image with all frames side by side.
 
         lines: each (n, T, C, S, S) in [0, 1]. Video by video, its lines lie one below the other.
         """
         grid = torch.stack(lines, dim=1).permute(3, 0, 1, 4, 2, 5)  # (C, video, line, S, T, S)
-        self.board.add_image("videos", grid.flatten(1, 3).flatten(2), step)
+        if self.board is not None:
+            self.board(step, {"videos": grid.flatten(1, 3).flatten(2)})

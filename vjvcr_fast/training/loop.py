@@ -6,7 +6,7 @@ A run is a folder:
     metrics.jsonl   a line of numbers every `train.log_every` steps, and one for every validation
     last.pt         the newest checkpoint; checkpoints/ has the last few (`train.keep`)
     best.pt         the checkpoint with the lowest validation loss
-    tensorboard/    curves and example videos
+    tensorboard/    curves and example videos, or wandb/ (`train.log`)
 
 Resuming: `train` on a folder with a checkpoint goes on from there. On a CPU the run is then bit for bit the one that
 was never stopped.
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError, differences
+from vjvcr_fast.config import Config, ConfigError, differences, fields
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
@@ -47,10 +47,11 @@ from vjvcr_fast.training.telemetry import Telemetry, action_energies
 # Fields that change no result. The data are compared by their content (`check_data`), so that their folder may change.
 NEUTRAL = (
     *("data.root", "data.download", "data.cache", "data.workers", "data.decode_timeout"),
-    *("model.checkpoint", "train.chunk", "train.tensorboard", "train.keep", "train.telemetry_every"),
+    *("model.checkpoint", "train.chunk", "train.log", "train.keep", "train.telemetry_every"),
 )
 # Fields that may change when a run is resumed. None of them affects a training step.
-_FREE = (*NEUTRAL, "data.on_bad_video", "train.steps", "train.on_nonfinite", "evaluate.")
+_FREE = {*NEUTRAL, "data.on_bad_video", "train.steps", "train.on_nonfinite"}
+_FREE |= {name for name in fields() if name.startswith("evaluate.")}
 ROLLBACKS = 3  # to one and the same checkpoint, before training gives up
 
 Probe = Callable[[EnergyModel, Config, Data], dict[str, float]]
@@ -128,7 +129,7 @@ class _Training:
             self._resume()
         many = f", {processes.world} processes" if processes.world > 1 else ""
         title = f"{config.model.row} ({processes.device.type}{many})"
-        self.log = Log(run, self.step, config.train, title, quiet=not processes.main)
+        self.log = Log(run, self.step, config, title, quiet=not processes.main)
         self.telemetry = Telemetry()
 
     def loop(self, probe: Probe | None, failed: _NotFiniteError | None = None) -> None:
@@ -325,7 +326,7 @@ def claim(run: Path, config: Config, resume: str = "auto", writes: bool = True) 
         raise ConfigError(f"{run} holds a saved model: choose another --out")
     if file.exists() and begun:
         pairs = differences(Config.load(file), config).items()
-        changes = [f"{k} {theirs} -> {ours}" for k, (theirs, ours) in pairs if not k.startswith(_FREE)]
+        changes = [f"{k} {theirs} -> {ours}" for k, (theirs, ours) in pairs if k not in _FREE]
         if changes:
             raise ConfigError(f"{run} holds a run of another config ({', '.join(changes)}); choose another --out")
     if writes:
