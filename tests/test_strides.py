@@ -54,7 +54,7 @@ from vjvcr_fast.models.swin import SwinPredictor, WindowAttention
 from vjvcr_fast.runs import Trained
 from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.chunked import backward_chunked
-from vjvcr_fast.training.telemetry import statistics
+from vjvcr_fast.training.telemetry import collapse_measures, statistics
 
 FACTS: Any = SimpleNamespace(frames=9, fps=1.0, height=2, width=2, mirrored=False)
 
@@ -453,6 +453,9 @@ ENTRIES = [
     Entry("data.video.file.resize", lambda frames: resize(frames, (5, 7)), "byte n 3 6 9"),
     # training
     Entry("training.telemetry.statistics", statistics, "n t d", BOTH),
+    Entry(
+        "training.telemetry.collapse_measures", lambda h: torch.tensor([*collapse_measures(h).values()]), "n t d", ANY
+    ),
     Entry("training.chunked.backward_chunked", in_chunks, "unit n 2 1 8 8, unit n 2 1 8 8"),
 ]
 if native.MISSING is None:

@@ -27,7 +27,7 @@ from vjvcr_fast.training.build import build_model
 from vjvcr_fast.training.checkpoint import CheckpointError
 from vjvcr_fast.training.loop import DivergedError, train
 from vjvcr_fast.training.nonfinite import skip_if_not_finite
-from vjvcr_fast.training.telemetry import NAMES, Telemetry, statistics
+from vjvcr_fast.training.telemetry import NAMES, Telemetry, collapse_measures, statistics
 
 pytestmark = pytest.mark.usefixtures("digits", "one_thread")
 
@@ -320,6 +320,21 @@ def test_telemetry_is_its_definition(shape: tuple[int, int, int]) -> None:
     assert step == 3
     assert [*numbers] == [*NAMES, "rank_me"]
     assert relative(torch.tensor(numbers["rank_me"]), reference.rank_me(rows)) <= 100 * FLOAT32
+    assert collapse_measures(h.float()) == numbers
+
+
+def test_telemetry_takes_what_the_loss_takes() -> None:
+    """Without a time axis, in pieces along time, narrower types and autocast; and refuses the same."""
+    h = torch.randn(32, 5, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
+    whole = collapse_measures(h.float())
+    assert collapse_measures([h[:, :2], h[:, 2:]]) == pytest.approx(whole)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert collapse_measures(h) == pytest.approx(whole)
+    assert collapse_measures(h[:, 0]) == pytest.approx(collapse_measures(h[:, :1]))
+    with pytest.raises(ValueError, match=r"h has shape \(1, 5, 6\).*N >= 2 is needed"):
+        collapse_measures(h[:1])
+    with Telemetry() as telemetry, pytest.raises(TypeError, match=r"a torch\.Tensor or a sequence"):
+        telemetry.measure(1, None)  # type: ignore[arg-type]
 
 
 def test_telemetry_of_a_collapse() -> None:

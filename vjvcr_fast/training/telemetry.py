@@ -1,15 +1,16 @@
-"""Is the encoder collapsing? Four numbers about the representations of a batch, every `train.telemetry_every` steps.
+"""Is the encoder collapsing? Four numbers about the representations of a batch, for any training loop.
 
-They are computed from h_x (N, T, d) of the whole batch, as training sees it:
+In a run of `vjvcr-fast train` they are of h_x (N, T, d) of the whole batch, as training sees it, every
+`train.telemetry_every` steps:
 
     feature_std          standard deviation over N, averaged over time steps and features
     feature_std_least    the same for the smallest feature: near zero if features have died
     feature_correlation  root mean square of the correlations between different features; by chance alone 1/sqrt(N - 1)
     rank_me              RankMe of at most ROWS rows (n, t): an estimate, at most as large as the number of rows
 
-Training does not wait for them. The first three are a few operations on the device, in the Gram form. The fourth needs
-singular values, which a thread computes on the host once the device has made a copy. The results are read at the next
-log line.
+`collapse_measures` returns them. With `Telemetry` training does not wait for them. The first three are a few operations
+on the device, in the Gram form. The fourth needs singular values, which a thread computes on the host once the device
+has made a copy. The results are read at the next log line.
 
 Does the predictor use z? Where z is the actions in pre-training, `action_energies` is logged with every validation.
 """
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, override
-from vjvcr_fast.losses.analytic import centred
+from vjvcr_fast.losses.analytic import centred, compute_dtype, full_precision
+from vjvcr_fast.losses.vcr import Representations, as_slices
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training.build import VideoSource
 from vjvcr_fast.training.calibration import Latents
@@ -35,8 +37,30 @@ DESCENT = 10  # steps of gradient descent to its z*; evaluation makes more
 NAMES = ("feature_std", "feature_std_least", "feature_correlation")
 
 
+@torch.no_grad()
+def collapse_measures(h: Representations) -> dict[str, float]:
+    """Is the encoder collapsing? Four numbers about the representations of a batch. Waits for the device.
+
+    h: as for `vcr_loss`, (N, d), (N, ..., d) or a sequence of such tensors, N >= 2. Of several processes: gather the
+    samples first.
+
+    Returns:
+        feature_std: the standard deviation over N, averaged over time steps and features; 0 after a collapse.
+        feature_std_least: the same for the smallest feature; near 0 if features have died.
+        feature_correlation: the root mean square of the correlations between different features; by chance alone
+            1/sqrt(N - 1).
+        rank_me: RankMe, the effective number of dimensions, of at most 1,024 rows of h; NaN if one is not finite.
+
+    Raises the errors of `vcr_loss` for h.
+    """
+    return _read(*_numbers(h), ready=None)
+
+
 class Telemetry(ExitStack):
-    """A context manager: `measure` starts a measurement, `collect` returns those started since the last call."""
+    """The numbers of `collapse_measures` for a loop that should not wait for the device. A context manager.
+
+    `measure` starts a measurement, and `collect` returns those started since the last call, for example at a log line.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,13 +69,13 @@ class Telemetry(ExitStack):
         self._under_way: list[tuple[int, Future[dict[str, float]]]] = []
 
     @torch.no_grad()
-    def measure(self, step: int, h: Tensor) -> None:
-        """h: (N, T, d) float32 on any device, N >= 2. Does not wait for the device."""
-        flat = h.flatten(0, 1)
-        rows = flat[:: -(-len(flat) // ROWS)]
+    def measure(self, step: int, h: Representations) -> None:
+        """Starts a measurement. step: whatever `collect` should name it by. h: as for `collapse_measures`."""
+        numbers = _numbers(h)
         # From a GPU these copies go to pinned memory. The host does not wait for them; the thread does, for `ready`.
-        values, rows = (t.to("cpu", non_blocking=True, copy=True) for t in (statistics(h), rows))
-        ready = torch.cuda.current_stream(h.device).record_event() if h.is_cuda else None
+        values, rows = (t.to("cpu", non_blocking=True, copy=True) for t in numbers)
+        on_gpu = numbers[0].is_cuda
+        ready = torch.cuda.current_stream(numbers[0].device).record_event() if on_gpu else None
         self._under_way.append((step, self._thread.submit(_read, values, rows, ready)))
 
     def collect(self) -> list[tuple[int, dict[str, float]]]:
@@ -75,6 +99,15 @@ def statistics(h: Tensor) -> Tensor:
     pairs = (unit @ unit.mT).square().sum(dim=(1, 2)) - unit.square().sum(dim=1).square().sum(dim=1)
     correlation = (pairs.clamp_min(0) / max(d * (d - 1), 1)).sqrt()
     return torch.stack([std.mean(), std.mean(dim=0).min(), correlation.mean()])
+
+
+def _numbers(h: Representations) -> tuple[Tensor, Tensor]:
+    """`statistics` of h, and at most ROWS rows of it for RankMe."""
+    slices = as_slices(h)
+    whole = slices[0] if len(slices) == 1 else torch.cat(slices, dim=1)
+    flat = whole.flatten(0, 1)
+    with full_precision(whole):
+        return statistics(whole), flat[:: -(-len(flat) // ROWS)].to(compute_dtype(whole))
 
 
 def _read(values: Tensor, rows: Tensor, ready: Any) -> dict[str, float]:
