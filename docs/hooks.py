@@ -1,6 +1,6 @@
 """What mkdocs does with our pages besides rendering them, so that they read well in the repository, too.
 
-- The Markdown files at the top of the repository are pages: README.md is the first one, index.md.
+- The Markdown files at the top of the repository and that of examples/ are pages. README.md is the first one, index.md.
 - A link to another file of the repository leads to a copy of it in the site.
 - `$...$` and blocks of the language `math` become MathML. Browsers draw it, no script is loaded.
 - Blocks of the language `help` show what the command in them prints.
@@ -24,7 +24,9 @@ from mkdocs.structure.pages import Page
 from pymdownx.superfences import SuperFencesException
 
 ROOT = Path(__file__).parents[1]
-TOP = {path.name: f"{path.stem.lower()}.md" for path in ROOT.glob("*.md")} | {"README.md": "index.md"}
+PAGES = {path.name: f"{path.stem.lower()}.md" for path in ROOT.glob("*.md")} | {"README.md": "index.md"}
+PAGES |= {f"examples/{path.name}": "examples.md" for path in ROOT.glob("examples/README.md")}
+SOURCES = {page: source for source, page in PAGES.items()}
 LINK = re.compile(r"(?<=\]\()[^)#:\s]+|(?<=\bsrc=\")[^\":]+|(?<=\bsrcset=\")[^\":]+")  # without the anchor; not a URL
 SHOWN = (".json", ".png", ".svg")  # by browsers; other files become .txt
 FORMULA = r"(?<![\\\w$])\$(?=\S)([^$]+?)(?<=\S)\$(?![\w$])"
@@ -43,8 +45,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages at the top of the repository."""
-    for source, page in TOP.items():
+    """Adds the pages that are not in docs/."""
+    for source, page in PAGES.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / source)))
     return files
 
@@ -55,13 +57,13 @@ def on_page_markdown(text: str, page: Page, config: MkDocsConfig, files: Files) 
     A link to a file that does not exist stays as it is: a strict build then fails, and names it.
     """
     here = page.file.src_uri
-    folder = "" if here in TOP.values() else posixpath.join("docs", posixpath.dirname(here))
+    folder = posixpath.dirname(SOURCES.get(here, f"docs/{here}"))
 
     def moved(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, match[0]))  # from the repository's top
         if not (ROOT / target).is_file():
             return match[0]
-        inside = TOP.get(target) or (target[5:] if target.startswith("docs/") else f"files/{target}")
+        inside = PAGES.get(target) or (target[5:] if target.startswith("docs/") else f"files/{target}")
         if files.get_file_from_path(inside) is None:
             copy = File.generated(config, inside, abs_src_path=str(ROOT / target))
             copy.dest_uri += "" if target.endswith(SHOWN) else ".txt"

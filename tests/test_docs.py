@@ -12,7 +12,7 @@ import slurm
 
 ROOT = Path(__file__).parents[1]
 GUIDES = sorted((ROOT / "docs" / "guides").glob("*.md"))
-PAGES = [*GUIDES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PAGES = [*GUIDES, *sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "examples" / "README.md"]
 NEEDS = {"own-videos": ("av", "decord", "safetensors", "tqdm", "tensorboard"), "adding-a-kernel": ("triton",)}
 NEEDS |= {"several-gpus": ("mlxtend", "tqdm", "tensorboard"), "sweeps": ("mlxtend", "tqdm", "yaml", "matplotlib")}
 NEEDS["cluster"] = NEEDS["training"] = (*NEEDS["sweeps"], "tensorboard")
