@@ -17,7 +17,7 @@ from vjvcr_fast.losses import VCRLoss
 from vjvcr_fast.training.telemetry import collapse_measures
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-STEPS, N = 200, 128
+STEPS, N = 100, 128
 
 
 def train(videos: MovingMNIST, alpha: float, beta: float, compiled: bool) -> dict[str, float]:
@@ -39,7 +39,7 @@ def train(videos: MovingMNIST, alpha: float, beta: float, compiled: bool) -> dic
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if number % 50 == 0:
+        if number % 25 == 0:
             std = collapse_measures(encoder(batch.frames))["feature_std"]
             print(f"step {number:3}: loss {loss.item():.4f}, standard deviation of the features {std:.3f}")
     return collapse_measures(encoder(videos.batch(STEPS * N, 1024).frames))

@@ -1,14 +1,9 @@
 """Is the encoder collapsing? Four numbers about the representations of a batch, for any training loop.
 
-In a run of `vjvcr-fast train` they are of h_x (N, T, d) of the whole batch, as training sees it, every
-`train.telemetry_every` steps:
+`collapse_measures` says which. In a run of `vjvcr-fast train` they are of h_x (N, T, d) of the whole batch, as training
+sees it, every `train.telemetry_every` steps.
 
-    feature_std          standard deviation over N, averaged over time steps and features
-    feature_std_least    the same for the smallest feature: near zero if features have died
-    feature_correlation  root mean square of the correlations between different features; by chance alone 1/sqrt(N - 1)
-    rank_me              RankMe of at most ROWS rows (n, t): an estimate, at most as large as the number of rows
-
-`collapse_measures` returns them. With `Telemetry` training does not wait for them. The first three are a few operations
+With `Telemetry` training does not wait for them. The first three are a few operations
 on the device, in the Gram form. The fourth needs singular values, which a thread computes on the host once the device
 has made a copy. The results are read at the next log line.
 
@@ -44,12 +39,14 @@ def collapse_measures(h: Representations) -> dict[str, float]:
     h: as for `vcr_loss`, (N, d), (N, ..., d) or a sequence of such tensors, N >= 2. Of several processes: gather the
     samples first.
 
-    Returns:
-        feature_std: the standard deviation over N, averaged over time steps and features; 0 after a collapse.
-        feature_std_least: the same for the smallest feature; near 0 if features have died.
-        feature_correlation: the root mean square of the correlations between different features; by chance alone
-            1/sqrt(N - 1).
-        rank_me: RankMe, the effective number of dimensions, of at most 1,024 rows of h; NaN if one is not finite.
+    Returns a dict of
+
+    - "feature_std": the standard deviation over N, averaged over time steps and features; near 0 after a collapse;
+    - "feature_std_least": the same for the smallest feature; near 0 if features have died;
+    - "feature_correlation": the root mean square of the correlations between different features; by chance alone
+      1/sqrt(N - 1);
+    - "rank_me": RankMe, the effective number of dimensions whatever their scale, of at most 1,024 rows of h; NaN if
+      one of them is not finite.
 
     Raises the errors of `vcr_loss` for h.
     """
