@@ -3,9 +3,9 @@
 `collapse_measures` says which. In a run of `vjvcr-fast train` they are of h_x (N, T, d) of the whole batch, as training
 sees it, every `train.telemetry_every` steps.
 
-With `Telemetry` training does not wait for them. The first three are a few operations
-on the device, in the Gram form. The fourth needs singular values, which a thread computes on the host once the device
-has made a copy. The results are read at the next log line.
+With `Telemetry` training does not wait for them. The first three are a few operations on the device, in the Gram form.
+The fourth needs singular values, which a thread computes on the host once the device has made a copy. The results are
+read at the next log line.
 
 Does the predictor use z? Where z is the actions in pre-training, `action_energies` is logged with every validation.
 """
