@@ -85,7 +85,8 @@ def gain(file: Path, out: Path) -> None:
     for axis, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for provider, label in lines.items():
             points = sorted((row["d"], row[key]) for row in rows if row["provider"] == provider)
-            axis.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=2, label=label)
+            if points:
+                axis.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=2, label=label)
         axis.set(xscale="log", yscale="log", xlabel=f"features d  (batches of {rows[0]['N']})", title=title)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
