@@ -72,6 +72,7 @@ EXCEPTIONS = {
     "latents.kinds.LatentModel": "a protocol",
     "models.convnet.LatentPredictor.check_latent": "looks at the shape alone",
     "native": "looks at device, dtype and shape alone",
+    "bench": "measures, on tensors that it makes",
     "data.video.cache": "reads the numbers of a Source one by one",
     "data.video.decode.IsolatedVideo": "has another process read",
     "data.video.clips": "reads the numbers of a Source one by one",
@@ -399,6 +400,11 @@ ENTRIES = [
     Entry("models.swin.WindowAttention.forward", lambda x: made(WindowAttention, *GRID)(x), "n 4 4 6"),
     # evaluation
     Entry("evaluation.metrics.psnr", metrics.psnr, "unit n t 1 3 3, unit n t 1 3 3"),
+    Entry(
+        "evaluation.metrics.grain",
+        lambda p, y: metrics.grain(p, torch.where(y > 0.995, y, 0))[0],
+        "n 2 1 24 24, unit n 2 1 24 24",
+    ),
     Entry("evaluation.metrics.average_precision", metrics.average_precision, "n, bool n"),
     Entry("evaluation.metrics.mean_average_precision", metrics.mean_average_precision, "n c, bool n c"),
     Entry("evaluation.probes.standardised", probed(standardised), "9 d, 9, n d, n"),
