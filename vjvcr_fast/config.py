@@ -124,7 +124,7 @@ class Config:
 _ADDED = {"model.padding": "zeros", "model.gamma_generative": 1.0}
 
 # [ours, studied] Of MovingMNIST. The generative rows' pixel weight is as if pixels were divided by their deviation,
-# 0.308. With replicate, decoders draw less grain in the first and last frame than with black beyond them.
+# 0.308. With zeros as padding, decoders draw grain in the first and last frame.
 _DIGITS: dict[str, Any] = {"padding": "replicate", "gamma_generative": 10.5}
 
 _PRESETS = (

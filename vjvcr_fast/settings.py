@@ -179,7 +179,7 @@ class Model(Group):
         1.0, "conv: first scale of the encoder's last batch norm; torch: 1 [ours, studied]", ABOVE_0
     )
     padding: Literal["zeros", "replicate"] = setting(
-        "zeros", "conv: what those over time see beyond the first and last frame; replicate: that frame [ours]"
+        "zeros", "conv: what the decoder sees beyond the first and last time step; replicate: that step [ours]"
     )
     hidden: int = setting(1024, "width of the MLP's two hidden layers, or of Swin's tokens [ours]", at_least(1))
     depth: int = setting(8, "simvp: number of Swin blocks [ours]", at_least(1))

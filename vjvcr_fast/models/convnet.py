@@ -47,8 +47,6 @@ class ConvEncoder(nn.Module):
         size: S, a multiple of 8.
         pool: side of the pooled map, a divisor of S / 8.
         norm_scale: initial scale of the last batch norm.
-        padding: what the temporal convolutions see before the first frame and after the last: "zeros" or "replicate",
-            the nearest frame once more.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -60,14 +58,13 @@ class ConvEncoder(nn.Module):
         size: int,
         pool: int,
         norm_scale: float = 1.0,
-        padding: str = "zeros",
     ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
         self.d = channels[-1] * pool * pool
         widths = [in_channels, *channels]
         self.spatial = nn.Sequential(*(_block(nn.Conv2d(a, b, 3, 2, 1, bias=False), b) for a, b in pairwise(widths)))
-        self.temporal = _temporal(channels[-1], padding)
+        self.temporal = _temporal(channels[-1], "zeros")
         nn.init.constant_(cast(Tensor, cast(nn.Sequential, self.temporal[-1])[1].weight), norm_scale)
         self.window = size // 8 // pool
 
@@ -80,6 +77,9 @@ class ConvEncoder(nn.Module):
 
 class ConvDecoder(nn.Module):
     """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. The arguments are those of ConvEncoder.
+
+    padding: what the temporal convolutions see before the first frame and after the last: "zeros" or "replicate", the
+    nearest frame once more.
 
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
