@@ -36,6 +36,7 @@ from vjvcr_fast.training.build import cache_folder, fill_cache
 from vjvcr_fast.training.log import reach
 from vjvcr_fast.training.loop import DivergedError, Resume, StopRequestedError, train
 
+ANEW = ("build", "bench", "info", "presets", "report")  # commands that keep nothing when they are stopped
 INTERRUPTED = 130  # what a shell reports after Ctrl-C: the command stopped at once
 REQUEUE = 75  # EX_TEMPFAIL: a checkpoint was written; the same command continues from it
 
@@ -76,13 +77,17 @@ def _run(arguments: argparse.Namespace) -> int:
     except StopRequestedError as error:
         _say(str(error), to_all=False, start="\n")
         return REQUEUE
+    except BrokenPipeError:  # whoever reads what we print wants no more, as head does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (RuntimeError, ImportError, OSError) as error:
         if isinstance(error, RuntimeError) and not type(error).__module__.startswith("vjvcr_fast."):
             raise
         _say(_with_option(str(error), arguments), to_all=not isinstance(error, DivergedError))
         return 1
     except KeyboardInterrupt:
-        print("\nvjvcr-fast: stopped; run the same command again to continue", file=sys.stderr)
+        again = "" if arguments.name in ANEW else "; run the same command again to continue"
+        print(f"\nvjvcr-fast: stopped{again}", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -412,7 +417,7 @@ def _bench(arguments: argparse.Namespace) -> None:
 
 
 def _build(arguments: argparse.Namespace) -> None:
-    """Compile the operators, in about a minute.
+    """Compile the operators, in one or two minutes.
 
     pip builds where there is no torch, so most installs have none, and plain torch operations serve instead. This needs
     a C++ compiler; the variable CXX names another than c++. With an nvcc of torch's CUDA version there are operators

@@ -40,7 +40,7 @@ def report(root: str) -> Iterator[tuple[str, str]]:
     for device, chosen in backends.explain().items():
         yield f"loss, {device}", chosen
     yield "operators", native.explain()
-    if native.MISSING is None:
+    if native.MISSING is None and torch.version.cuda:
         yield "fista_mlp on", native.explain_plan()
     yield "presets", f"{', '.join(PRESETS)}; default here: {default_preset()}"
     for backend, about in decode.explain().items():

@@ -24,7 +24,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 INSTALLED = "_operators.abi3.so"  # the library that setup.py builds
-COMMAND = "`vjvcr-fast build` compiles them, in about a minute"
+COMMAND = "`vjvcr-fast build` compiles them, in one or two minutes"
 TORCH_TARGET = "0x020b000000000000ULL"  # 2.11, the oldest supported version
 # What nvcc makes of the CUDA kernels: machine code for 8.x (sm_80) and for 9.0 alone (sm_90a, for fista_mlp), and PTX,
 # which the driver compiles for newer GPUs.
@@ -176,6 +176,7 @@ def build(target: Path, say: Say, for_setup: bool = False) -> None:
     """
     from vjvcr_fast.data.files import write_atomic  # here, since native.py imports this module
 
+    compiler()  # fails now, not for CUDA first
     home = toolkit(say)
     with tempfile.TemporaryDirectory(prefix="vjvcr-fast-build-") as work:
         try:
