@@ -1,5 +1,4 @@
-"""Time, memory and error of the loss as d, N and T grow: ours, each of its two forms, the reference, and the best that
-plain PyTorch does.
+"""Time, memory and error of the loss as d, N and T grow: ours, each of its two forms, and the reference.
 
     pytest benchmarks/bench_scaling.py [--full]
 
@@ -37,7 +36,6 @@ def in_form(form: Any) -> Provider:
 FORMS = ("ours, Gram form", "ours, covariance form")
 PROVIDERS = {
     "eager reference": providers.eager_reference,
-    "compiled smaller form": providers.compiled(providers.smaller_form),
     "ours": providers.ours,
     FORMS[0]: in_form("gram"),
     FORMS[1]: in_form("covariance"),

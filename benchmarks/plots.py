@@ -75,19 +75,25 @@ def ratios(file: Path, out: Path) -> None:
     _save(figure, out)
 
 
-def gain(file: Path, out: Path) -> None:
-    """Draws the README's picture: time and peak memory against d, ours and plain PyTorch."""
-    rows = [row for row in json.loads(file.read_text())["rows"] if row["sweep"] == "d"]
-    lines = {"eager reference": "plain PyTorch", "compiled smaller form": "its best: other products, compiled"}
+def gain(file: Path, n: int, out: Path) -> None:
+    """Draws the README's picture: time and peak memory against d for batches of n, ours and plain PyTorch. Of shapes
+    with the same d it shows the one with the most time steps."""
+    shapes: dict[int, tuple[int, dict[str, dict[str, float]]]] = {}
+    rows = [row for row in json.loads(file.read_text())["rows"] if "+" not in row.get("N, T, d", "+")]
+    for row in rows:
+        batch, steps, d = map(int, row["N, T, d"].split(", "))
+        if batch == n and steps >= shapes.get(d, (0,))[0]:
+            shown = shapes[d][1] if d in shapes and shapes[d][0] == steps else {}
+            shapes[d] = (steps, shown | {row["provider"]: row})
+    lines = {"eager reference": "plain PyTorch", "compiled smaller form": "smaller products, compiled"}
     lines["ours"] = "vjvcr_fast"
-    titles = {"x reference": "times as fast as plain PyTorch", "copies": "peak memory, in copies of h"}
+    titles = {"x eager": "times as fast as plain PyTorch", "copies": "peak memory, in copies of h"}
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     for axis, (key, title) in zip(figure.subplots(1, 2), titles.items(), strict=True):
         for provider, label in lines.items():
-            points = sorted((row["d"], row[key]) for row in rows if row["provider"] == provider)
-            if points:
-                axis.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=2, label=label)
-        axis.set(xscale="log", yscale="log", xlabel=f"features d  (batches of {rows[0]['N']})", title=title)
+            points = [(d, found[provider][key]) for d, (_, found) in sorted(shapes.items())]
+            axis.plot(*zip(*points, strict=True), "-o", markersize=4, linewidth=2, label=label)
+        axis.set(yscale="log", xlabel=f"features d  (batches of {n})", title=title)
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     figure.axes[1].legend(fontsize=9)

@@ -317,7 +317,7 @@ if __name__ == "__main__":
     plots.sweeps(RESULTS / "accuracy-cpu.json", errors, DOCS / "accuracy.png")
     growth = {"times as fast as the reference": "x reference", "peak memory, copies of h": "copies", "error": "error"}
     plots.sweeps(RESULTS / "scaling-cpu.json", growth, DOCS / "scaling-cpu.png")
-    plots.gain(RESULTS / "scaling-cpu.json", DOCS / "gain-cpu.png")
+    plots.gain(RESULTS / "losses-cpu.json", 256, DOCS / "gain-cpu.png")
     plots.roofline(RESULTS / "losses-cpu.json", DOCS / "roofline-cpu.png")
     if (RESULTS / "losses_grid-cpu.json").exists():
         plots.ratios(RESULTS / "losses_grid-cpu.json", GRID_FIGURE)
