@@ -69,8 +69,11 @@ def test_lightning(tmp_path: Path) -> None:
         one, two = (logged(tmp_path / "logs" / name / f"version_{k}" / "metrics.csv") for k in (1, 2))
         assert len(one) == 10
         assert [{*row} for row in one] == [{*row} for row in two]
-        assert [row["loss"] for row in two] == pytest.approx([row["loss"] for row in one], rel=1e-4)
-        assert [row["feature_std"] for row in two] == pytest.approx([row["feature_std"] for row in one], rel=1e-3)
+        # Each process rounds sums of its own; training enlarges that, and flips a ReLU now and then. A loss of each part
+        # of the batch would be off by 4% from the first step on.
+        for rows, rel in ((slice(5), 1e-4), (slice(5, None), 1e-2)):
+            for key in ("loss", "feature_std"):
+                assert [row[key] for row in two[rows]] == pytest.approx([row[key] for row in one[rows]], rel=rel)
 
 
 @pytest.mark.slow
