@@ -69,8 +69,8 @@ def test_lightning(tmp_path: Path) -> None:
         one, two = (logged(tmp_path / "logs" / name / f"version_{k}" / "metrics.csv") for k in (1, 2))
         assert len(one) == 10
         assert [{*row} for row in one] == [{*row} for row in two]
-        # Each process rounds sums of its own; training enlarges that, and flips a ReLU now and then. A loss of each part of
-        # the batch would be off by 4% from the first step on.
+        # Each process rounds sums of its own; training enlarges that, and flips a ReLU now and then. A loss of each
+        # part of the batch would be off by 4% from the first step on.
         for rows, rel in ((slice(5), 1e-4), (slice(5, None), 1e-2)):
             for key in ("loss", "feature_std"):
                 assert [row[key] for row in two[rows]] == pytest.approx([row[key] for row in one[rows]], rel=rel)
