@@ -24,7 +24,7 @@ def reach(config: Config) -> str:
     if model.regulariser != "vcr" or not ROWS[model.row].vcr or model.alpha == 0 or model.threshold <= 0:
         return ""
     std = min(attainable_std(model.alpha, model.beta, n, config.d, model.threshold), model.threshold)
-    text = f"note: VCR with N = {n:,}, d = {config.d:,} can lift features to a standard deviation of about {std:.2f}"
+    text = f"VCR with N = {n:,}, d = {config.d:,} can lift features to a standard deviation of about {std:.2f}"
     goal = 0.9 * model.threshold
     if std >= goal:
         return text
