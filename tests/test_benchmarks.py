@@ -254,6 +254,13 @@ def test_figures(tmp_path):
         draw(tmp_path / "made-cpu.json", tmp_path / f"{draw.__name__}.png")
         assert (tmp_path / f"{draw.__name__}.png").read_bytes().startswith(b"\x89PNG")
 
+    shapes = ("4, 1, 8", "4, 2, 8", "4, 1, 16", "5, 1, 8", "4, 1+1, 8")
+    names = ("eager reference", "compiled smaller form", "ours")
+    rows = [{"N, T, d": s, "provider": p, "x eager": 2.0, "copies": 1.0} for s in shapes for p in names]
+    (tmp_path / "made-cpu.json").write_text(json.dumps({"rows": [*rows, {"N, d": "4, 8", "provider": "ours"}]}))
+    plots.gain(tmp_path / "made-cpu.json", 4, tmp_path / "gain.png")
+    assert (tmp_path / "gain.png").read_bytes().startswith(b"\x89PNG")
+
     row = {"provider": "ours", "N": 4, "d": 8, "T": 2, "copies": 2.0, "error": 1e-7}
     rows = [row | {"sweep": size, size: value} for size in "NdT" for value in (4, 16)]
     (tmp_path / "made-cpu.json").write_text(json.dumps({"rows": rows}))

@@ -139,7 +139,7 @@ _PRESETS = (
         train=Train(steps=1_200, batch=64, validate_every=300, validation_videos=512),
         evaluate=Evaluate(probe_videos=8_192, validation_videos=2_048, decoder_steps=1_200),
     ),
-    # At most half an hour a run on one CPU thread, as all small presets. The full preset's pictures; 6 target frames.
+    # About half an hour a run on one CPU thread, as all small presets. The full preset's pictures; 6 target frames.
     Config(
         "moving-mnist-small",
         Data(frames_out=6),
