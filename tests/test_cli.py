@@ -250,6 +250,26 @@ def test_interrupted(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mon
     assert re.fullmatch("\nvjvcr-fast: stopped.*\n", capsys.readouterr().err)
 
 
+def test_a_stopped_build_does_not_promise_to_go_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vjvcr_fast.native_build.build", interrupted)
+    assert main(["build"]) == 130
+    assert capsys.readouterr().err == "\nvjvcr-fast: stopped\n"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As with `vjvcr-fast presets | head`."""
+    command = [sys.executable, "-m", "vjvcr_fast", "presets"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
 def test_an_output_folder_that_cannot_be(capsys: pytest.CaptureFixture[str], digits: Any) -> None:
     Path("file").write_text("")
     assert "file" in fails(capsys, ["train", "--out", "file/run"], code=1)
