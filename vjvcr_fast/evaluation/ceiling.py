@@ -2,10 +2,11 @@
 
 z* cannot tell more about the actions of the target frames than these frames show. At a few pixels an object nobody
 could tell a cone from a cylinder, and with a few hundred videos no network learns to. So before z* is asked for the
-actions, `actions_ceiling` asks the frames.
+actions, `actions_ceiling` asks the frames; then what a model's encoder could keep of them, and what it does keep.
 """
 
-from typing import Any
+import copy
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from vjvcr_fast.data.cater import CLASSES
 from vjvcr_fast.data.video.clips import VideoClips
 from vjvcr_fast.evaluation.metrics import mean_average_precision
 from vjvcr_fast.models.energy import EnergyModel
+from vjvcr_fast.models.simvp import SimVPEncoder
 from vjvcr_fast.training.step import autocast
 
 CHANNELS = (24, 32, 64, 64)
@@ -32,14 +34,19 @@ class Supervised(nn.Module):
     Convolutions make maps, a quarter as wide as a frame, of the frame and its differences from the one before and the
     one after it. A logit is the sum of two: the largest of all places, and one from the largest values of the maps of
     five frames.
+
+    encoder: reads the encoder's maps of the frames, standardised, in the place of the frames. Then no convolution has a
+    stride. frozen: the encoder is not trained.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, encoder: SimVPEncoder | None = None, frozen: bool = False) -> None:
         super().__init__()
         a, b, c, d = CHANNELS
-        self.maps = nn.Sequential(
-            *_layer(9, a, kernel=5, stride=2), *_layer(a, b, stride=2), *_layer(b, c), *_layer(c, d)
-        )
+        self.encoder = encoder.requires_grad_(not frozen) if encoder else None
+        channels, stride = (encoder.map[0], 1) if encoder else (3, 2)
+        self.standardise = nn.BatchNorm2d(channels, affine=False) if encoder else None
+        first = _layer(3 * channels, a, kernel=5, stride=stride)
+        self.maps = nn.Sequential(*first, *_layer(a, b, stride=stride), *_layer(b, c), *_layer(c, d))
         self.place = nn.Conv2d(d, len(CLASSES), 1)
         self.times = nn.Sequential(
             nn.Conv1d(d, 2 * d, 3, padding=1),
@@ -50,12 +57,20 @@ class Supervised(nn.Module):
 
     def forward(self, frames: Tensor) -> Tensor:
         """Frames (N, T, 3, H, W), float in [0, 1] -> one logit for each of CLASSES and frame, (N, CLASSES, T)."""
-        steps = frames.diff(dim=1)
+        shown = self._encoded(frames) if self.encoder else frames - 0.5
+        steps = shown.diff(dim=1)
         before, after = F.pad(steps, (0, 0, 0, 0, 0, 0, 1, 0)), F.pad(steps, (0, 0, 0, 0, 0, 0, 0, 1))
-        seen = torch.cat([frames - 0.5, 4 * before, 4 * after], dim=2).flatten(0, 1)
+        seen = torch.cat([shown, 4 * before, 4 * after], dim=2).flatten(0, 1)
         maps = self.maps(seen.contiguous(memory_format=torch.channels_last))
         largest, local = (of.amax(dim=(2, 3)).unflatten(0, frames.shape[:2]).mT for of in (maps, self.place(maps)))
         return self.times(largest) + local
+
+    def _encoded(self, frames: Tensor) -> Tensor:
+        """Frames (N, T, 3, S, S) -> the encoder's maps (N, T, features, height, width), standardised."""
+        encoder = cast(SimVPEncoder, self.encoder)
+        features, height, width = encoder.map
+        maps = encoder(frames).view(-1, height, width, features).permute(0, 3, 1, 2)
+        return cast(nn.Module, self.standardise)(maps).unflatten(0, frames.shape[:2])
 
 
 def _layer(channels: int, out: int, kernel: int = 3, stride: int = 1) -> list[nn.Module]:
@@ -63,22 +78,31 @@ def _layer(channels: int, out: int, kernel: int = 3, stride: int = 1) -> list[nn
     return [convolution, nn.BatchNorm2d(out), nn.ReLU()]
 
 
-def actions_ceiling(config: Config, fitted: VideoClips, held_out: VideoClips, videos: int) -> dict[str, Any]:
+def actions_ceiling(
+    config: Config,
+    fitted: VideoClips,
+    held_out: VideoClips,
+    videos: int,
+    encoder: SimVPEncoder | None = None,
+    frozen: bool = False,
+) -> dict[str, Any]:
     """mAP of `Supervised` on all held-out videos, after training on the target frames of `videos` others.
 
     It learns the actions of every frame. A video's score for an action is the probability that one of its frames has
-    it or more do. Half of the videos are mirrored in training.
+    it or more do. Half of the videos are mirrored in training. encoder, frozen: see `Supervised`; the encoder itself is
+    left as it is.
 
     Returns map, map_by_class, and map_fitted, that of the videos it is trained on.
     """
     device, drawn = held_out.device, STEPS * BATCH
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.train.seed)
-        network = Supervised().to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        network = Supervised(copy.deepcopy(encoder), frozen).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         order = torch.cat([torch.randperm(videos) for _ in range(drawn // videos + 1)])[:drawn].to(device)
         turned = (torch.rand(drawn) < 0.5).view(-1, 1, 1, 1, 1).to(device)
     frames, actions = target_frames(config, fitted, videos)
-    optimizer = torch.optim.AdamW(network.parameters(), LR, weight_decay=DECAY, fused=True)
+    learned = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, LR, weight_decay=DECAY, fused=True)
     for step, (index, turn) in enumerate(zip(order.split(BATCH), turned.split(BATCH), strict=True)):
         optimizer.param_groups[0]["lr"] = LR * min(5 * (step + 1) / STEPS, (1 - step / STEPS) / 0.8)
         seen = frames[index].float() / 255

@@ -9,7 +9,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -19,11 +19,12 @@ from vjvcr_fast.data.video.clips import VideoClips
 from vjvcr_fast.evaluation.ceiling import actions_ceiling, linear_ceilings
 from vjvcr_fast.evaluation.latent_probes import evaluate_actions
 from vjvcr_fast.models.energy import ROWS, EnergyModel
+from vjvcr_fast.models.simvp import SimVPEncoder
 from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows, prepare
 from vjvcr_fast.paper.store import Store
 from vjvcr_fast.runs import load_run
-from vjvcr_fast.training.build import build_data, build_videos
+from vjvcr_fast.training.build import build_data, build_encoder, build_videos
 
 ACTIONS = Evaluation(evaluate_actions, "actions.json")
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
@@ -110,10 +111,10 @@ def figure4(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
 def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1, store: Store | None = None) -> str:
     """Measures which mAP can be asked of figure 2 at these pixels and with these videos.
 
-    A small network is trained on the actions in the target frames of a quarter, half and all of the training videos.
-    Where `figure2` has made VJ-VCR's run of the first seed in `out`, of such frames, linear probes read them from its
-    h_y too. Writes CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done
-    here.
+    A small network is trained on the actions in the target frames of half and of all training videos.
+    Where `figure2` has made VJ-VCR's run of the first seed in `out`, of such frames, the same network is trained on
+    its h_y, and through a new encoder like the run's that is trained along; linear probes read h_y too. Writes
+    CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done here.
 
     Raises ConfigError if the latent is not "actions"; else as `prepare`.
     """
@@ -122,15 +123,28 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     train, validation = build_data(config)
     device, run = resolve_device(config.train.device), out / f"{COMPARED[0]}-seed{seeds[0]}"
     fitted, held_out = (cast(VideoClips, build_videos(config, of, "probe", device)) for of in (train, validation))
-    lines, found = pages.table_head(["training videos", "mAP, %", "on the training videos"]), {}
+    configs, model = [override(config, {"train.seed": seed}) for seed in seeds], _model_of(run, config)
+    lines = pages.table_head(["what is read", "training videos", "mAP, %", "on the training videos"])
     print("\n".join(lines), flush=True)
-    for count in sorted({max(len(fitted) // parts, 1) for parts in (4, 2, 1)}):
-        configs = (override(config, {"train.seed": seed}) for seed in seeds)
-        found[count] = [actions_ceiling(of, fitted, held_out, count) for of in configs]
-        maps = (pages.percent(found[count], key, "") for key in ("map", "map_fitted"))
-        lines.append(pages.table_row([f"{count:,}", *maps]))
+
+    def measure(
+        what: str, count: int, encoder: SimVPEncoder | None = None, frozen: bool = False
+    ) -> list[dict[str, Any]]:
+        found = [actions_ceiling(of, fitted, held_out, count, encoder, frozen) for of in configs]
+        maps = (pages.percent(found, key, "") for key in ("map", "map_fitted"))
+        lines.append(pages.table_row([what, f"{count:,}", *maps]))
         print(lines[-1], flush=True)
-    model = _model_of(run, config)
+        return found
+
+    counts = sorted({max(len(fitted) // parts, 1) for parts in (2, 1)})
+    supervised = {count: measure("the frames", count) for count in counts}
+    encoded = {}
+    if model and isinstance(model.encoder, SimVPEncoder):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.train.seed)
+            fresh = cast(SimVPEncoder, build_encoder(config))
+        encoded["trained along"] = measure("the frames, through an encoder trained along", counts[-1], fresh)
+        encoded[run.name] = measure(f"h_y of {run.name}", counts[-1], model.encoder, frozen=True)
     linear = linear_ceilings(model, fitted, held_out, config) if model else {}
     side = config.data.canvas
     notes = [
@@ -139,7 +153,7 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
         *(f"A linear probe with a ridge on {name} of {run.name}: {100 * value:.1f}." for name, value in linear.items()),
     ]
     described = {"data": dataclasses.asdict(config.data) | {"root": "", "cache": ""}, "machine": pages.machine(config)}
-    numbers = described | {"seeds": [*seeds], "supervised": found, "linear": linear}
+    numbers = described | {"seeds": [*seeds], "supervised": supervised, "encoded": encoded, "linear": linear}
     return pages.write_page(out, "ceiling", "What the target frames tell about the actions", lines, notes, numbers)
 
 
