@@ -1,6 +1,7 @@
 """The entry of the command: what OpenMP reads is set before torch is loaded, and only what the user has not set."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,23 @@ def test_a_small_network_takes_one_thread(
     arguments.own_process = own
     cli.use_one_thread(arguments, override(tiny, {"model.channels": channels}))
     assert now[-1] == threads
+
+
+@pytest.mark.parametrize("given", [{}, {"MALLOC_TRIM_THRESHOLD_": "131072"}])
+def test_freed_memory_is_kept(given: dict[str, str]) -> None:
+    """Unless the user has set glibc's allocator up. Otherwise every page of a large block is cleared anew each time."""
+    code = """
+import resource, torch
+from vjvcr_fast.cli import keep_freed_memory
+keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults(), print(min(faults(), faults()))
+"""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("another C library")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    done = subprocess.run([sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 20) == bool(given), done.stdout
