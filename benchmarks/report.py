@@ -229,6 +229,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "videos.md": {
         "table1-clevrer": paper("table1-clevrer-mini"),
         "figure2": paper("figure2-cater-mini"),
+        "ceiling": paper("ceiling-cater-small", made=True),
     },
     ROOT / "docs" / "guides" / "several-gpus.md": {
         "distributed": benchmark("distributed", DISTRIBUTED, lambda r: pivot(r, "route", "N, T, d", "processes")),

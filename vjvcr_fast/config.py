@@ -216,7 +216,7 @@ _PRESETS = (
     # For 4,000 simulated videos.
     Config(
         "cater-small",
-        Data("cater", canvas=64, frames_in=10, frames_out=10, stride=15),
+        Data("cater", canvas=64, frames_in=10, frames_out=10, stride=15, mirror=True),
         Model(kind="simvp", channels=(8, 16, 32), features=6, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4),
         Latent("actions"),
         Train(steps=1_500, batch=32, weight_decay_generative=0.0, validate_every=150, validation_videos=960),

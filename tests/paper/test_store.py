@@ -39,6 +39,7 @@ def kept(tmp_path: Path, tiny_mini: Config) -> tuple[Store, Path]:
     run, into = tmp_path / "vj-vcr-seed0", Store(tmp_path / "store", writes=True)
     run.mkdir()
     lines = [{"step": 5 * i, "hidden": 1 / (i + 1), "videos_per_second": 9.0} for i in range(1, 334)]
+    lines.append({"step": 5 * 333, "validation_energy_true": 0.5})
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     into.add(run, tiny_mini, "evaluation.json", EVALUATION)
     return into, run
@@ -98,8 +99,10 @@ def test_what_a_file_holds(kept: tuple[Store, Path], tiny_mini: Config, capsys: 
     assert found is not None
     assert found.evaluation == EVALUATION
     assert len(found.curves) <= POINTS
-    assert found.curves[-1] == {"step": 5 * 333, "hidden": 0.002994}
-    assert [row["step"] for row in found.curves] == sorted({row["step"] for row in found.curves})
+    *curve, last, energy = found.curves
+    assert last == {"step": 5 * 333, "hidden": 0.002994}
+    assert energy == {"step": 5 * 333, "validation_energy_true": 0.5}
+    assert [row["step"] for row in (*curve, last)] == sorted({row["step"] for row in found.curves})
     assert "taken, not trained" in capsys.readouterr().err
     assert into.take(run.with_name("vj-vcr-seed1"), tiny_mini, "evaluation.json") is None
 

@@ -140,9 +140,10 @@ def _made(kept: Kept) -> str:
 
 
 def _few(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[list[float]]]:
-    """{name: [steps, values]} of what learning curves show, with POINTS points at most, the last one among them."""
-    curves = {}
-    for name in CURVES:
+    """{name: [steps, values]} of what learning curves show, and of energies at several z, with POINTS points at most,
+    the last one among them."""
+    curves, energies = {}, sorted({name for row in rows for name in row if "_energy_" in name})
+    for name in (*CURVES, *energies):
         points = [(row["step"], float(f"{row[name]:.4g}")) for row in rows if row.get(name)]
         every = -(-len(points) // POINTS)
         if points:
