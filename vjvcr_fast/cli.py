@@ -69,17 +69,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Lets this process keep memory that it frees, up to 2 GiB, unless the user has set glibc's allocator up.
+    """Lets this process keep blocks below 1 GiB that it frees, unless the user has set glibc's allocator up.
 
     By default glibc gives every block of 32 MiB and more back at once. On a CPU the next step then waits until the
-    system has cleared each page of it anew (docs/benchmarks.md). Does nothing with another C library.
+    system has cleared each page of it anew (docs/benchmarks.md). Does nothing with another C library, or with a glibc
+    before 2.35, which refuses such a threshold.
     """
     if any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        if mallopt(M_MMAP_THRESHOLD, 2**30):  # if it is refused, the second alone would do harm
+            mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _run(arguments: argparse.Namespace) -> int:

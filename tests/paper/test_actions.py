@@ -250,14 +250,14 @@ def test_the_ceiling(
     for said in (
         "on the differences of h_y of vj-vcr-seed0",
         "| h_y of vj-vcr-seed0 | 9 |",
-        "an encoder trained along",
+        "with a new encoder",
     ):
         assert said in text
     encoded = json.loads((tmp_path / "ceiling.json").read_text())["encoded"]
-    assert encoded.keys() == {"trained along", "vj-vcr-seed0"}
+    assert encoded.keys() == {"new", "vj-vcr-seed0"}
     assert before == {name: (tmp_path / "vj-vcr-seed0" / name).read_bytes() for name in before}
     fewer = override(config, {"data.frames_out": config.data.frames_out - 1})
-    assert module._model_of(tmp_path / "vj-vcr-seed0", fewer) is None
+    assert module._made(tmp_path / "vj-vcr-seed0", fewer) is None
     assert "vj-vcr-seed0 is a run of another data.frames_out" in capsys.readouterr().err
 
 

@@ -31,12 +31,12 @@ RIDGES = (0.1, 1.0, 10.0, 100.0)  # of features whose squared norm is 1 on avera
 class Supervised(nn.Module):
     """Frames (N, T, 3, S, S) in [0, 1] -> logits (N, 14, T) of the actions in each.
 
-    Convolutions make maps, a quarter as wide as a frame, of the frame and its differences from the one before and the
-    one after it. A logit is the sum of two: the largest of all places, and one from the largest values of the maps of
-    five frames.
+    Convolutions make maps of each frame and its differences from the one before and the one after it. A logit is the
+    sum of two: the largest of all places, and one from the largest values of the maps of five frames. The maps are a
+    quarter as wide as a frame.
 
-    encoder: reads the encoder's maps of the frames, standardised, in the place of the frames. Then no convolution has a
-    stride. frozen: the encoder is not trained.
+    encoder: its maps of the frames, standardised, are read in the place of the frames, and the convolutions keep their
+    width. frozen: the encoder is not trained.
     """
 
     def __init__(self, encoder: SimVPEncoder | None = None, frozen: bool = False) -> None:

@@ -5,6 +5,7 @@ Both figures use the same runs. The probe and the spectra are in latent_probes.p
 """
 
 import dataclasses
+import itertools
 import statistics
 import sys
 from collections.abc import Sequence
@@ -112,9 +113,10 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     """Measures which mAP can be asked of figure 2 at these pixels and with these videos.
 
     A small network is trained on the actions in the target frames of half and of all training videos.
-    Where `figure2` has made VJ-VCR's run of the first seed in `out`, of such frames, the same network is trained on
-    its h_y, and through a new encoder like the run's that is trained along; linear probes read h_y too. Writes
-    CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is done here.
+    Where `figure2` has made VJ-VCR's run of the first seed in `out`, of such frames, and with SimVP's encoder, two more
+    networks are trained: one together with a new encoder of the run's sizes, and one on the run's h_y. Linear probes
+    read h_y too. Writes CEILING_FILES to `out` and returns a table as Markdown. processes, store: not used; all is
+    done here.
 
     Raises ConfigError if the latent is not "actions"; else as `prepare`.
     """
@@ -123,14 +125,15 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     train, validation = build_data(config)
     device, run = resolve_device(config.train.device), out / f"{COMPARED[0]}-seed{seeds[0]}"
     fitted, held_out = (cast(VideoClips, build_videos(config, of, "probe", device)) for of in (train, validation))
-    configs, model = [override(config, {"train.seed": seed}) for seed in seeds], _model_of(run, config)
+    configs, made = [override(config, {"train.seed": seed}) for seed in seeds], _made(run, config)
     lines = pages.table_head(["what is read", "training videos", "mAP, %", "on the training videos"])
     print("\n".join(lines), flush=True)
 
     def measure(
-        what: str, count: int, encoder: SimVPEncoder | None = None, frozen: bool = False
+        what: str, count: int, encoders: Sequence[SimVPEncoder] = (), frozen: bool = False
     ) -> list[dict[str, Any]]:
-        found = [actions_ceiling(of, fitted, held_out, count, encoder, frozen) for of in configs]
+        pairs = itertools.zip_longest(configs, encoders)
+        found = [actions_ceiling(of, fitted, held_out, count, encoder, frozen) for of, encoder in pairs]
         maps = (pages.percent(found, key, "") for key in ("map", "map_fitted"))
         lines.append(pages.table_row([what, f"{count:,}", *maps]))
         print(lines[-1], flush=True)
@@ -138,14 +141,15 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
 
     counts = sorted({max(len(fitted) // parts, 1) for parts in (2, 1)})
     supervised = {count: measure("the frames", count) for count in counts}
-    encoded = {}
-    if model and isinstance(model.encoder, SimVPEncoder):
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.train.seed)
-            fresh = cast(SimVPEncoder, build_encoder(config))
-        encoded["trained along"] = measure("the frames, through an encoder trained along", counts[-1], fresh)
-        encoded[run.name] = measure(f"h_y of {run.name}", counts[-1], model.encoder, frozen=True)
-    linear = linear_ceilings(model, fitted, held_out, config) if model else {}
+    encoded, linear = {}, {}
+    if made:
+        trained, model = made
+        if isinstance(model.encoder, SimVPEncoder):
+            news = [_new_encoder(trained, seed) for seed in seeds]
+            encoded["new"] = measure("the frames, with a new encoder of the run's sizes", counts[-1], news)
+            runs = [model.encoder] * len(seeds)
+            encoded[run.name] = measure(f"h_y of {run.name}", counts[-1], runs, frozen=True)
+        linear = linear_ceilings(model, fitted, held_out, config)
     side = config.data.canvas
     notes = [
         f"A small network is trained on the actions in each target frame of {side}x{side} pixels. Training data: "
@@ -157,15 +161,21 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     return pages.write_page(out, "ceiling", "What the target frames tell about the actions", lines, notes, numbers)
 
 
-def _model_of(run: Path, config: Config) -> EnergyModel | None:
-    """The model of a run of these frames, or None. Says on stderr if there is one, but of other frames."""
+def _new_encoder(config: Config, seed: int) -> SimVPEncoder:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return cast(SimVPEncoder, build_encoder(config))
+
+
+def _made(run: Path, config: Config) -> tuple[Config, EnergyModel] | None:
+    """A run's config and model if it is of these frames, or None. Says on stderr if it is of other frames."""
     if not (run / "best.pt").exists():
         return None
     trained, model = load_run(run)
     others = [name for name in differences(trained, config) if name in FRAMES]
     if others:
-        print(f"no linear probes: {run} is a run of another {', '.join(others)}", file=sys.stderr)
-    return None if others else model
+        print(f"h_y is not read: {run} is a run of another {', '.join(others)}", file=sys.stderr)
+    return None if others else (trained, model)
 
 
 def _check(config: Config) -> None:
