@@ -228,6 +228,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     },
     ROOT / "docs" / "videos.md": {
         "table1-clevrer": paper("table1-clevrer-mini"),
+        "study-clevrer": paper("study-clevrer-small", made=True),
         "figure2": paper("figure2-cater-mini"),
         "ceiling": paper("ceiling-cater-small", made=True),
     },
