@@ -1,6 +1,7 @@
 """Shared fixtures: a run small enough to train in a second, and digits that need no file."""
 
 import os
+import signal
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,10 @@ from hypothesis import settings
 from vjvcr_fast.config import Config, override
 from vjvcr_fast.data.digits import ENVIRONMENT, Digits, load_digits
 from vjvcr_fast.training import build
+
+# A shell's background job ignores Ctrl-C, and the processes that tests start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run, however slow the machine.
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)

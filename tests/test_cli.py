@@ -171,7 +171,7 @@ def test_wrong_arguments(capsys: pytest.CaptureFixture[str], arguments: list[str
     assert not Path("runs").exists()
 
 
-@pytest.mark.parametrize("command", [["train"], ["reproduce", "table1"]])
+@pytest.mark.parametrize("command", [["train"], ["reproduce", "table1", "--results", "off"]])
 def test_missing_digits(capsys: pytest.CaptureFixture[str], command: list[str], tmp_path: Path) -> None:
     line = fails(capsys, [*command, "--data.root", "nowhere", "--out", "run"], code=1)
     assert line == f"vjvcr-fast: --data.root: nowhere: no such directory. {WAYS}\n"
