@@ -240,6 +240,7 @@ PAGES: dict[Path, dict[str, Part]] = {
         "table1-20000": paper("table1-20000-moving-mnist-mini", made=True),
         "table1-long": paper("table1-long-moving-mnist-mini", made=True),
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
+        "study-discrete": paper("study-discrete-moving-mnist-stochastic-mini", made=True),
         "study-regime": paper("study-regime-moving-mnist-mini", made=True),
     },
     ROOT / "docs" / "studies.md": {
