@@ -25,7 +25,7 @@ from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows, prepare
 from vjvcr_fast.paper.store import Store
 from vjvcr_fast.runs import load_run
-from vjvcr_fast.training.build import build_data, build_encoder, build_videos
+from vjvcr_fast.training.build import build_data, build_model, build_videos
 
 ACTIONS = Evaluation(evaluate_actions, "actions.json")
 FIGURE2_FILES = ("figure2.md", "figure2.json", "figure2.png")
@@ -145,7 +145,8 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     if made:
         trained, model = made
         if isinstance(model.encoder, SimVPEncoder):
-            news = [_new_encoder(trained, seed) for seed in seeds]
+            like = (override(trained, {"train.seed": seed}) for seed in seeds)
+            news = [cast(SimVPEncoder, build_model(of, device).encoder) for of in like]
             encoded["new"] = measure("the frames, with a new encoder of the run's sizes", counts[-1], news)
             runs = [model.encoder] * len(seeds)
             encoded[run.name] = measure(f"h_y of {run.name}", counts[-1], runs, frozen=True)
@@ -159,12 +160,6 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     described = {"data": dataclasses.asdict(config.data) | {"root": "", "cache": ""}, "machine": pages.machine(config)}
     numbers = described | {"seeds": [*seeds], "supervised": supervised, "encoded": encoded, "linear": linear}
     return pages.write_page(out, "ceiling", "What the target frames tell about the actions", lines, notes, numbers)
-
-
-def _new_encoder(config: Config, seed: int) -> SimVPEncoder:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return cast(SimVPEncoder, build_encoder(config))
 
 
 def _made(run: Path, config: Config) -> tuple[Config, EnergyModel] | None:
