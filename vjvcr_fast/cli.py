@@ -31,7 +31,7 @@ from vjvcr_fast.cli_options import (
 )
 from vjvcr_fast.cli_parser import Parser, help_last
 from vjvcr_fast.cli_reproduce import SIMULATED, TARGETS, base_of_target, reproduce
-from vjvcr_fast.config import LATENTS, PRESETS, Config, ConfigError, latent, override, parse
+from vjvcr_fast.config import INFERENCE, LATENTS, PRESETS, Config, ConfigError, latent, override, parse
 from vjvcr_fast.data.digits import ENVIRONMENT
 from vjvcr_fast.training import processes
 from vjvcr_fast.training.build import cache_folder, fill_cache
@@ -162,7 +162,8 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
 
     sub = add(_evaluate, "RUN [OPTIONS]")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run")
-    add_fields(sub, base_of_run, only=("evaluate.", "data.root", "data.download", "train.device", "latent.method"))
+    inference = tuple(f"latent.{name}" for name in INFERENCE)
+    add_fields(sub, base_of_run, only=("evaluate.", "data.root", "data.download", "train.device", *inference))
 
     sub = add(_report, "RUN [OPTIONS]")
     sub.add_argument("run", type=Path, metavar="RUN", help="folder of a run, finished or not, or of an exported model")

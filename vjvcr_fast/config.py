@@ -236,6 +236,8 @@ LATENTS: dict[str, dict[str, Any]] = {
     "sparse-low": {"latent.kind": "sparse", "latent.zeros": 0.2},
 }
 
+INFERENCE = ("method", "iterations", "tolerance")  # of the latent: what `evaluate` may be told to do otherwise
+
 
 def preset(name: str) -> Config:
     """The preset with this name. Raises ConfigError if PRESETS has none."""

@@ -142,8 +142,9 @@ def test_evaluation(tmp_path: Path, tiny_stochastic: Config, name: str, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(latent_probes, "extract_codes", fail)
         assert evaluate_latents(tmp_path) == result
-    other = evaluate_latents(tmp_path, override(config, {"latent.method": "ista"}))  # z* by another method is not kept
-    assert (other["method"], evaluate_latents(tmp_path)["method"]) == ("ista", None)
+    for key, value in {"method": "ista", "iterations": 7, "tolerance": 0.5}.items():  # z* found otherwise is not kept
+        other = evaluate_latents(tmp_path, override(config, {f"latent.{key}": value}))
+        assert (other[key], evaluate_latents(tmp_path)[key]) == (value, None)
     again = evaluate_latents(tmp_path, override(config, {"evaluate.probe_epochs": 2}))
     assert name == "none" or len(again["direction_accuracy_by_epoch"]) == 2
 

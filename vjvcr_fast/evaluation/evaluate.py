@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vjvcr_fast import reference
-from vjvcr_fast.config import Config
+from vjvcr_fast.config import INFERENCE, Config
 from vjvcr_fast.data.files import progress, write_atomic
 from vjvcr_fast.evaluation import probes
 from vjvcr_fast.evaluation.metrics import grain, psnr
@@ -82,15 +82,15 @@ def kept(run: Path, config: Config, name: str) -> dict[str, Any] | None:
 
 
 def _made_from(run: Path, config: Config, best: dict[str, Any], last: dict[str, Any]) -> dict[str, Any]:
-    method = config.latent.method
+    trained = Config.load(run / "config.json").latent
     return {
         "measures": MEASURES,
         "evaluate": dataclasses.asdict(config.evaluate),
         "best": checkpoint.digest(run / "best.pt"),
         "step": best["step"],
         "trained_steps": last["step"],
-        # If z* is found by another method than in training; None, as in older files, if not.
-        "method": None if method == Config.load(run / "config.json").latent.method else method,
+        # How z* is found, where not as in training; None, as in older files, if it is.
+        **{key: None if (now := getattr(config.latent, key)) == getattr(trained, key) else now for key in INFERENCE},
     }
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vjvcr_fast import __version__, reference
-from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, shown
+from vjvcr_fast.config import INFERENCE, PRESETS, Config, ConfigError, differences, shown
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.evaluation.evaluate import frozen_decoder, kept, kept_decoder
 from vjvcr_fast.losses.attainable import attainable_std
@@ -59,7 +59,7 @@ LATENT = {
 PROBES = {CURVES["speed_mse"]: "speed_mse.*"}
 SPEED = {"videos a second": "videos_per_second", "share of the time spent waiting for data": "data_wait"}
 # What an evaluation has besides measurements.
-UNMEASURED = ("measures", "best", "step", "trained_steps", "method", "seed", "data", "validation_data", "row", "latent")
+UNMEASURED = ("measures", "best", "step", "trained_steps", "seed", "data", "validation_data", "row", "latent")
 
 STYLE = """
 :root { color-scheme: light }
@@ -209,7 +209,8 @@ def _spectrum(run: Path, config: Config, trained: Trained | str) -> Iterator[str
         named = {"singular_values": "best checkpoint", "singular_values_start": "before training"}
         named["singular_values_end"] = "after training"
         spectra = {title: found[name] for name, title in named.items() if name in found}
-        measured = {k: v for k, v in found.items() if not isinstance(v, dict | list) and k not in UNMEASURED}
+        hidden = (*UNMEASURED, *INFERENCE)
+        measured = {k: v for k, v in found.items() if not isinstance(v, dict | list) and k not in hidden}
         yield _paragraph(f"`vjvcr-fast evaluate` measured this of the checkpoint of step {found['step']:,} ({file}).")
         yield _table({name: _value(value) for name, value in measured.items()})
     else:
