@@ -94,7 +94,8 @@ def test_the_latents_of_table_2() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_infers_z_by_the_papers_method(name: str) -> None:
     found = preset(name).latent
-    assert (found.method, found.iterations, found.tolerance) == ("fista", 50, 1e-4)
+    several = 10 if found.kind == "actions" else 50  # the paper's "several iterations" of gradient descent on actions
+    assert (found.method, found.iterations, found.tolerance) == ("fista", several, 1e-4)
 
 
 @pytest.mark.parametrize("name", PRESETS)

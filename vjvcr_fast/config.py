@@ -195,12 +195,12 @@ _PRESETS = (
         evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, probe_lr_generative=1e-4, decoder_steps=1_000),
     ),
     # The paper's CATER, where z is the actions in the target frames. An epoch [ours] is one window of every video,
-    # 3,850 in batches of 160; 480 steps are 20 epochs.
+    # 3,850 in batches of 160; 480 steps are 20 epochs. 50 iterations for z* give the mAP of 10 (docs/videos.md).
     Config(
         "cater",
         Data("cater", canvas=128, frames_in=50, frames_out=50, stride=3),
         Model(kind="simvp", channels=(32, 64, 64, 64), hidden=512, alpha=1.0, beta=0.4, checkpoint=True),
-        Latent("actions"),
+        Latent("actions", iterations=10),
         Train(steps=480, batch=160, chunk=16, weight_decay_generative=0.0, validate_every=24, validation_videos=1_600),
         Evaluate(probe_batch=32),
     ),
@@ -209,7 +209,7 @@ _PRESETS = (
         "cater-mini",
         Data("cater", canvas=32, frames_in=10, frames_out=10, stride=15),
         Model(kind="simvp", channels=(16, 32, 32), features=16, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4),
-        Latent("actions"),
+        Latent("actions", iterations=10),
         Train(steps=700, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=320),
         Evaluate(probe_batch=32),
     ),
@@ -218,7 +218,7 @@ _PRESETS = (
         "cater-small",
         Data("cater", canvas=64, frames_in=10, frames_out=10, stride=15, mirror=True),
         Model(kind="simvp", channels=(8, 16, 32), features=6, hidden=128, depth=4, heads=4, alpha=1.0, beta=0.4),
-        Latent("actions"),
+        Latent("actions", iterations=10),
         Train(steps=1_500, batch=32, weight_decay_generative=0.0, validate_every=150, validation_videos=960),
         Evaluate(probe_batch=32),
     ),
