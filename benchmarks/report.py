@@ -229,7 +229,8 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "videos.md": {
         "table1-clevrer": paper("table1-clevrer-mini"),
         "study-clevrer": paper("study-clevrer-small", made=True),
-        "figure2": paper("figure2-cater-mini"),
+        "figure2": paper("figure2-cater-small", made=True),
+        "figure4": paper("figure4-cater-small"),
         "ceiling": paper("ceiling-cater-small", made=True),
     },
     ROOT / "docs" / "guides" / "several-gpus.md": {
