@@ -311,7 +311,7 @@ def _show_evaluation(run: Path, config: Config) -> None:
 
     evaluate, file = evaluation_of(config)
     for key, value in evaluate(run, config).items():
-        if not isinstance(value, list | dict):
+        if value is not None and not isinstance(value, list | dict):
             print(f"{key:26} {value:.4f}" if isinstance(value, float) else f"{key:26} {value}")
     print(f"these and more are in {run / file}")
 

@@ -195,7 +195,7 @@ _PRESETS = (
         evaluate=Evaluate(probe_videos=16_384, validation_videos=4_096, probe_lr_generative=1e-4, decoder_steps=1_000),
     ),
     # The paper's CATER, where z is the actions in the target frames. An epoch [ours] is one window of every video,
-    # 3,850 in batches of 160; 480 steps are 20 epochs. 50 iterations for z* give the mAP of 10 (docs/videos.md).
+    # 3,850 in batches of 160; 480 steps are 20 epochs.
     Config(
         "cater",
         Data("cater", canvas=128, frames_in=50, frames_out=50, stride=3),
@@ -213,7 +213,7 @@ _PRESETS = (
         Train(steps=700, batch=32, weight_decay_generative=0.0, validate_every=100, validation_videos=320),
         Evaluate(probe_batch=32),
     ),
-    # For 4,000 simulated videos.
+    # For 4,000 simulated videos. 50 iterations for z* gave the mAP of 10 in one run (docs/videos.md).
     Config(
         "cater-small",
         Data("cater", canvas=64, frames_in=10, frames_out=10, stride=15, mirror=True),

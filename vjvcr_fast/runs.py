@@ -126,8 +126,9 @@ def load(run: str | Path, device: str = "auto") -> Trained:
 def load_run(run: Path, config: Config | None = None) -> tuple[Config, EnergyModel]:
     """The config of a run and its best model (lowest validation loss) in eval mode; or of a folder of a saved model.
 
-    config: by default config.json of the run. Pass one to change the device, the path of the data or `evaluate.*`.
-    In the returned config, `latent.weight` is the calibrated weight from the checkpoint.
+    config: by default config.json of the run. Pass one to change the device, the path of the data, `evaluate.*` or how
+    z* is found (`config.INFERENCE`). In the returned config, `latent.weight` is the calibrated weight from the
+    checkpoint.
 
     Raises ConfigError or CheckpointError, which name the file, if the folder does not hold a run or a saved model.
     """

@@ -244,6 +244,7 @@ def test_the_ceiling(
     found = json.loads((tmp_path / "ceiling.json").read_text())
     assert all(0 < of["map"] <= 1 for runs in found["supervised"].values() for of in runs)
     assert found["linear"] == {}
+    assert "h_y is not read: there is no " in capsys.readouterr().err
     train(config, tmp_path / "vj-vcr-seed0")
     before = {name: (tmp_path / "vj-vcr-seed0" / name).read_bytes() for name in ("best.pt", "last.pt")}
     text = module.ceiling(config, tmp_path, seeds=(0,))

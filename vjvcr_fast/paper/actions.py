@@ -163,8 +163,9 @@ def ceiling(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
 
 
 def _made(run: Path, config: Config) -> tuple[Config, EnergyModel] | None:
-    """A run's config and model if it is of these frames, or None. Says on stderr if it is of other frames."""
+    """A run's config and model if it is of these frames; else None, and says on stderr why."""
     if not (run / "best.pt").exists():
+        print(f"h_y is not read: there is no {run / 'best.pt'}; fig2 --results off makes it", file=sys.stderr)
         return None
     trained, model = load_run(run)
     others = [name for name in differences(trained, config) if name in FRAMES]

@@ -28,7 +28,7 @@ from vjvcr_fast.training.step import actions, split_frames
 
 ROWS = 1_024
 COMPARED = 16  # videos that `action_energies` are of; of generative rows each step to z* decodes them
-DESCENT = 10  # steps of gradient descent to its z*; evaluation makes more
+DESCENT = 10  # steps of gradient descent to its z*; evaluation makes `latent.iterations`
 NAMES = ("feature_std", "feature_std_least", "feature_correlation")
 
 
