@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vjvcr_fast import __version__, reference
-from vjvcr_fast.config import INFERENCE, PRESETS, Config, ConfigError, differences, shown
+from vjvcr_fast.config import PRESETS, Config, ConfigError, differences, shown
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.evaluation.evaluate import frozen_decoder, kept, kept_decoder
 from vjvcr_fast.losses.attainable import attainable_std
@@ -209,8 +209,7 @@ def _spectrum(run: Path, config: Config, trained: Trained | str) -> Iterator[str
         named = {"singular_values": "best checkpoint", "singular_values_start": "before training"}
         named["singular_values_end"] = "after training"
         spectra = {title: found[name] for name, title in named.items() if name in found}
-        hidden = (*UNMEASURED, *INFERENCE)
-        measured = {k: v for k, v in found.items() if not isinstance(v, dict | list) and k not in hidden}
+        measured = {k: v for k, v in found.items() if not isinstance(v, dict | list | None) and k not in UNMEASURED}
         yield _paragraph(f"`vjvcr-fast evaluate` measured this of the checkpoint of step {found['step']:,} ({file}).")
         yield _table({name: _value(value) for name, value in measured.items()})
     else:
