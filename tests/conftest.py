@@ -1,8 +1,10 @@
 """Shared fixtures: a run small enough to train in a second, and digits that need no file."""
 
 import os
+import shutil
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -118,3 +120,32 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# A C++ compiler. If its last argument is the file to write.
+REMEMBERS = """#!/bin/sh
+for last; do case "$last" in *.cpp) source=${{last##*/}};; esac; done
+case "$source-$last" in *.cpp-*.o) kept="{folder}/$source.o";; *) kept=;; esac
+if [ -e "$kept" ]; then exec cp "$kept" "$last"; fi
+{compiler} "$@" -O0 -g0 || exit
+[ -z "$kept" ] || {{ cp "$last" "$kept.$$" && mv "$kept.$$" "$kept"; }}
+"""
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One folder for all of xdist's workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def quick(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Settings of a build without CUDA kernels, by a compiler that optimises nothing and remembers what it has
+    compiled: what is installed is the same."""
+    compiler, script = os.environ.get("CXX", "c++"), tmp_path_factory.mktemp("quick") / "c++"
+    script.write_text(REMEMBERS.format(folder=shared, compiler=compiler))
+    script.chmod(0o755)
+    return {"VJVCR_CUDA": "0"} | ({"CXX": str(script)} if shutil.which(compiler) else {})

@@ -87,9 +87,12 @@ def test_nothing_that_fails_stops_the_next(dry, tmp_path) -> None:
     sanitizer.write_text('#!/bin/sh\necho "sanitizing with $2"; shift 4; exec "$@" --collect-only\n')
     sanitizer.chmod(0o755)
     path = f"{sanitizer.parent}{os.pathsep}{os.environ['PATH']}"
-    limit = ("LIMIT_bench=25", "ARGS=--seconds=1000")
-    done = dry("gpu-smoke", "gpu-bench", "gpu-sanitize", *limit, AS_IF_CUDA="wrong hangs", PATH=path)
-    assert done.returncode != 0
+    for seconds in (25, 200):  # the second where the machine is too busy to come to what hangs
+        limit = (f"LIMIT_bench={seconds}", "ARGS=--seconds=1000")
+        done = dry("gpu-smoke", "gpu-bench", "gpu-sanitize", *limit, AS_IF_CUDA="wrong hangs", PATH=path)
+        assert done.returncode != 0
+        if list((tmp_path / "results").glob("sigreg_cuda-*")):
+            break
 
     smoke = json.loads((tmp_path / "out" / "gpu-smoke.json").read_text())
     reasons = {row["operator"]: row.get("reason") for row in smoke["rows"]}
@@ -194,18 +197,15 @@ def test_what_needs_the_gpu_is_tested_first() -> None:
 
 @needs_make
 @pytest.mark.slow
-def test_the_set_up_needs_no_network(tmp_path) -> None:
+def test_the_set_up_needs_no_network(quick, tmp_path) -> None:
     """From the interpreter's own packages, in a copy of the tree: the operators are built there."""
     copy = tmp_path / "copy"
     names = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "*.so", "build", "dist", "runs")
     shutil.copytree(ROOT, copy, ignore=names)
     for link in (copy / "vjvcr_fast").glob("kernels"):
         shutil.rmtree(link)
-    compiler = tmp_path / "c++"
-    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O0 -g0\n')
-    compiler.chmod(0o755)
-    quick = {"VJVCR_CUDA": "0", "CXX": str(compiler), "PIP_NO_INDEX": "1", "PIP_ROOT_USER_ACTION": "ignore"}
-    done = run("make", ".venv-gpu/.done", f"PYTHON={AS_IF}", root=copy, **quick)
+    settings = quick | {"PIP_NO_INDEX": "1", "PIP_ROOT_USER_ACTION": "ignore"}
+    done = run("make", ".venv-gpu/.done", f"PYTHON={AS_IF}", root=copy, **settings)
     assert done.returncode == 0, done.stdout
     probe = "import torch, vjvcr_fast.kernels, vjvcr_fast.native as n; print(n.__file__, n.MISSING)"
     said = run(str(copy / ".venv-gpu" / "bin" / "python"), "-c", probe, root=copy, PYTHONPATH="").stdout

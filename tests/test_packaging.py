@@ -19,6 +19,7 @@ import pytest
 import tolerances
 import torch
 import ways
+from filelock import FileLock  # torch needs it
 from tolerances import relative
 
 ROOT = Path(__file__).parents[1]
@@ -51,27 +52,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-# If its last argument is the file to write.
-REMEMBERS = """#!/bin/sh
-for last; do case "$last" in *.cpp) source=${{last##*/}};; esac; done
-case "$source-$last" in *.cpp-*.o) kept="{folder}/$source.o";; *) kept=;; esac
-if [ -e "$kept" ]; then exec cp "$kept" "$last"; fi
-{compiler} "$@" -O0 -g0 || exit
-[ -z "$kept" ] || cp "$last" "$kept"
-"""
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Settings of a build without CUDA kernels, by a compiler that optimises nothing and remembers what it has
-    compiled: what is installed is the same."""
-    folder = tmp_path_factory.mktemp("compiler")
-    script = folder / "c++"
-    script.write_text(REMEMBERS.format(folder=folder, compiler=os.environ.get("CXX", "c++")))
-    script.chmod(0o755)
-    return {"VJVCR_CUDA": "0"} | ({"CXX": str(script)} if shutil.which(os.environ.get("CXX", "c++")) else {})
-
-
 @pytest.fixture(scope="module")
 def wheel(source: Path, quick: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """By the hook that pip calls, in one process; pip would load torch for two more questions."""
@@ -84,13 +64,16 @@ def wheel(source: Path, quick: dict[str, str], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="module")
-def full_build(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A user's wheel, optimised and with CUDA kernels where there is an nvcc, and what its build said."""
-    copy, out = tmp_path_factory.mktemp("full") / "tree", tmp_path_factory.mktemp("full-wheel")
-    shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))  # nothing of the quick build's
-    said = pip("wheel", ".", "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out, cwd=copy)
+def full_build(source: Path, shared: Path) -> tuple[Path, str]:
+    """A user's wheel, optimised and with CUDA kernels where there is an nvcc, and what its build said. Made once."""
+    copy, out, said = shared / "full", shared / "full-wheel", shared / "full-said"
+    with FileLock(shared / "full.lock"):
+        if not said.exists():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))  # nothing of the quick build's
+            options = "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out
+            said.write_text(pip("wheel", ".", *options, cwd=copy))
     (built,) = out.iterdir()
-    return built, said
+    return built, said.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -300,10 +283,12 @@ def test_the_operators_here_have_the_code_that_they_say() -> None:
     assert code_in(library, cuobjdump) == {*native.ARCHITECTURES.split()}
 
 
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+
+
+@needs_nvcc
 @pytest.mark.slow
 def test_cuda_kernels_do_not_spill(full_build: tuple[Path, str]) -> None:
-    if shutil.which("nvcc") is None:
-        pytest.skip("there is no nvcc")
     compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", full_build[1])
     assert {"sm_80", "sm_90a"} == set(compiled)
     used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", full_build[1])
@@ -313,11 +298,12 @@ def test_cuda_kernels_do_not_spill(full_build: tuple[Path, str]) -> None:
     assert max(registers) * 256 <= 65536  # of a block, of a multiprocessor
 
 
+@needs_nvcc
 @pytest.mark.slow
 def test_cuda_products_run_on_tensor_cores(full_wheel: Path, tmp_path: Path) -> None:
     cuobjdump = find_cuobjdump()
-    if shutil.which("nvcc") is None or cuobjdump is None:
-        pytest.skip("there is no nvcc, or no cuobjdump")
+    if cuobjdump is None:
+        pytest.skip("there is no cuobjdump")
     with zipfile.ZipFile(full_wheel) as archive:
         (library,) = (name for name in archive.namelist() if name.startswith("vjvcr_fast/_operators"))
         archive.extract(library, tmp_path)
