@@ -173,6 +173,7 @@ SAMPLES = {
     "model.kind": "simvp",
     "data.split": "development",
     "model.distance": "sum",
+    "model.kernel": "5",
     "model.regulariser": "sigreg",
 }
 
@@ -293,6 +294,7 @@ def test_values_of_the_wrong_type(name: str, value: Any, message: str) -> None:
         ({"model.eps": -1}, "model.eps=-1.0: must be at least 0"),
         ({"model.gamma_generative": 0}, "model.gamma_generative=0.0: must be above 0"),
         ({"model.norm_scale": 0}, "model.norm_scale=0.0: must be above 0"),
+        ({"model.kernel": 4}, "model.kernel=4: must be odd and above 0"),
         ({"train.warmup": -1}, "train.warmup=-1: must be 0 (none) or more"),
         (
             {"model.distance": "sum", "latent.kind": "sparse"},

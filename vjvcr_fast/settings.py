@@ -28,6 +28,7 @@ Allowed: TypeAlias = tuple[str, Callable[[Any], bool]]
 ANY: Allowed = ("", lambda value: True)
 ABOVE_0: Allowed = ("above 0", lambda value: value > 0)
 BELOW_1: Allowed = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+ODD: Allowed = ("odd and above 0", lambda value: value > 0 and value % 2 == 1)
 FRACTION: Allowed = ("between 0 and 1", lambda value: 0 < value < 1)
 
 
@@ -174,6 +175,7 @@ class Model(Group):
         (32, 64, 128), "conv: of the three spatial convolutions; simvp: one number per stride of 2 [ours, studied]"
     )
     pool: int = setting(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours, studied]")
+    kernel: int = setting(3, "conv: side of the encoder's spatial kernels, odd [ours, studied]", ODD)
     features: int = setting(32, "simvp: map channels; d = features * (canvas / 2^len(channels))^2 [ours]", at_least(1))
     norm_scale: float = setting(
         1.0, "conv: first scale of the encoder's last batch norm; torch: 1 [ours, studied]", ABOVE_0

@@ -98,6 +98,12 @@ def test_sizes_that_do_not_fit(part: Any, channels: tuple[int, ...], size: int, 
         part(1, channels, size, pool)
 
 
+@pytest.mark.parametrize("kernel", [0, -1, 4])
+def test_a_kernel_without_a_centre(kernel: int) -> None:
+    with pytest.raises(ValueError, match=f"kernel={kernel}: must be odd and above 0"):
+        encoder(kernel=kernel)
+
+
 def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
     """The encoder frame by frame, with 3-D convolutions on (N, C, T, H, W) and running statistics."""
     maps = torch.stack([enc.spatial(frame) for frame in x.unbind(1)], dim=2)
@@ -107,10 +113,10 @@ def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
     return F.avg_pool3d(maps, (1, enc.window, enc.window)).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize("pool", [1, 2])
-def test_encoder_is_its_definition(pool: int) -> None:
+@pytest.mark.parametrize(("pool", "kernel"), [(1, 3), (2, 3), (2, 5)])
+def test_encoder_is_its_definition(pool: int, kernel: int) -> None:
     """Folding axes into one another mixes up no frames, videos or cells."""
-    enc = encoder(pool, size=32).double().eval()
+    enc = encoder(pool, size=32, kernel=kernel).double().eval()
     x = frames(5, size=32)
     assert relative(enc(x), encoded_by_definition(enc, x)) < FLOAT64
 

@@ -2,8 +2,9 @@
 
 The paper states the depth: three spatial and then two temporal convolutions, each with batch norm and ReLU, then
 average pooling; an MLP with two hidden layers. It does not state channels, kernels, strides and widths; these are ours.
-Spatial kernels are 3x3 with stride 2; temporal kernels have length 3 and keep T. We pool to a `pool` x `pool` map and
-flatten it, because pooling to a single cell would lose the digit's position.
+Spatial convolutions have stride 2. Three of them see 15 pixels with 3x3 kernels, 43 with 7x7 ones. Temporal kernels
+have length 3 and keep T. We pool to a `pool` x `pool` map and flatten it, because pooling to a single cell would lose
+the digit's position.
 
 Activations stay in channels_last throughout: then it takes no copy to fold time into the batch for the spatial part, or
 space into one axis for the temporal part.
@@ -46,6 +47,7 @@ class ConvEncoder(nn.Module):
         channels: of the three spatial convolutions. The temporal ones have as many as the last of these.
         size: S, a multiple of 8.
         pool: side of the pooled map, a divisor of S / 8.
+        kernel: side of the spatial kernels, odd.
         norm_scale: initial scale of the last batch norm.
 
     Raises ValueError for sizes that do not fit.
@@ -57,13 +59,17 @@ class ConvEncoder(nn.Module):
         channels: Sequence[int],
         size: int,
         pool: int,
+        kernel: int = 3,
         norm_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"kernel={kernel}: must be odd and above 0")
         self.d = channels[-1] * pool * pool
         widths = [in_channels, *channels]
-        self.spatial = nn.Sequential(*(_block(nn.Conv2d(a, b, 3, 2, 1, bias=False), b) for a, b in pairwise(widths)))
+        conv = (nn.Conv2d(a, b, kernel, 2, kernel // 2, bias=False) for a, b in pairwise(widths))
+        self.spatial = nn.Sequential(*(_block(c, c.out_channels) for c in conv))
         self.temporal = _temporal(channels[-1], "zeros")
         nn.init.constant_(cast(Tensor, cast(nn.Sequential, self.temporal[-1])[1].weight), norm_scale)
         self.window = size // 8 // pool

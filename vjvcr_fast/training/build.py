@@ -83,7 +83,8 @@ def build_encoder(config: Config) -> nn.Module:
     """The encoder of `config.model`, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
-        return ConvEncoder(data.channels, model.channels, data.canvas, model.pool, model.norm_scale)
+        sizes = data.channels, model.channels, data.canvas, model.pool
+        return ConvEncoder(*sizes, kernel=model.kernel, norm_scale=model.norm_scale)
     return SimVPEncoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
