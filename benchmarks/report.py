@@ -239,7 +239,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "reproducing.md": {
         "table1": paper("table1-moving-mnist-mini", made=True),
         "table1-20000": paper("table1-20000-moving-mnist-mini", made=True),
-        "table1-small": paper("table1-moving-mnist-small", made=True),
+        "table1-small": paper("table1-3x3-moving-mnist-small", made=True),
         "table1-long": paper("table1-long-moving-mnist-mini", made=True),
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
         "study-discrete": paper("study-discrete-moving-mnist-stochastic-mini", made=True),
@@ -247,6 +247,8 @@ PAGES: dict[Path, dict[str, Part]] = {
     },
     ROOT / "docs" / "studies.md": {
         "study": paper("study-moving-mnist-mini", made=True),
+        "study-kernel": paper("study-kernel-moving-mnist-small", made=True),
+        "study-kernel-latent": paper("study-kernel-latent-moving-mnist-stochastic-small", made=True),
         "study-sigreg": paper("study-sigreg-moving-mnist-mini", made=True),
         "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
         "row-sigreg": paper("study-sigreg-table1-moving-mnist-mini", made=True),
