@@ -127,11 +127,22 @@ def test_pixels_have_another_weight_in_generative_rows(row: str) -> None:
     assert model.gamma == (0.3 if ROWS[row].hidden else 10.5)
 
 
+@pytest.mark.parametrize(("name", "kernel"), [("moving-mnist-small", 7), ("moving-mnist-mini", 3)])
+def test_the_encoder_has_the_kernels_of_its_preset(name: str, kernel: int) -> None:
+    """Files of earlier versions, which lack the field, had 3x3."""
+    model = build_model(preset(name), torch.device("cpu"))
+    sides = {conv.kernel_size for conv in model.encoder.spatial.modules() if isinstance(conv, torch.nn.Conv2d)}
+    assert sides == {(kernel, kernel)}
+    values = preset(name).to_dict()
+    del values["model"]["kernel"]
+    assert Config.from_dict(values).model.kernel == 3
+
+
 @pytest.mark.parametrize("name", ["moving-mnist", "moving-mnist-stochastic", "clevrer", "cater"])
 def test_small_presets_are_in_the_regime_of_the_full_ones(name: str) -> None:
     """VCR lifts features as far, and its weights and the latents are the same."""
     full, small = preset(name), preset(f"{name}-small")
-    for field in ("alpha", "beta", "gamma", "threshold", "eps", "row"):
+    for field in ("alpha", "beta", "gamma", "threshold", "eps", "row", "kernel"):
         assert getattr(small.model, field) == getattr(full.model, field)
     assert (small.latent, small.data.dataset) == (full.latent, full.data.dataset)
     reached = [attainable_std(c.model.alpha, c.model.beta, c.train.batch, c.d) for c in (full, small)]

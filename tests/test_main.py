@@ -76,7 +76,7 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(min(faults() for _ in range(8)))  # small blocks may lie in the freed one, so that the next two are new
+print(min(faults() for _ in range(8)))  # a small block may have taken a part of the freed one
 """
     name, version = platform.libc_ver()
     if name != "glibc" or tuple(map(int, version.split(".")[:2])) < (2, 35):

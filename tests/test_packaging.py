@@ -69,6 +69,7 @@ def full_build(source: Path, shared: Path) -> tuple[Path, str]:
     copy, out, said = shared / "full", shared / "full-wheel", shared / "full-said"
     with FileLock(shared / "full.lock"):
         if not said.exists():
+            shutil.rmtree(copy, ignore_errors=True)  # of a build that failed
             shutil.copytree(source, copy, ignore=shutil.ignore_patterns("build"))  # nothing of the quick build's
             options = "--verbose", "--no-deps", "--no-build-isolation", "--wheel-dir", out
             said.write_text(pip("wheel", ".", *options, cwd=copy))

@@ -127,7 +127,8 @@ _ADDED = {"model.kernel": 3, "model.padding": "zeros", "model.gamma_generative":
 # 0.308. With zeros as padding, decoders draw grain in the first and last frame.
 _DIGITS: dict[str, Any] = {"padding": "replicate", "gamma_generative": 10.5}
 
-# [ours, studied] Of frames with digits 28 pixels wide: with 3x3 kernels a feature sees 15 pixels, with these 43.
+# [ours] Where digits are 28 pixels wide: a cell of the encoder's map sees 15 pixels with 3x3 kernels, 43 with these
+# (docs/studies.md; chosen on validation digits).
 _LARGE: dict[str, Any] = _DIGITS | {"kernel": 7}
 
 _PRESETS = (

@@ -175,7 +175,7 @@ class Model(Group):
         (32, 64, 128), "conv: of the three spatial convolutions; simvp: one number per stride of 2 [ours, studied]"
     )
     pool: int = setting(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours, studied]")
-    kernel: int = setting(3, "conv: side of the encoder's spatial kernels, odd [ours, studied]", ODD)
+    kernel: int = setting(3, "conv: side of the encoder's spatial kernels, odd [ours]", ODD)
     features: int = setting(32, "simvp: map channels; d = features * (canvas / 2^len(channels))^2 [ours]", at_least(1))
     norm_scale: float = setting(
         1.0, "conv: first scale of the encoder's last batch norm; torch: 1 [ours, studied]", ABOVE_0

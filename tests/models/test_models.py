@@ -98,6 +98,17 @@ def test_sizes_that_do_not_fit(part: Any, channels: tuple[int, ...], size: int, 
         part(1, channels, size, pool)
 
 
+@pytest.mark.parametrize(("kernel", "reach"), [(3, 15), (5, 29), (7, 43)])
+def test_what_a_cell_sees(kernel: int, reach: int) -> None:
+    """Far from the border, and before pooling."""
+    enc, frame = encoder(size=96, kernel=kernel).double().eval(), frames(1, 1, 96)[:, 0].requires_grad_()
+    for block in enc.spatial:
+        block[2] = nn.Identity()  # a ReLU may hide a pixel
+    enc.spatial(frame)[0, :, 6, 6].sum().backward()
+    rows, columns = frame.grad[0, 0].nonzero().unbind(1)
+    assert [int(side.max() - side.min() + 1) for side in (rows, columns)] == [reach, reach]
+
+
 @pytest.mark.parametrize("kernel", [0, -1, 4])
 def test_a_kernel_without_a_centre(kernel: int) -> None:
     with pytest.raises(ValueError, match=f"kernel={kernel}: must be odd and above 0"):

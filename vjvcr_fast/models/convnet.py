@@ -2,9 +2,9 @@
 
 The paper states the depth: three spatial and then two temporal convolutions, each with batch norm and ReLU, then
 average pooling; an MLP with two hidden layers. It does not state channels, kernels, strides and widths; these are ours.
-Spatial convolutions have stride 2. Three of them see 15 pixels with 3x3 kernels, 43 with 7x7 ones. Temporal kernels
-have length 3 and keep T. We pool to a `pool` x `pool` map and flatten it, because pooling to a single cell would lose
-the digit's position.
+Spatial convolutions have stride 2. A cell of their map sees 15 pixels with 3x3 kernels, 43 with 7x7 ones. Temporal
+kernels have length 3 and keep T. We pool to a `pool` x `pool` map and flatten it, because pooling to a single cell
+would lose the digit's position.
 
 Activations stay in channels_last throughout: then it takes no copy to fold time into the batch for the spatial part, or
 space into one axis for the temporal part.
@@ -47,8 +47,8 @@ class ConvEncoder(nn.Module):
         channels: of the three spatial convolutions. The temporal ones have as many as the last of these.
         size: S, a multiple of 8.
         pool: side of the pooled map, a divisor of S / 8.
-        kernel: side of the spatial kernels, odd.
         norm_scale: initial scale of the last batch norm.
+        kernel: side of the spatial kernels, odd.
 
     Raises ValueError for sizes that do not fit.
     """
@@ -59,8 +59,8 @@ class ConvEncoder(nn.Module):
         channels: Sequence[int],
         size: int,
         pool: int,
-        kernel: int = 3,
         norm_scale: float = 1.0,
+        kernel: int = 3,
     ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
@@ -82,10 +82,10 @@ class ConvEncoder(nn.Module):
 
 
 class ConvDecoder(nn.Module):
-    """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. The arguments are those of ConvEncoder.
+    """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. Its spatial kernels are 4x4.
 
-    padding: what the temporal convolutions see before the first frame and after the last: "zeros" or "replicate", the
-    nearest frame once more.
+    in_channels, channels, size, pool: those of the ConvEncoder. padding: what the temporal convolutions see before the
+    first frame and after the last: "zeros" or "replicate", the nearest frame once more.
 
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
