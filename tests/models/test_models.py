@@ -124,10 +124,10 @@ def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
     return F.avg_pool3d(maps, (1, enc.window, enc.window)).transpose(1, 2).flatten(2)
 
 
-@pytest.mark.parametrize(("pool", "kernel"), [(1, 3), (2, 3), (2, 5)])
-def test_encoder_is_its_definition(pool: int, kernel: int) -> None:
+@pytest.mark.parametrize("pool", [1, 2])
+def test_encoder_is_its_definition(pool: int) -> None:
     """Folding axes into one another mixes up no frames, videos or cells."""
-    enc = encoder(pool, size=32, kernel=kernel).double().eval()
+    enc = encoder(pool, size=32).double().eval()
     x = frames(5, size=32)
     assert relative(enc(x), encoded_by_definition(enc, x)) < FLOAT64
 
