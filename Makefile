@@ -34,7 +34,7 @@ $(VENV)/.train: $(SETUP)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.train
-	@$(PIP) --no-build-isolation --editable '.[train,wandb,examples,video,torchcodec,dali,simulate,hub,docs,dev]'
+	@$(PIP) 'vjvcr_fast[train,wandb,examples,video,torchcodec,dali,simulate,hub,docs,dev]'
 	@touch $@
 
 setup: $(VENV)/.train  ## no more than the install that `make train` needs

@@ -45,7 +45,7 @@ def test_the_cpu_operators_under_sanitizers(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "vjvcr_fast", lib / "vjvcr_fast", ignore=shutil.ignore_patterns("*.so", "kernels"))
     (lib / "vjvcr_fast" / "kernels").symlink_to(ROOT / "kernels")
     build = ("setup.py", "build_ext", f"--build-lib={lib}", f"--build-temp={tmp_path / 'temp'}")
-    run(*build, folder=str(ROOT), CXX="g++", VJVCR_CUDA="0", CXXFLAGS=f"-g {SANITIZERS}", LDFLAGS=SANITIZERS)
+    run(*build, folder=str(ROOT), CXX="g++", VJVCR_CUDA="0", CXXFLAGS=f"-g1 -O0 {SANITIZERS}", LDFLAGS=SANITIZERS)
 
     environment = {
         "folder": str(tmp_path),
