@@ -127,7 +127,7 @@ def test_pixels_have_another_weight_in_generative_rows(row: str) -> None:
     assert model.gamma == (0.3 if ROWS[row].hidden else 10.5)
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("moving-mnist-small", 7), ("moving-mnist-mini", 3)])
+@pytest.mark.parametrize(("name", "kernel"), [("moving-mnist-small", 7), ("moving-mnist-mini", 5)])
 def test_the_encoder_has_the_kernels_of_its_preset(name: str, kernel: int) -> None:
     """Files of earlier versions, which lack the field, had 3x3."""
     model = build_model(preset(name), torch.device("cpu"))
@@ -185,6 +185,7 @@ SAMPLES = {
     "data.split": "development",
     "model.distance": "sum",
     "model.kernel": "5",
+    "model.unpool": "nearest",
     "model.regulariser": "sigreg",
 }
 

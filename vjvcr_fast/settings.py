@@ -183,6 +183,9 @@ class Model(Group):
     padding: Literal["zeros", "replicate"] = setting(
         "zeros", "conv: what the decoder sees beyond the first and last time step; replicate: that step [ours]"
     )
+    unpool: Literal["nearest", "learned"] = setting(
+        "nearest", "conv: how the decoder undoes the pooling; learned: by a transposed convolution [ours]"
+    )
     hidden: int = setting(1024, "width of the MLP's two hidden layers, or of Swin's tokens [ours]", at_least(1))
     depth: int = setting(8, "simvp: number of Swin blocks [ours]", at_least(1))
     heads: int = setting(8, "simvp: attention heads of a Swin block [ours]", at_least(1))

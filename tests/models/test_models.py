@@ -64,9 +64,10 @@ class Calls:
 
 
 @pytest.mark.parametrize("t", [1, 2, 3, 12])
+@pytest.mark.parametrize("unpool", ["nearest", "learned"])
 @pytest.mark.parametrize(("size", "pool"), [(8, 1), (16, 1), (16, 2), (32, 2), (64, 4)])
-def test_shapes(size: int, pool: int, t: int) -> None:
-    enc, dec = encoder(pool, size), ConvDecoder(1, CHANNELS, size, pool)
+def test_shapes(size: int, pool: int, unpool: str, t: int) -> None:
+    enc, dec = encoder(pool, size), ConvDecoder(1, CHANNELS, size, pool, unpool=unpool)
     h = enc(torch.rand(2, t, 1, size, size))
     assert enc.d == CHANNELS[-1] * pool**2
     assert h.shape == (2, t, enc.d)
@@ -139,6 +140,15 @@ def test_with_replicate_padding_what_stands_still_is_the_same_at_the_ends(paddin
     out = decoder(h(1, 24).expand(-1, 6, -1))
     same = [relative(step, out[:, 2]) < FLOAT64 for step in out.unbind(1)]
     assert same == [padding == "replicate"] * 2 + [True] * 2 + [padding == "replicate"] * 2
+
+
+@pytest.mark.parametrize("unpool", ["nearest", "learned"])
+def test_inside_a_place_only_learned_unpooling_draws_different_things(unpool: str) -> None:
+    """One place of 16x16 cells, each of 8x8 pixels; two cells from the edge nothing else is seen."""
+    decoder = ConvDecoder(1, CHANNELS, 128, 1, unpool=unpool).double().eval()
+    cells = decoder(h(1, 6)).unfold(-2, 8, 8).unfold(-2, 8, 8)[0, 0, 0, 2:-2, 2:-2]
+    same = all(relative(cell, cells[0, 0]) < FLOAT64 for cell in cells.flatten(0, 1))
+    assert same == (unpool == "nearest")
 
 
 @pytest.mark.parametrize("part", ["encoder", "decoder"])

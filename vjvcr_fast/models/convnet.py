@@ -85,15 +85,28 @@ class ConvDecoder(nn.Module):
     """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. Its spatial kernels are 4x4.
 
     in_channels, channels, size, pool: those of the ConvEncoder. padding: what the temporal convolutions see before the
-    first frame and after the last: "zeros" or "replicate", the nearest frame once more.
+    first frame and after the last: "zeros" or "replicate", the nearest frame once more. unpool: how a place of the
+    pooled map becomes size / 8 / pool cells in each direction: "nearest", each its copy, or "learned", by a transposed
+    convolution. Of copies the spatial convolutions can tell those at the edge of a place only.
 
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
 
-    def __init__(self, in_channels: int, channels: Sequence[int], size: int, pool: int, padding: str = "zeros") -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        size: int,
+        pool: int,
+        padding: str = "zeros",
+        unpool: str = "nearest",
+    ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
-        self.pool, self.window = pool, size // 8 // pool
+        self.pool, window, c = pool, size // 8 // pool, channels[-1]
+        self.unpool: nn.Module = nn.Upsample(scale_factor=window)
+        if unpool == "learned":
+            self.unpool = _block(nn.ConvTranspose2d(c, c, window, window, bias=False), c)
         self.temporal = _temporal(channels[-1], padding)
         widths = list(reversed(channels))
         self.spatial = nn.Sequential(
@@ -105,7 +118,7 @@ class ConvDecoder(nn.Module):
         """h (N, T, d) -> frames (N, T, C, S, S)."""
         n, t = h.shape[:2]
         maps = h.reshape(n * t, -1, self.pool, self.pool)
-        maps = F.interpolate(maps, scale_factor=self.window).contiguous(memory_format=torch.channels_last)
+        maps = self.unpool(maps).contiguous(memory_format=torch.channels_last)
         return self.spatial(_over_time(self.temporal, maps, t)).unflatten(0, (n, t))
 
 

@@ -92,7 +92,7 @@ def build_decoder(config: Config) -> nn.Module:
     """The mirror of the encoder, with weights from torch's global generator as it is."""
     model, data = config.model, config.data
     if model.kind == "conv":
-        return ConvDecoder(data.channels, model.channels, data.canvas, model.pool, model.padding)
+        return ConvDecoder(data.channels, model.channels, data.canvas, model.pool, model.padding, model.unpool)
     return SimVPDecoder(data.channels, data.canvas, model.channels, model.features, checkpoint=model.checkpoint)
 
 
