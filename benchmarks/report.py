@@ -250,6 +250,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "studies.md": {
         "study": paper("study-moving-mnist-mini", made=True),
         "study-kernel": paper("study-kernel-moving-mnist-small", made=True),
+        "study-decoder": paper("study-decoder-moving-mnist-mini", made=True),
         "study-kernel-latent": paper("study-kernel-latent-moving-mnist-stochastic-small", made=True),
         "study-sigreg": paper("study-sigreg-moving-mnist-mini", made=True),
         "table2-newton": paper("table2-newton-moving-mnist-stochastic-mini", made=True),
