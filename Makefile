@@ -33,6 +33,7 @@ $(VENV)/.train: $(SETUP)
 	@$(PIP) --no-build-isolation --editable '.[train]'
 	@touch $@
 
+# Only what the extras need: the package is installed, and naming its folder would compile the operators again.
 $(VENV)/.dev: $(VENV)/.train
 	@$(PIP) 'vjvcr_fast[train,wandb,examples,video,torchcodec,dali,simulate,hub,docs,dev]'
 	@touch $@

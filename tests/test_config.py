@@ -33,7 +33,7 @@ from vjvcr_fast.config import (
 )
 from vjvcr_fast.losses import attainable_std
 from vjvcr_fast.models.energy import ROWS
-from vjvcr_fast.training.build import build_model
+from vjvcr_fast.training.build import build_decoder, build_model
 
 # -- Presets --------------------------------------------------------------------------------------------------------
 
@@ -128,21 +128,24 @@ def test_pixels_have_another_weight_in_generative_rows(row: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "kernel"), [("moving-mnist-small", 7), ("moving-mnist-mini", 5)])
-def test_the_encoder_has_the_kernels_of_its_preset(name: str, kernel: int) -> None:
-    """Files of earlier versions, which lack the field, had 3x3."""
+def test_the_networks_are_those_of_the_preset(name: str, kernel: int) -> None:
+    """Files of earlier versions, which lack the fields, had 3x3 kernels and a decoder that copied."""
     model = build_model(preset(name), torch.device("cpu"))
     sides = {conv.kernel_size for conv in model.encoder.spatial.modules() if isinstance(conv, torch.nn.Conv2d)}
     assert sides == {(kernel, kernel)}
+    assert isinstance(build_decoder(preset(name)).unpool, torch.nn.Sequential), "learned"
     values = preset(name).to_dict()
-    del values["model"]["kernel"]
-    assert Config.from_dict(values).model.kernel == 3
+    del values["model"]["kernel"], values["model"]["unpool"]
+    before = Config.from_dict(values)
+    assert before.model.kernel == 3
+    assert isinstance(build_decoder(before).unpool, torch.nn.Upsample), "nearest"
 
 
 @pytest.mark.parametrize("name", ["moving-mnist", "moving-mnist-stochastic", "clevrer", "cater"])
 def test_small_presets_are_in_the_regime_of_the_full_ones(name: str) -> None:
     """VCR lifts features as far, and its weights and the latents are the same."""
     full, small = preset(name), preset(f"{name}-small")
-    for field in ("alpha", "beta", "gamma", "threshold", "eps", "row", "kernel"):
+    for field in ("alpha", "beta", "gamma", "threshold", "eps", "row", "kernel", "unpool"):
         assert getattr(small.model, field) == getattr(full.model, field)
     assert (small.latent, small.data.dataset) == (full.latent, full.data.dataset)
     reached = [attainable_std(c.model.alpha, c.model.beta, c.train.batch, c.d) for c in (full, small)]

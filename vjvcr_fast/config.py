@@ -125,11 +125,11 @@ _ADDED = {"model.kernel": 3, "model.unpool": "nearest", "model.padding": "zeros"
 
 # [ours, studied] Of MovingMNIST. The generative rows' pixel weight is as if pixels were divided by their deviation,
 # 0.308. With zeros as padding, decoders draw grain in the first and last frame. With "nearest" as unpooling they draw
-# the same thing all over a place of the pooled map, and generative models begin to learn late.
+# the same thing in all inner cells of a pooled place, and generative models begin to learn late.
 _DIGITS: dict[str, Any] = {"unpool": "learned", "padding": "replicate", "gamma_generative": 10.5}
 
-# [ours, studied] A cell of the encoder's map sees 15 pixels with 3x3 kernels, 29 with 5x5 and 43 with 7x7 ones. Digits
-# are 14 pixels wide in 32x32 frames and 28 in 64x64 ones, whose kernels were chosen on validation digits.
+# [ours, studied] A cell of the encoder's map sees 29 pixels with 5x5 kernels and 43 with 7x7 ones. Digits are 14 pixels
+# wide at 32x32 and 28 at 64x64. The kernels at 64x64 were chosen on validation digits.
 _DIGITS_32: dict[str, Any] = _DIGITS | {"kernel": 5}
 _DIGITS_64: dict[str, Any] = _DIGITS | {"kernel": 7}
 

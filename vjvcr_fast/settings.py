@@ -175,7 +175,7 @@ class Model(Group):
         (32, 64, 128), "conv: of the three spatial convolutions; simvp: one number per stride of 2 [ours, studied]"
     )
     pool: int = setting(2, "conv: side of the pooled map; d = channels[-1] * pool^2 [ours, studied]")
-    kernel: int = setting(3, "conv: side of the encoder's spatial kernels, odd [ours]", ODD)
+    kernel: int = setting(3, "conv: side of the encoder's spatial kernels, odd [ours, studied]", ODD)
     features: int = setting(32, "simvp: map channels; d = features * (canvas / 2^len(channels))^2 [ours]", at_least(1))
     norm_scale: float = setting(
         1.0, "conv: first scale of the encoder's last batch norm; torch: 1 [ours, studied]", ABOVE_0
@@ -184,7 +184,9 @@ class Model(Group):
         "zeros", "conv: what the decoder sees beyond the first and last time step; replicate: that step [ours]"
     )
     unpool: Literal["nearest", "learned"] = setting(
-        "nearest", "conv: how the decoder undoes the pooling; learned: by a transposed convolution [ours]"
+        "nearest",
+        "conv: how the decoder makes cells of a pooled place; nearest: copies; learned: a transposed convolution "
+        "[ours, studied]",
     )
     hidden: int = setting(1024, "width of the MLP's two hidden layers, or of Swin's tokens [ours]", at_least(1))
     depth: int = setting(8, "simvp: number of Swin blocks [ours]", at_least(1))

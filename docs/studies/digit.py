@@ -4,7 +4,7 @@
 
 An MLP with one hidden layer of 512 is trained to read the digit from the features of one frame, the middle one of y:
 from h_y, and from the prediction of it. Prints the accuracies on videos of validation digits as JSON, {run: {features:
-accuracy}}; chance is 0.1. The digits are those of VJVCR_DATA. Runs with a latent cannot be measured.
+accuracy}}; chance is 0.1.
 """
 
 import json
@@ -26,6 +26,8 @@ CPU = torch.device("cpu")
 def features(run: Path) -> list[dict[str, Tensor]]:
     """Of the fitted and of the held-out videos: {"h_y": (n, d), "predicted": (n, d), "digit": (n,)}."""
     config, model = load_run(run)
+    if config.data.dataset != "moving-mnist" or config.latent.kind != "none":
+        sys.exit(f"{run}: a MovingMNIST run without a latent is needed")
     model.to(CPU)
     middle, found = config.data.frames_out // 2, []
     for part, stream, n in zip(build_data(config), ("probe", "validation"), (FITTED, HELD_OUT), strict=True):

@@ -116,6 +116,11 @@ def test_a_kernel_without_a_centre(kernel: int) -> None:
         encoder(kernel=kernel)
 
 
+def test_an_unknown_unpooling() -> None:
+    with pytest.raises(ValueError, match="unpool='learnt': must be nearest or learned"):
+        ConvDecoder(1, CHANNELS, SIZE, 2, unpool="learnt")
+
+
 def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
     """The encoder frame by frame, with 3-D convolutions on (N, C, T, H, W) and running statistics."""
     maps = torch.stack([enc.spatial(frame) for frame in x.unbind(1)], dim=2)

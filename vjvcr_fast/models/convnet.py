@@ -2,9 +2,9 @@
 
 The paper states the depth: three spatial and then two temporal convolutions, each with batch norm and ReLU, then
 average pooling; an MLP with two hidden layers. It does not state channels, kernels, strides and widths; these are ours.
-Spatial convolutions have stride 2. A cell of their map sees 15 pixels with 3x3 kernels, 43 with 7x7 ones. Temporal
-kernels have length 3 and keep T. We pool to a `pool` x `pool` map and flatten it, because pooling to a single cell
-would lose the digit's position.
+Spatial convolutions have stride 2. A cell of their map sees 15 pixels with 3x3 kernels, 29 with 5x5 and 43 with 7x7.
+Temporal kernels have length 3 and keep T. We pool to a `pool` x `pool` map and flatten it, because pooling to a single
+cell would lose the digit's position.
 
 Activations stay in channels_last throughout: then it takes no copy to fold time into the batch for the spatial part, or
 space into one axis for the temporal part.
@@ -85,9 +85,11 @@ class ConvDecoder(nn.Module):
     """Representations (N, T, d) -> frames (N, T, C, S, S), unbounded. Its spatial kernels are 4x4.
 
     in_channels, channels, size, pool: those of the ConvEncoder. padding: what the temporal convolutions see before the
-    first frame and after the last: "zeros" or "replicate", the nearest frame once more. unpool: how a place of the
-    pooled map becomes size / 8 / pool cells in each direction: "nearest", each its copy, or "learned", by a transposed
-    convolution. Of copies the spatial convolutions can tell those at the edge of a place only.
+    first frame and after the last: "zeros" or "replicate", the nearest frame once more. unpool: what makes
+    size / 8 / pool cells, each way, of a place of the pooled map: "nearest", copies; or "learned", a transposed
+    convolution with batch norm and ReLU. If cells are copies, the convolutions draw the same thing in all inner ones.
+
+    Raises ValueError for sizes that do not fit, and for another unpool.
 
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
     """
@@ -105,6 +107,8 @@ class ConvDecoder(nn.Module):
         check_sizes(channels, size, pool)
         self.pool, window, c = pool, size // 8 // pool, channels[-1]
         self.unpool: nn.Module = nn.Upsample(scale_factor=window)
+        if unpool not in ("nearest", "learned"):
+            raise ValueError(f"unpool={unpool!r}: must be nearest or learned")
         if unpool == "learned":
             self.unpool = _block(nn.ConvTranspose2d(c, c, window, window, bias=False), c)
         self.temporal = _temporal(channels[-1], padding)
