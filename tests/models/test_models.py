@@ -116,9 +116,10 @@ def test_a_kernel_without_a_centre(kernel: int) -> None:
         encoder(kernel=kernel)
 
 
-def test_an_unknown_unpooling() -> None:
-    with pytest.raises(ValueError, match="unpool='learnt': must be nearest or learned"):
-        ConvDecoder(1, CHANNELS, SIZE, 2, unpool="learnt")
+@pytest.mark.parametrize(("name", "message"), [("unpool", "nearest or learned"), ("padding", "zeros or replicate")])
+def test_unknown_choices(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}='learnt': must be {message}"):
+        ConvDecoder(1, CHANNELS, SIZE, 2, **{name: "learnt"})
 
 
 def encoded_by_definition(enc: ConvEncoder, x: Tensor) -> Tensor:
@@ -145,6 +146,19 @@ def test_with_replicate_padding_what_stands_still_is_the_same_at_the_ends(paddin
     out = decoder(h(1, 24).expand(-1, 6, -1))
     same = [relative(step, out[:, 2]) < FLOAT64 for step in out.unbind(1)]
     assert same == [padding == "replicate"] * 2 + [True] * 2 + [padding == "replicate"] * 2
+
+
+def test_replicate_padding_is_that_of_torch() -> None:
+    """Forward and gradient."""
+    ours = ConvDecoder(1, CHANNELS, SIZE, 2, "replicate").double().temporal[0][0]
+    x = torch.randn(2, CHANNELS[-1], 5, 4, dtype=torch.float64, requires_grad=True)
+    sizes = CHANNELS[-1], CHANNELS[-1], (3, 1)
+    theirs = nn.Conv2d(*sizes, padding=(1, 0), padding_mode="replicate", bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    out = [conv(x) for conv in (ours, theirs)]
+    assert relative(out[0], out[1]) < FLOAT64
+    a, b = (torch.autograd.grad(y.square().sum(), x)[0] for y in out)
+    assert relative(a, b) < FLOAT64
 
 
 @pytest.mark.parametrize("unpool", ["nearest", "learned"])

@@ -250,6 +250,7 @@ def test_bfloat16(tmp_path: Path, tiny: Config) -> None:
 def test_compiled_is_the_same_training(tmp_path: Path, tiny: Config) -> None:
     for choice in ("off", "on"):
         changes = {"train.compile": choice, "model.row": "vj-vcr-decoder", "train.log_every": 1}
+        changes |= {"model.padding": "replicate", "model.unpool": "learned"}  # as the presets
         train(override(tiny, changes), tmp_path / choice)
     eager, compiled = (logged(tmp_path / choice, "loss") for choice in ("off", "on"))
     for step in (1, 2, 3):

@@ -12,7 +12,7 @@ space into one axis for the temporal part.
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +25,22 @@ def _block(conv: nn.Module, channels: int) -> nn.Sequential:
     return nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU())
 
 
+class _Replicating(nn.Conv2d):
+    """A convolution over time that sees the first and the last time step once more.
+
+    As Conv2d with padding_mode="replicate", whose gradient torch.compile takes for one with other strides, and stops.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.cat([x[:, :, :1], x, x[:, :, -1:]], dim=2))
+
+
 def _temporal(channels: int, padding: str) -> nn.Sequential:
-    """Two convolutions over time for inputs (N, C, T, cells), which keep T."""
-    settings: dict[str, Any] = {"padding": (1, 0), "padding_mode": padding, "bias": False}
-    conv = (nn.Conv2d(channels, channels, (3, 1), **settings) for _ in range(2))
+    """Two convolutions over time for inputs (N, C, T, cells), which keep T. padding: "zeros" or "replicate"."""
+    if padding not in ("zeros", "replicate"):
+        raise ValueError(f"padding={padding!r}: must be zeros or replicate")
+    kind, ends = (_Replicating, (0, 0)) if padding == "replicate" else (nn.Conv2d, (1, 0))
+    conv = (kind(channels, channels, (3, 1), padding=ends, bias=False) for _ in range(2))
     return nn.Sequential(*(_block(c, channels) for c in conv))
 
 
