@@ -139,6 +139,8 @@ def test_the_networks_are_those_of_the_preset(name: str, kernel: int) -> None:
     before = Config.from_dict(values)
     assert before.model.kernel == 3
     assert isinstance(build_decoder(before).unpool, torch.nn.Upsample), "nearest"
+    some = Config.from_dict({"preset": name, "model": {"eps": 1e-4}})
+    assert some == preset(name), "a file with a few fields is no earlier run's"
 
 
 @pytest.mark.parametrize("name", ["moving-mnist", "moving-mnist-stochastic", "clevrer", "cater"])
