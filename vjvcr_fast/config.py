@@ -102,7 +102,7 @@ class Config:
         groups = {group: given for group, given in values.items() if isinstance(given, dict)}
         flat = {f"{group}.{leaf}": value for group, given in groups.items() for leaf, value in given.items()}
         flat |= {other: value for other, value in values.items() if other not in ("preset", *groups)}
-        if {"model.eps", "train.lr", "evaluate.probe_lr"} <= flat.keys():  # a run's own file, which has every field
+        if {"model.eps", "train.lr", "evaluate.probe_lr"} <= flat.keys():  # a run's own file
             flat = _ADDED | flat
         return override(PRESETS.get(name, Config(name)), flat)
 

@@ -101,9 +101,9 @@ class ConvDecoder(nn.Module):
     size / 8 / pool cells, each way, of a place of the pooled map: "nearest", copies; or "learned", a transposed
     convolution with batch norm and ReLU. If cells are copies, the convolutions draw the same thing in all inner ones.
 
-    Raises ValueError for sizes that do not fit, and for another unpool.
-
     It sees the (predicted) representation and nothing else: there is no skip connection from the input frames.
+
+    Raises ValueError for sizes that do not fit, and for another padding or unpool.
     """
 
     def __init__(
@@ -117,13 +117,13 @@ class ConvDecoder(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(channels, size, pool)
-        self.pool, window, c = pool, size // 8 // pool, channels[-1]
-        self.unpool: nn.Module = nn.Upsample(scale_factor=window)
         if unpool not in ("nearest", "learned"):
             raise ValueError(f"unpool={unpool!r}: must be nearest or learned")
+        self.pool, window, c = pool, size // 8 // pool, channels[-1]
+        self.unpool: nn.Module = nn.Upsample(scale_factor=window)
         if unpool == "learned":
             self.unpool = _block(nn.ConvTranspose2d(c, c, window, window, bias=False), c)
-        self.temporal = _temporal(channels[-1], padding)
+        self.temporal = _temporal(c, padding)
         widths = list(reversed(channels))
         self.spatial = nn.Sequential(
             *(_block(_upsample(a, b, bias=False), b) for a, b in pairwise(widths)),
