@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,6 +76,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Without a GPU, tests that need one are skipped, or fail if FAIL_WITHOUT_CUDA=1 says that there should be one."""
     if item.get_closest_marker("cuda") and not torch.cuda.is_available():
         (pytest.fail if os.environ.get("FAIL_WITHOUT_CUDA") == "1" else pytest.skip)("no CUDA device")
+
+
+def wait_for_steps(run: Path) -> None:
+    """Returns when the run has logged a line. Its metrics.jsonl is there earlier, before training handles signals."""
+    log, began = run / "metrics.jsonl", time.monotonic()
+    while not (log.exists() and log.stat().st_size):
+        assert time.monotonic() - began < 120, f"no line in {log}"
+        time.sleep(0.02)
 
 
 @pytest.fixture

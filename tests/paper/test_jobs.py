@@ -6,13 +6,12 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
-from conftest import TINY
+from conftest import TINY, wait_for_steps
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.models.energy import ROWS
@@ -95,22 +94,23 @@ def test_a_stop_reaches_every_run(
 ) -> None:
     """On SIGTERM the two running jobs write checkpoints and say at which step; the others do not start."""
     monkeypatch.setattr(jobs, "_start", forked.start)
-    logs = [tmp_path / name / "metrics.jsonl" for name in RUNS[:2]]
+    running = [tmp_path / name for name in RUNS[:2]]
 
     def stop() -> None:
-        end = time.monotonic() + 60
-        while not all(log.exists() and log.stat().st_size for log in logs) and time.monotonic() < end:  # it trains
-            time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            for run in running:
+                wait_for_steps(run)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=stop)
     thread.start()
     assert main([*table(tmp_path, 2), "--train.steps=100000", "--train.validate_every=50000"]) == 75
     thread.join()
     assert "run the same command again" in capsys.readouterr().err
-    for log in logs:
-        assert (log.parent / "last.pt").exists()
-        assert "stopped at step" in (log.parent / "run.log").read_text()
+    for run in running:
+        assert (run / "last.pt").exists()
+        assert "stopped at step" in (run / "run.log").read_text()
     assert not (tmp_path / RUNS[2] / "last.pt").exists()
 
 
@@ -118,12 +118,11 @@ def test_a_stop_reaches_every_run(
 def test_as_a_command(tmp_path: Path) -> None:
     """With real processes: after SIGTERM (checkpoints, exit code 75) the same command reaches the same numbers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    long = ["--train.steps=100", "--train.validate_every=50"]
+    long = ["--train.steps=200", "--train.validate_every=50"]
     command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-    first, began = tmp_path / "two" / RUNS[0], time.monotonic()
-    while not (first / "metrics.jsonl").exists() and time.monotonic() - began < 120:
-        time.sleep(0.02)
+    first = tmp_path / "two" / RUNS[0]
+    wait_for_steps(first)
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY
+from conftest import TINY, wait_for_steps
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.paper import ReproduceError, figures, reproduce_all
@@ -161,9 +161,8 @@ def test_a_stop_goes_on(tmp_path: Path) -> None:
         text=True,
         start_new_session=True,
     )
-    run, began = tmp_path / "mnist" / "vj-vcr-seed0", time.monotonic()
-    while not (run / "metrics.jsonl").exists() and time.monotonic() - began < 120:
-        time.sleep(0.1)
+    run = tmp_path / "mnist" / "vj-vcr-seed0"
+    wait_for_steps(run)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error

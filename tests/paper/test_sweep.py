@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
-from conftest import TINY
+from conftest import TINY, wait_for_steps
 
 from vjvcr_fast.cli import main
 from vjvcr_fast.config import ConfigError
@@ -148,9 +147,7 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vjvcr_fast", "sweep", str(file), "--out", str(out)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    last, began = out / "a-seed0" / "last.pt", time.monotonic()
-    while not last.exists() and time.monotonic() - began < 120:
-        time.sleep(0.1)
+    wait_for_steps(out / "a-seed0")
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
