@@ -20,6 +20,7 @@ from vjvcr_fast.config import Config, override, preset
 from vjvcr_fast.evaluation.evaluate import decode, evaluate_run, kept_decoder
 from vjvcr_fast.paper import figures
 from vjvcr_fast.paper.report import report
+from vjvcr_fast.paper.sweep import evaluation_of
 from vjvcr_fast.runs import load, load_run
 from vjvcr_fast.training.build import build_data, build_videos
 from vjvcr_fast.training.calibration import Latents
@@ -243,6 +244,15 @@ def test_an_evaluation_is_shown_until_the_weights_change(tmp_path: Path, tiny: C
     page = Page(report(run, tiny))
     assert "The model has no decoder" in page.text
     assert "Not evaluated with these weights and settings" in page.text
+
+
+def test_how_latents_were_inferred_is_shown(tmp_path: Path, tiny_stochastic: Config) -> None:
+    """If not as in training: here with 9 iterations instead of 8."""
+    config = override(tiny_stochastic, KINDS["sparse"] | {"train.steps": 4})
+    train(config, tmp_path)
+    told = override(config, {"latent.iterations": 9})
+    evaluation_of(told).measure(tmp_path, told)
+    assert "<th>iterations</th><td>9</td>" in report(tmp_path, told).read_text()
 
 
 @pytest.mark.slow
