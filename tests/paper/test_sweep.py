@@ -13,7 +13,7 @@ import pytest
 from conftest import TINY, wait_for_steps
 
 from vjvcr_fast.cli import main
-from vjvcr_fast.config import ConfigError
+from vjvcr_fast.config import ConfigError, override, preset
 from vjvcr_fast.paper import jobs, sweep
 
 FIELDS = json.dumps(TINY)  # JSON is YAML
@@ -60,6 +60,9 @@ def test_a_runs_config_is_a_base(tmp_path: Path, tiny: Any) -> None:
         ("grid: {train.lr: []}", ["train.lr: a list of at least one value"]),
         ("seeds: [x]", ["seeds='x': must be a whole number"]),
         ("seeds: [1, 1]", ["two entries have the folder"]),
+        ("set: {train.seed: 1}", ["set: train.seed=1", "seeds:"]),
+        ("list: {a: {train.seed: 1}}", ["list: a: train.seed=1", "seeds:"]),
+        ("grid: {train.seed: [1, 2]}", ["grid: train.seed=[1, 2]", "seeds:"]),
         ("grids: {}", ["grids: no such key", "grid"]),
         ("config: x", ["preset or config"]),
         ("seeds: [", ["not a readable YAML file"]),
@@ -109,6 +112,11 @@ def test_a_sweep_runs_fails_and_goes_on(
     assert f"| a | 2 of 2 | {sum(ours) / 2:.3f} ± " in shown
     assert all((out / name).stat().st_size > 0 for name in sweep.SWEEP_FILES)
 
+    file.write_text(file.read_text().replace("model.hidden: 8", "model.hidden: 12"))  # b-seed0 and -seed1 are others now
+    text = sweep.summarise(sweep.read(file), out)
+    assert "| a | 2 of 2 |" in text
+    assert "| b | 0 of 2 |" in text
+
 
 @pytest.mark.usefixtures("digits", "one_thread")
 def test_one_entry_alone(tmp_path: Path, tiny: Any) -> None:
@@ -126,10 +134,17 @@ def test_what_cannot_be_measured_is_named(tmp_path: Path, capsys: pytest.Capture
     assert "measure: foo: must be one of speed_mse, " in capsys.readouterr().err
 
 
-def test_an_entry_of_a_latent_is_measured_as_one(tmp_path: Path) -> None:
-    found = sweep.read(written(tmp_path, "set: {}".replace("set", "list") + "\ngrid: {latent.kind: [none, sparse]}"))
-    files = [sweep.evaluation_of(entry.config).file for entry in found.entries]
-    assert files == ["evaluation.json", "latents.json"]
+def test_a_run_is_measured_by_what_its_latent_can_tell() -> None:
+    def file(name: str, **changes: Any) -> str:
+        latent = {f"latent.{key}": value for key, value in changes.items()}
+        return sweep.evaluation_of(override(preset(name), latent)).file
+
+    assert file("moving-mnist-stochastic-mini") == "evaluation.json"
+    assert file("moving-mnist-stochastic-mini", kind="sparse") == "latents.json"
+    assert file("moving-mnist-mini", kind="sparse") == "evaluation.json"  # one direction: nothing to tell
+    assert file("clevrer-mini", kind="sparse") == "evaluation.json"
+    assert file("cater-mini", kind="sparse") == "evaluation.json"
+    assert file("cater-mini") == "actions.json"
 
 
 def test_nothing_finished(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_sparse_latents_train_with_a_swin_predictor(config: Config, tmp_path: Pa
     config = override(config, {"latent.kind": "sparse", "latent.dim": 3, "latent.iterations": 3, "train.steps": 2})
     train(config, tmp_path)
     assert losses(tmp_path)
-    with pytest.raises(ConfigError, match="probed on moving-mnist only"):
+    with pytest.raises(ConfigError, match="probed on stochastic moving-mnist only"):
         evaluate_latents(tmp_path)
 
 

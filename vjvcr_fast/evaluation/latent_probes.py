@@ -32,12 +32,13 @@ def evaluate_latents(run: Path, config: Config | None = None) -> dict[str, Any]:
 
     Without a latent there is nothing to probe, and the accuracies are those of chance.
 
-    Raises ConfigError for videos from files, which have neither directions nor digits; DivergedError if z* is not
-    finite; else as `measured_once`.
+    Raises ConfigError if the videos are not stochastic, since others have no directions to tell; DivergedError if z* is
+    not finite; else as `measured_once`.
     """
-    asked = config or Config.load(run / "config.json")
-    if asked.data.dataset != "moving-mnist":
-        raise ConfigError(f"{run}: data.dataset={asked.data.dataset}: z* can be probed on moving-mnist only")
+    data = (config or Config.load(run / "config.json")).data
+    if not data.stochastic:
+        what = f"data.dataset={data.dataset}, data.stochastic=False"
+        raise ConfigError(f"{run}: {what}: z* can be probed on stochastic moving-mnist only")
     return measured_once(run, config, "latents.json", _measure_latents)
 
 

@@ -42,7 +42,7 @@ SWEEP_FILES = ("sweep.md", "sweep.json", "sweep.png", "curves.png")
 KEYS = ("preset", "config", "set", "list", "grid", "seeds", "measure")
 # The columns of the table, with digits after the point, and what else `measure` may name.
 DEFAULT = {name: digits for name, (_, digits) in COLUMNS.items()}
-DEFAULT |= {"direction_accuracy": 3, "digit_accuracy": 3, "map": 1}
+DEFAULT |= {"direction_accuracy": 3, "digit_accuracy": 3, "map": 3}
 OTHERS: tuple[str, ...] = ("speed_mse_of_the_mean", "psnr_of_black", "psnr_of_last_frame", "feature_std", "grain")
 OTHERS += ("explained", "zeros", "step", "train_seconds", "evaluate_seconds")
 OTHERS += ("direction_accuracy_converged", "digit_accuracy_converged")
@@ -105,9 +105,9 @@ def _sweep(content: dict[str, Any], folder: Path) -> Sweep:
         base = preset(parse("preset", str, content["preset"]))
     else:
         base = Config.load(folder / parse("config", str, content["config"]))
-    base = override(base, _mapping("set", content.get("set")))
+    base = override(base, _changes("set", content.get("set")))
     listed = _mapping("list", content.get("list")) or {"": {}}
-    grid = {name: _list(name, values) for name, values in _mapping("grid", content.get("grid")).items()}
+    grid = {name: _list(name, values) for name, values in _changes("grid", content.get("grid")).items()}
     seeds = tuple(parse("seeds", int, seed) for seed in _list("seeds", content.get("seeds", [0])))
     measure = tuple(parse("measure", str, name) for name in _list("measure", content.get("measure", [*DEFAULT])))
     wrong = [name for name in measure if name not in (*DEFAULT, *OTHERS)]
@@ -116,7 +116,7 @@ def _sweep(content: dict[str, Any], folder: Path) -> Sweep:
     sweep = Sweep(base, {}, seeds, measure)
     for (name, changes), values in itertools.product(listed.items(), itertools.product(*grid.values())):
         combination = dict(zip(grid, values, strict=True))
-        changed = _mapping(f"list: {name}", changes) | combination
+        changed = _changes(f"list: {name}", changes) | combination
         shown = [f"{key.split('.')[-1]}={_text(value)}" for key, value in combination.items()]
         setting = ", ".join([*([name] if name else []), *shown]) or "as it is"
         for seed in seeds:
@@ -180,13 +180,13 @@ def summarise(sweep: Sweep, out: Path) -> str:
     """Returns the table of the entries that are finished, as Markdown; writes SWEEP_FILES to `out`."""
     found: dict[str, dict[Path, dict[str, Any]]] = {setting: {} for setting in sweep.settings}
     for entry in sweep.entries:
-        run = out / entry.folder
-        file = run / evaluation_of(entry.config).file
-        if file.exists():
-            found[entry.setting][run] = json.loads(file.read_text())
+        run, evaluation = out / entry.folder, evaluation_of(entry.config)
+        with contextlib.suppress(ConfigError, CheckpointError):  # a run of other settings is not this entry's
+            if (run / evaluation.file).exists() and (result := finished(entry.config, run, evaluation)):
+                found[entry.setting][run] = result
     done = [evaluation for runs in found.values() for evaluation in runs.values()]
-    measured = [name for name in sweep.measure if any(isinstance(e.get(name), float | int) for e in done)]
-    columns = {n: {s: [e[n] for e in es.values() if n in e] for s, es in found.items()} for n in measured}
+    measured = [name for name in sweep.measure if any(_number(e.get(name)) for e in done)]
+    columns = {n: {s: [e[n] for e in es.values() if _number(e.get(n))] for s, es in found.items()} for n in measured}
     lines = table_head(["setting", "seeds", *measured])
     for setting, runs in found.items():
         values = {name: column[setting] for name, column in columns.items()}
@@ -213,16 +213,29 @@ def summarise(sweep: Sweep, out: Path) -> str:
 
 
 def evaluation_of(config: Config) -> Evaluation:
-    """How a run of this config is evaluated: by its latent, except for plain video folders.
+    """How a run of this config is evaluated: by what its z* can be probed for, actions or directions.
 
-    Those have no labels that z* could be probed for, so their runs are measured like runs without a latent.
+    Where there is neither, the run is measured like one without a latent.
     """
-    kind = "none" if config.data.dataset == "folder" else config.latent.kind
-    return {"none": TABLE1, "actions": ACTIONS}.get(kind, TABLE2)
+    if config.latent.kind == "actions":
+        return ACTIONS
+    return TABLE2 if config.data.stochastic and config.latent.kind != "none" else TABLE1
 
 
 def _text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, Sequence) and not isinstance(value, str) else str(value)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, float | int)
+
+
+def _changes(name: str, value: Any) -> dict[str, Any]:
+    """Changes to a config. Raises ConfigError if the seed is among them: each setting is trained with every seed."""
+    changes = _mapping(name, value)
+    if "train.seed" in changes:
+        raise ConfigError(f"{name}: train.seed={one_line(changes['train.seed'])}: give `seeds: [0, 1, ...]` instead")
+    return changes
 
 
 def _mapping(name: str, value: Any) -> dict[str, Any]:
