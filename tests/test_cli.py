@@ -147,6 +147,7 @@ def test_version() -> None:
         (["train", "--config", "none.json"], ["none.json: not a readable config file", "No such file"]),
         (["scan"], ["DIR"]),
         (["scan", "videos", "--data=moving-mnist"], ["data.dataset=moving-mnist: must be folder, clevrer or cater"]),
+        (["scan", "videos", "--preset=moving-mnist"], ["data.dataset=moving-mnist: must be folder"]),
         (["scan", "videos", "--stride=0"], ["data.stride=0: must be at least 1"]),
         (["scan", "videos", "--strid=1"], ["--strid: no such option; did you mean --stride"]),
         (["evaluate"], ["RUN"]),

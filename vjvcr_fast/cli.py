@@ -175,7 +175,7 @@ def _add_experiments(add: Callable[..., Parser]) -> None:
     sub = add(reproduce, f"{{{','.join(TARGETS)},all}} [OPTIONS]")
     about = "; ".join(f"{k}: {t.about}" for k, t in TARGETS.items())
     sub.add_argument("target", choices=[*TARGETS, "all"], help=f"{about}; all: everything, on one page")
-    add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2 and fig4: cater, or their -mini")
+    add_preset(sub, "; table2 and fig3: moving-mnist-stochastic, fig2, fig4 and ceiling: cater, or their -mini")
     seeds = "several give mean and standard deviation, but fig3 shows the first one (default: 0)"
     sub.add_argument("--seeds", default="0", metavar="N,N,...", help=seeds)
     _add_processes(sub)
@@ -358,7 +358,8 @@ def _scan(arguments: argparse.Namespace) -> int:
     """
     from vjvcr_fast.cli_scan import show
 
-    vars(arguments).setdefault("data.dataset", "folder")
+    if not (arguments.preset or arguments.config):
+        vars(arguments).setdefault("data.dataset", "folder")
     config = override(config_of(arguments, "clevrer"), {"data.root": str(arguments.root), "data.on_bad_video": "skip"})
     return show(config, arguments.every_frame, arguments.json)
 

@@ -65,7 +65,8 @@ class Config:
         has_none = "vcr where model.row=generative, which has no regulariser"
         need(model.row != "generative" or model.regulariser == "vcr", "model.regulariser", model.regulariser, has_none)
         need(conv or model.norm_scale == 1, "model.norm_scale", model.norm_scale, "1 where model.kind=simvp")
-        need(conv or latent.kind != "discrete", "latent.kind", "discrete", "none or sparse for model.kind=simvp")
+        fits = conv or latent.kind != "discrete"
+        need(fits, "latent.kind", "discrete", "none, sparse or actions for model.kind=simvp")
         fits = latent.kind != "actions" or data.dataset == "cater"
         need(fits, "latent.kind", "actions", f"another for {of_data}; only cater has actions")
         fits = latent.method != "newton" or latent.step_rule == "backtracking"

@@ -231,10 +231,12 @@ def test_a_video_is_not_overwritten(
     own = tmp_path / "own.mp4"
     own.write_bytes(next(videos.glob("*.mp4")).read_bytes())
     (tmp_path / "link.mp4").symlink_to(own)
+    bad = tmp_path / "bad.mp4"
+    bad.write_bytes(b"no video")
     before = own.read_bytes()
-    for out in (own, tmp_path / "link.mp4"):
-        assert "is one of the videos" in fails(capsys, [str(run), str(own), "--out", str(out)], 2)
-    assert own.read_bytes() == before
+    for out in (own, tmp_path / "link.mp4", bad):
+        assert "is one of the videos" in fails(capsys, [str(run), str(own), str(bad), "--out", str(out)], 2)
+    assert (own.read_bytes(), bad.read_bytes()) == (before, b"no video")
 
 
 def test_a_video_that_changes_at_work_leaves_nothing_behind(

@@ -114,6 +114,28 @@ def test_a_stop_reaches_every_run(
     assert not (tmp_path / RUNS[2] / "last.pt").exists()
 
 
+@pytest.mark.usefixtures("digits")
+def test_no_run_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If one run cannot be measured, say because the disk is full, the others are stopped."""
+    processes = []
+
+    def start(job: Job, at_once: int) -> forked.Started:
+        steps = 4 if job.run.name == "short" else 100_000
+        processes.append(forked.Started((*job.arguments, f"--train.steps={steps}"), job.log))
+        return processes[-1]
+
+    def done(run: Path, show: Any) -> None:
+        wait_for_steps(tmp_path / "long")
+        raise OSError("no room")
+
+    monkeypatch.setattr(jobs, "_start", start)
+    runs = [tmp_path / name for name in ("short", "long")]
+    of = [Job(run, 4, ("train", *OPTIONS, "--out", str(run)), run / "run.log") for run in runs]
+    with pytest.raises(OSError, match="no room"):
+        jobs.run_jobs(of, 2, done)
+    assert [process.poll() for process in processes] == [0, 75]
+
+
 @pytest.mark.slow
 def test_as_a_command(tmp_path: Path) -> None:
     """With real processes: after SIGTERM (checkpoints, exit code 75) the same command reaches the same numbers."""

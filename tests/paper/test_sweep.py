@@ -112,7 +112,7 @@ def test_a_sweep_runs_fails_and_goes_on(
     assert f"| a | 2 of 2 | {sum(ours) / 2:.3f} ± " in shown
     assert all((out / name).stat().st_size > 0 for name in sweep.SWEEP_FILES)
 
-    file.write_text(file.read_text().replace("model.hidden: 8", "model.hidden: 12"))  # b-seed0 and -seed1 are others now
+    file.write_text(file.read_text().replace("model.hidden: 8", "model.hidden: 12"))
     text = sweep.summarise(sweep.read(file), out)
     assert "| a | 2 of 2 |" in text
     assert "| b | 0 of 2 |" in text

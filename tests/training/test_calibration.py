@@ -321,6 +321,19 @@ def test_a_given_weight_stays(tmp_path: Path, tiny_stochastic: Config) -> None:
     assert {*logged(tmp_path, "latent_weight").values()} == {0.5}
 
 
+def test_the_probe_infers_as_training_does(tmp_path: Path, tiny_stochastic: Config) -> None:
+    probed = {}
+    steps = iter((5, 10))
+
+    def probe(model: EnergyModel, config: Config, data: Any) -> dict[str, float]:
+        probed[next(steps)] = config.latent.weight
+        return {}
+
+    train(override(latent(tiny_stochastic, "sparse-high"), {"train.probe_every": 5}), tmp_path, probe)
+    used = logged(tmp_path, "latent_weight")  # by the steps up to this line
+    assert probed == {5: used[10], 10: used[12]}
+
+
 def test_evaluation_has_the_weight_of_the_checkpoint(tmp_path: Path, tiny_stochastic: Config) -> None:
     config = latent(tiny_stochastic, "sparse-high")
     train(config, tmp_path)

@@ -154,6 +154,17 @@ def test_a_run_of_two_processes_is_that_of_one(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "two" / "last.pt")["step"] == 12
 
 
+def test_what_is_not_logged_yet_is_kept_for_all_processes(tmp_path: Path) -> None:
+    """A checkpoint between two log lines has the mean over the processes of each step since the last line."""
+    settings = {"train__log_every": 5, "train__validate_every": 8}
+    assert main(options(tmp_path / "one", **settings)) == 0
+    assert [finished(process)[0] for process in commands(options(tmp_path / "two", **settings), world=2)] == [0, 0]
+    file = Path("checkpoints", "step-00000008.pt")
+    one, two = (torch.stack(checkpoint.load(tmp_path / run / file)["history"]) for run in ("one", "two"))
+    assert len(one) == 3
+    assert two.tolist() == [pytest.approx(row, rel=FLOAT32 * 10) for row in one.tolist()]
+
+
 def started(run: Path, least: int = 2, timeout: float = 90.0) -> None:
     """Returns when a run has logged `least` lines."""
     end = time.monotonic() + timeout

@@ -82,9 +82,10 @@ def load(module: str, extra: str) -> Any:
     package = module.removeprefix("nvidia.").split(".")[0]
     try:
         return importlib.import_module(module)
-    except ModuleNotFoundError:
-        raise ImportError(f"{package} is not installed: pip install 'vjvcr_fast[{extra}]'") from None
-    except (ImportError, OSError, RuntimeError) as error:  # a library that the package itself needs is missing
+    except (ImportError, OSError, RuntimeError) as error:
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            raise ImportError(f"{package} is not installed: pip install 'vjvcr_fast[{extra}]'") from None
+        # What it needs itself is missing.
         raise ImportError(f"{package} cannot be imported ({reason(error)})") from error
 
 

@@ -27,7 +27,7 @@ SUFFIXES = (
     *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
 )
 SPLITS = {"train": ("train",), "validation": ("validation", "val")}
-CACHE = "vjvcr-cache"
+CACHE = "vjvcr-cache"  # the folder of decoded frames, inside that of the data
 HELD_OUT = 10  # one video in so many is for validation
 
 

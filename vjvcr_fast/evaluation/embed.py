@@ -58,10 +58,8 @@ def embed(run: Path, videos: Sequence[Path], out: Path, config: Config, batch: i
     data, trained = config.data, Trained(config, model)
     length = data.frames_in + data.frames_out
     with Pool(data.workers, data.decode_timeout, backend=data.decoder) as pool:
-        clips, bad = _clips(videos, length, every or length, pool, config)
+        clips, bad = _clips(videos, length, every or length, pool, config, out)
         sources = clips.sources
-        if out.exists() and any(source.path.samefile(out) for source in sources):
-            raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
         start = torch.cat([source.starts for source in sources]) * data.stride
         video = torch.cat([torch.full_like(source.starts, i) for i, source in enumerate(sources)])
         windows, names = len(start), [str(source.path) for source in sources]
@@ -104,12 +102,14 @@ def _features(trained: Trained, frames: Tensor) -> dict[str, Tensor]:
 
 
 def _clips(
-    videos: Sequence[Path], length: int, every: int, pool: Pool, config: Config
+    videos: Sequence[Path], length: int, every: int, pool: Pool, config: Config, out: Path
 ) -> tuple[VideoClips, dict[str, str]]:
-    """All windows of the videos that have one, and {file: reason} of bad videos."""
+    """All windows of the videos that have one, and {file: reason} of bad videos. Raises ConfigError if `out` is one."""
     found = {str(file): (file,) for path in videos for file in (videos_below(path) if path.is_dir() else [path])}
     if not found:
         raise FolderError(f"{', '.join(map(str, videos)) or 'nothing'}: no videos")
+    if out.exists() and any(Path(name).exists() and out.samefile(name) for name in found):
+        raise ConfigError(f"--out={out}: is one of the videos, which would be overwritten")
     data, stride, device = config.data, config.data.stride, resolve_device(config.train.device)
     how, whole = {"backend": data.decoder, "on_bad": data.on_bad_video}, data.on_bad_video == "skip"
     scanned = scan(found, probe, pool, None, any_size=True, every_frame=whole, desc="look", **how)

@@ -141,8 +141,9 @@ class ConvDecoder(nn.Module):
 class LatentPredictor(nn.Module):
     """A predictor that can take a latent z (N, m), which enters linearly through `latent_in`.
 
-    The columns of `latent_in` have unit norm: otherwise the weights could grow and z shrink, and a penalty on z would
-    do nothing. A subclass calls `add_latent` after it has drawn its other weights.
+    The columns of `latent_in` begin with unit norm. Training keeps it if z has a penalty: otherwise the weights could
+    grow and z shrink, and the penalty would do nothing. A subclass calls `add_latent` after it has drawn its other
+    weights.
     """
 
     def add_latent(self, latent_dim: int, width: int) -> None:

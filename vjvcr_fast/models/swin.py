@@ -26,8 +26,8 @@ class SwinPredictor(LatentPredictor):
         heads: of the attention, a divisor of dim.
         window: side of a window, a divisor of H and W. If it is at least as large as both, one window covers the map
             and nothing is shifted.
-        latent_dim: m > 0 gives it a latent z (N, m). A linear map of z, with columns of unit norm, is added to every
-            token.
+        latent_dim: m > 0 gives it a latent z (N, m). A linear map of z is added to every token
+            (`LatentPredictor`).
         checkpoint: recompute activations in backward instead of keeping them. The gradients are the same.
 
     As in Swin, weights of linear layers and the bias table are drawn from a normal distribution of std 0.02, here cut

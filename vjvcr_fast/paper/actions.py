@@ -167,7 +167,8 @@ def _made(run: Path, config: Config) -> tuple[Config, EnergyModel] | None:
     if not (run / "best.pt").exists():
         print(f"h_y is not read: there is no {run / 'best.pt'}; fig2 --results off makes it", file=sys.stderr)
         return None
-    trained, model = load_run(run)
+    device = {"train.device": config.train.device}
+    trained, model = load_run(run, override(Config.load(run / "config.json"), device))
     others = [name for name in differences(trained, config) if name in FRAMES]
     if others:
         print(f"h_y is not read: {run} is a run of another {', '.join(others)}", file=sys.stderr)

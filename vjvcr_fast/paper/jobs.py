@@ -220,31 +220,33 @@ def run_jobs(
             total.write(text, file=file or sys.stdout)
             (file or sys.stdout).flush()
 
-        while (waiting or running) and not stop():
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                running[job] = _start(job, at_once), _bar(job.steps, job.run.name, leave=False)
-            time.sleep(0.1)
-            for job, (process, bar) in [*running.items()]:
-                if process.poll() is None:
-                    continue
-                del running[job]
+        try:
+            while (waiting or running) and not stop():
+                while waiting and len(running) < at_once:
+                    job = waiting.pop(0)
+                    running[job] = _start(job, at_once), _bar(job.steps, job.run.name, leave=False)
+                time.sleep(0.1)
+                for job, (process, bar) in [*running.items()]:
+                    if process.poll() is None:
+                        continue
+                    del running[job]
+                    bar.close()
+                    total.update()
+                    if process.returncode:
+                        failed[job] = _reason(job.log, process.returncode)
+                        show(f"{job.run.name} failed: {failed[job]}", sys.stderr)
+                    elif done:
+                        done(job.run, show)
+                if time.monotonic() >= next_report:
+                    next_report = time.monotonic() + (30 if total.disable else 1)
+                    for job, (_, bar) in running.items():
+                        _report(job, bar)
+        finally:  # they have a session of their own, and would go on alone
+            for process, bar in running.values():
+                process.terminate()
                 bar.close()
-                total.update()
-                if process.returncode:
-                    failed[job] = _reason(job.log, process.returncode)
-                    show(f"{job.run.name} failed: {failed[job]}", sys.stderr)
-                elif done:
-                    done(job.run, show)
-            if time.monotonic() >= next_report:
-                next_report = time.monotonic() + (30 if total.disable else 1)
-                for job, (_, bar) in running.items():
-                    _report(job, bar)
-        for process, bar in running.values():
-            process.terminate()
-            bar.close()
-        for process, _ in running.values():
-            process.wait()
+            for process, _ in running.values():
+                process.wait()
         if stop():
             raise StopRequestedError("stopped; run the same command again to continue")
     return failed

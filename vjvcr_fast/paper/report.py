@@ -220,7 +220,7 @@ def _spectrum(run: Path, config: Config, trained: Trained | str) -> Iterator[str
             yield _missing(f"No spectrum. {ours}")
             return
         spectra = {"best checkpoint": ours}
-        yield _paragraph(f"Encoder outputs of the target frames of {SPECTRUM} validation videos.")
+        yield _paragraph(f"Encoder outputs of the target frames of up to {SPECTRUM} validation videos.")
     yield _div("wide", [_picture(lambda target: figures.spectrum(target, spectra), "singular values", 975)])
 
 

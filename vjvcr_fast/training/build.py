@@ -26,7 +26,6 @@ from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
 
 FILES: dict[str, Any] = {"clevrer": clevrer, "cater": cater, "folder": folder}
-CACHE = "vjvcr-cache"  # the folder of decoded frames, inside that of the data
 SPLITS = ("train", "validation")
 
 Data = Digits | Split  # one split of a data set, from which videos are made
@@ -253,4 +252,5 @@ def _cache_top(config: Config) -> Path | None:
     chosen = config.data.cache
     if chosen == "off":
         return None
-    return Path(chosen).expanduser() if chosen else FILES[config.data.dataset].find_root(data_root(config)) / CACHE
+    files = FILES[config.data.dataset]
+    return Path(chosen).expanduser() if chosen else files.find_root(data_root(config)) / folder.CACHE

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from vjvcr_fast import __version__
-from vjvcr_fast.config import Config, ConfigError, differences, fields
+from vjvcr_fast.config import Config, ConfigError, differences, fields, override
 from vjvcr_fast.data.files import write_atomic
 from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
@@ -90,7 +90,7 @@ def train(config: Config, run: Path, probe: Probe | None = None, resume: Resume 
     with joined(config) as processes:
         claim(run, config, resume, writes=processes.main)
         with processes.main_first():
-            data = build_data(config, processes.world)
+            data = build_data(config, processes.here)
         failed: _NotFiniteError | None = None
         rollbacks: Counter[int] = Counter()  # by the step of the checkpoint
         while True:
@@ -161,7 +161,8 @@ class _Training:
                         self.telemetry.measure(step, h_x)
                 if probe and settings.probe_every and step % settings.probe_every == 0 and processes.main:
                     with log.paused():
-                        log.write(step, probe(update.model, self.config, self.data))
+                        found = override(self.config, {"latent.weight": update.latents.weight})  # z* as in training
+                        log.write(step, probe(update.model, found, self.data))
                 if step % settings.validate_every == 0 or end:
                     with log.paused():
                         self._validate()
@@ -221,6 +222,8 @@ class _Training:
         model = self.update.model
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
             raise _NotFiniteError(["the weights"], self.step, self.batch)
+        if self.history:  # of all processes: the one that resumes has this file alone
+            self.history = [*self.processes.mean(torch.stack(self.history))]
         if not self.processes.main:
             return
         state = {

@@ -51,6 +51,11 @@ class Processes:
         """True for the process that writes files."""
         return self.rank == 0
 
+    @property
+    def here(self) -> int:
+        """How many of the processes are on this machine: all, unless the launcher says otherwise."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world)) if self.world > 1 else 1
+
     def part(self, batch: int, name: str = "train.batch") -> int:
         """How many samples of a batch each process has. Raises ConfigError if the batch cannot be split evenly."""
         if batch % self.world:
@@ -143,7 +148,7 @@ def joined(config: Config) -> Iterator[Processes]:
         yield Processes(resolve_device(config.train.device))
         return
     device = _device(config)
-    own = not dist.is_initialized()
+    own, heartbeat = not dist.is_initialized(), None
     if own:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
@@ -157,7 +162,7 @@ def joined(config: Config) -> Iterator[Processes]:
             raise LostProcessError(_lost(str(error))) from None
         raise
     finally:
-        if own and not heartbeat.thread.is_alive():
+        if own and not (heartbeat and heartbeat.thread.is_alive()):
             dist.destroy_process_group()
 
 

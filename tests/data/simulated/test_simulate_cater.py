@@ -314,9 +314,9 @@ def test_other_settings_are_refused(made: Path) -> None:
 
 
 def test_videos_of_earlier_versions_have_no_stride(made: Path, tmp_path: Path) -> None:
-    about = json.loads((made / make.ABOUT).read_text())
+    about = json.loads((made / make.SIMULATED).read_text())
     del about["stride"]
-    (tmp_path / make.ABOUT).write_text(json.dumps(about))
+    (tmp_path / make.SIMULATED).write_text(json.dumps(about))
     make.prepare(FORMAT, tmp_path, make.Settings(3, (64, 48), 24, True), [], lambda _: True)
 
 

@@ -20,11 +20,10 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from vjvcr_fast.data.files import ahead, cores, load, progress, replace, write_atomic
 from vjvcr_fast.data.hashing import key
+from vjvcr_fast.data.video.scan import SIMULATED
 from vjvcr_fast.data.video.workers import Pool, died
 
 Item = TypeVar("Item")
-
-ABOUT = "simulated.json"
 
 
 class SimulationError(RuntimeError):
@@ -35,7 +34,7 @@ class Format(NamedTuple):
     """A data set in whose format videos are made.
 
     title: its name. generator: a number that changes whenever the same seed would give other videos. most: videos.
-    fewest: frames of a video. foreign: patterns of videos that are not ours if ABOUT is missing. leftovers: patterns of
+    fewest: frames of a video. foreign: patterns of videos that are not ours without SIMULATED. leftovers: patterns of
     the files that a killed run may leave. bytes_per_pixel: of a video, twice what was measured. bytes_per_frame: of an
     annotation.
     """
@@ -95,7 +94,7 @@ def prepare(
     if importlib.util.find_spec("mujoco") is None:  # not imported here, because that needs MUJOCO_GL
         raise ImportError("mujoco is not installed: pip install 'vjvcr_fast[simulate]'")
     _claim(form, out, settings)
-    for pattern in (*form.leftovers, f".{ABOUT}.*"):
+    for pattern in (*form.leftovers, f".{SIMULATED}.*"):
         for leftover in out.glob(pattern):
             leftover.unlink(missing_ok=True)
     missing = [item for item in items if not is_made(item)]
@@ -124,11 +123,11 @@ def run(task: Callable[[Item], None], missing: Sequence[Item], total: int, proce
 
 def _claim(form: Format, out: Path, settings: Settings) -> None:
     """Marks a folder as simulated with these settings. Raises ValueError if it holds other videos."""
-    about = out / ABOUT
+    about = out / SIMULATED
     wanted = settings._asdict() | {"size": list(settings.size), "generator": form.generator}
     if not about.exists():
         for path in (path for pattern in form.foreign for path in out.glob(pattern)):
-            raise ValueError(f"{out} holds {path.name} but no {ABOUT}: not simulated here, choose another folder")
+            raise ValueError(f"{out} holds {path.name} but no {SIMULATED}: not simulated here, choose another folder")
         note = f"Simulated scenes made by vjvcr_fast in {form.title}'s format."
         note += f" They are not {form.title}, and not part of it."
         write_atomic(about, json.dumps({"note": note, **wanted}, indent=1) + "\n")

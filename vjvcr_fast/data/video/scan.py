@@ -262,5 +262,5 @@ def _load(index: Path | None) -> dict[str, Any]:
 def _store(index: Path | None, entries: dict[str, Any], known: dict[str, Any], changed: bool) -> None:
     if index is None or not changed:
         return
-    with contextlib.suppress(OSError):  # on a read-only disk, data is scanned each time
+    with contextlib.suppress(OSError, RuntimeError):  # torch's for a full disk; then data is scanned each time
         files.replace(index, lambda file: torch.save(known | entries, file))
