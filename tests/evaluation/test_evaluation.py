@@ -17,7 +17,7 @@ from torch import Tensor
 from vjvcr_fast import reference
 from vjvcr_fast.config import Config, ConfigError, override
 from vjvcr_fast.evaluation import evaluate, probes
-from vjvcr_fast.evaluation.evaluate import evaluate_run, frozen_decoder, mean_psnr
+from vjvcr_fast.evaluation.evaluate import evaluate_run, frame_errors, frozen_decoder
 from vjvcr_fast.evaluation.metrics import grain, psnr
 from vjvcr_fast.evaluation.probes import (
     Features,
@@ -223,7 +223,7 @@ def test_extract_is_what_it_says(tiny: Config) -> None:
     assert later.encoded.numel() == 0
 
 
-def test_mean_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
+def test_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
     config = override(tiny, {"model.row": "generative"})
     model = model_of(config).eval()
     videos = build_videos(config, build_data(config)[1], "validation", CPU)
@@ -232,8 +232,11 @@ def test_mean_psnr_is_over_all_frames_and_videos(tiny: Config) -> None:
     decoded = decode(x, y)
     assert decoded.dtype == torch.float32
     assert 0 <= decoded.min() <= decoded.max() <= 1
-    expected = psnr(decoded, y).mean().item()
-    assert mean_psnr(videos, config, decode) == pytest.approx(expected, rel=FLOAT32)
+    found = frame_errors(videos, config, decode)
+    for name, frames in {"psnr": decoded, "psnr_of_black": 0 * y, "psnr_of_last_frame": x[:, -1:].expand_as(y)}.items():
+        assert found[name] == pytest.approx(psnr(frames, y).mean().item(), rel=FLOAT32)
+    total, count = grain(decoded, y)
+    assert found["grain_by_step"] == pytest.approx((total / count).tolist(), rel=FLOAT32)
 
 
 def test_grain_is_measured_on_black_ground_only() -> None:

@@ -5,7 +5,7 @@ import functools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,16 +119,11 @@ def _measure(run: Path, subject: Subject) -> dict[str, Any]:
         }
     singular = reference.singular_values(validation.encoded)
     decoder, latents = frozen_decoder(run, config, model, training_data), Latents(config, model)
-    rough = mean_grain(held_out, config, lambda x, y: decode(latents, decoder, x, y))
     return {
         "row": config.model.row,
         "latent": config.latent.kind,  # with one, predictions are at z*, inferred from the target frames
         **probed,
-        "psnr": mean_psnr(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
-        "psnr_of_black": mean_psnr(held_out, config, lambda x, y: x.new_zeros(())),
-        "psnr_of_last_frame": mean_psnr(held_out, config, lambda x, y: x[:, -1:]),
-        "grain": statistics.mean(rough) if rough else None,
-        "grain_by_step": rough,
+        **frame_errors(held_out, config, lambda x, y: decode(latents, decoder, x, y)),
         "decoder": "joint" if model.decoder is not None else "post hoc",
         "rank_me": reference.rank_me(validation.encoded).item(),
         "rank_me_rows": "encoder outputs of the validation videos' target frames, one row a video and time step",
@@ -193,19 +188,25 @@ def decode(latents: Latents, decoder: nn.Module, x: Tensor, y: Tensor) -> Tensor
     return decoder(latents.predict(x, y)).clamp(0, 1)
 
 
-def mean_psnr(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> float:
-    """PSNR in dB (`metrics.psnr`) of predict(x, y) against y, averaged over target frames and validation videos."""
-    return torch.cat([psnr(predict(x, y), y).flatten() for x, y in _held_out(videos, config)]).mean().item()
+def frame_errors(
+    videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, float | list[float] | None]:
+    """Compares predict(x, y) with the target frames y of the validation videos, which are read once.
 
-
-def mean_grain(videos: VideoSource, config: Config, predict: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
-    """`metrics.grain` of predict(x, y) in each target frame, over validation videos; [] if none has black ground."""
-    totals, counts = zip(*(grain(predict(x, y), y) for x, y in _held_out(videos, config)), strict=True)
-    return (torch.stack(totals).sum(dim=0) / sum(counts)).tolist() if any(counts) else []
-
-
-def _held_out(videos: VideoSource, config: Config) -> Iterator[tuple[Tensor, Tensor]]:
-    """Input and target frames of the validation videos, in batches."""
+    Returns the mean PSNR in dB (`metrics.psnr`) over frames and videos: "psnr", and for comparison "psnr_of_black" and
+    "psnr_of_last_frame", of the last input frame; and `metrics.grain`: "grain_by_step", for each target frame, or [] if
+    no video has black ground, and its mean "grain", or None.
+    """
     count, size = config.evaluate.validation_videos, config.evaluate.probe_batch
+    db: dict[str, list[Tensor]] = {"psnr": [], "psnr_of_black": [], "psnr_of_last_frame": []}
+    grains = []
     for start in range(0, count, size):
-        yield split_frames(videos.batch(start, min(size, count - start)), config)
+        x, y = split_frames(videos.batch(start, min(size, count - start)), config)
+        predicted = predict(x, y)
+        for found, frames in zip(db.values(), (predicted, x.new_zeros(()), x[:, -1:]), strict=True):
+            found.append(psnr(frames, y).flatten())
+        grains.append(grain(predicted, y))
+    totals, counts = zip(*grains, strict=True)
+    rough = (torch.stack(totals).sum(dim=0) / sum(counts)).tolist() if any(counts) else []
+    means = {name: torch.cat(found).mean().item() for name, found in db.items()}
+    return {**means, "grain": statistics.mean(rough) if rough else None, "grain_by_step": rough}

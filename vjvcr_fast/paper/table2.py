@@ -13,7 +13,7 @@ import torch
 
 from vjvcr_fast.config import LATENTS, Config, ConfigError, latent
 from vjvcr_fast.data.moving_mnist import DIRECTIONS, MovingMNIST, Videos
-from vjvcr_fast.evaluation.evaluate import mean_psnr
+from vjvcr_fast.evaluation.evaluate import frame_errors
 from vjvcr_fast.evaluation.latent_probes import evaluate_latents
 from vjvcr_fast.paper import figures, pages
 from vjvcr_fast.paper.jobs import Evaluation, Results, Table, finish_rows
@@ -73,7 +73,7 @@ def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
     Returns the PSNR of every model as Markdown. Raises as `table2`.
     """
     table = _finished(config, out, seeds[:1], processes)
-    predictions, db, black, seed = {}, {}, 0.0, seeds[0]
+    predictions, db, seed = {}, {}, seeds[0]
     for name in LATENTS:
         run_config, videos, future = pages.futures_of(table, name)
         x, y = split_frames(one_of_each_direction(cast(MovingMNIST, videos), CLIPS), run_config)
@@ -84,8 +84,8 @@ def figure3(config: Config, out: Path, seeds: Sequence[int], processes: int = 1,
             scale = max(1, WIDTH // x.shape[-1])
             enlarged = [film.repeat_interleave(scale, dim=-1).repeat_interleave(scale, dim=-2) for film in films]
             figures.film(out / "futures.gif", enlarged, MILLISECONDS)
-        db[name] = mean_psnr(videos, run_config, future)
-        black = mean_psnr(videos, run_config, lambda x, y: x.new_zeros(()))
+        errors = frame_errors(videos, run_config, future)
+        db[name], black = errors["psnr"], errors["psnr_of_black"]
     figures.futures(out / "figure3.png", y, predictions, [f"ψ = {k} · 72°" for k in range(DIRECTIONS)])
     lines = pages.table_head(["latent", "PSNR of the decoded future, dB"])
     lines += [pages.table_row([title(config, name), f"{value:.1f}"]) for name, value in db.items()]
