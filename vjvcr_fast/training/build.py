@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -229,22 +230,23 @@ def fill_cache(config: Config, verify: bool = False) -> dict[str, Filled]:
     if config.data.dataset == "moving-mnist" or config.data.cache == "off":
         raise ConfigError(f"data.dataset={config.data.dataset}, data.cache={config.data.cache!r}: nothing to cache")
     done, side, device = {}, config.data.canvas, resolve_device(config.train.device)
-    for part in build_data(config):
-        assert isinstance(part, Split)
-        folder = cache_folder(config, part.name)
-        assert folder is not None
-        done[part.name] = fill(
-            part.sources,
-            folder,
-            (side, side),
-            resolve(config.data.decoder, device),
-            part.pool,
-            device=device,
-            on_bad=config.data.on_bad_video,
-            verify=verify,
-            desc=f"cache {part.name}",
-        )
-        part.pool.close()
+    with ExitStack() as stack:
+        for part in build_data(config):
+            assert isinstance(part, Split)
+            stack.enter_context(part.pool)  # one for both splits
+            folder = cache_folder(config, part.name)
+            assert folder is not None
+            done[part.name] = fill(
+                part.sources,
+                folder,
+                (side, side),
+                resolve(config.data.decoder, device),
+                part.pool,
+                device=device,
+                on_bad=config.data.on_bad_video,
+                verify=verify,
+                desc=f"cache {part.name}",
+            )
     return done
 
 
