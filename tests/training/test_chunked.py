@@ -1,6 +1,7 @@
 """A batch in chunks against one pass over the whole batch."""
 
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder
 from vjvcr_fast.models.swin import SwinPredictor
 from vjvcr_fast.training import chunked
 from vjvcr_fast.training.build import build_model
-from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing
+from vjvcr_fast.training.chunked import backward_chunked, check_no_mixing, energy_chunked
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +70,9 @@ def assert_equal(found, right, bound: float) -> None:
 @pytest.mark.parametrize("row", ROWS)
 def test_loss_and_gradient_are_those_of_one_pass(row: str, chunk: int) -> None:
     of, inputs = model(row), batch()
-    assert_equal(in_chunks(of, *inputs, chunk), one_pass(of, *inputs), 1e-12)
+    right = one_pass(of, *inputs)
+    assert_equal(in_chunks(of, *inputs, chunk), right, 1e-12)
+    torch.testing.assert_close(energy_chunked(of, *inputs, chunk=chunk), right[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -89,7 +92,9 @@ def test_loss_and_gradient_are_those_of_one_pass(row: str, chunk: int) -> None:
 def test_with_a_latent_and_other_settings(row: str, options: dict) -> None:
     """The hinge off and on everywhere, terms of weight zero, recomputed activations."""
     of, inputs = model(row, **options), batch(latent=options.get("latent", 0))
-    assert_equal(in_chunks(of, *inputs, 3), one_pass(of, *inputs), 1e-12)
+    right = one_pass(of, *inputs)
+    assert_equal(in_chunks(of, *inputs, 3), right, 1e-12)
+    torch.testing.assert_close(energy_chunked(of, *inputs, chunk=3), right[0], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -224,8 +229,11 @@ class Peak(TorchDispatchMode):
         return out
 
 
-def peak_of_cater(monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpoint: bool) -> float:
-    """GiB that a step of the preset needs, with inputs and gradients, counted on tensors without data."""
+def peak_of_cater(
+    monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpoint: bool, work: Any = backward_chunked
+) -> float:
+    """GiB that a step of the preset needs, with inputs and gradients, counted on tensors without data. work:
+    energy_chunked for a validation."""
     config = override(preset("cater"), {"model.row": row, "model.checkpoint": checkpoint})
     n, t, side = config.train.batch, config.data.frames_in, config.data.canvas
     monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, **_: tensor)  # looks at numbers
@@ -236,7 +244,7 @@ def peak_of_cater(monkeypatch: pytest.MonkeyPatch, row: str, chunk: int, checkpo
         of = build_model(config, torch.device("cpu"))
         with Peak() as peak, torch.autocast("cpu", dtype=torch.bfloat16):
             x, y, z = torch.rand(n, t, 3, side, side), torch.rand(n, t, 3, side, side), torch.rand(n, 14 * t)
-            backward_chunked(of, x, y, z, chunk=chunk)
+            work(of, x, y, z, chunk=chunk)
     return peak.most / 2**30
 
 
@@ -247,6 +255,8 @@ def test_a_batch_of_cater_fits_a_gpu_of_80_gb(monkeypatch: pytest.MonkeyPatch) -
     assert peak_of_cater(monkeypatch, "vj-vcr", 160, True) < 50
     assert peak_of_cater(monkeypatch, "vj-vcr", 16, True) < 10
     assert peak_of_cater(monkeypatch, "generative", 16, True) < 12
+    assert peak_of_cater(monkeypatch, "generative", 160, True, energy_chunked) > 24
+    assert peak_of_cater(monkeypatch, "generative", 16, True, energy_chunked) < 12
 
 
 def test_layers_that_mix_samples_are_refused_by_name() -> None:

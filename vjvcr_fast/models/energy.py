@@ -138,15 +138,20 @@ class EnergyModel(nn.Module):
         if callable(z):
             z = z(h_x, h_y if self.terms.hidden else None, y)
         predicted = self._predicted(h_x, z)
-        hidden = pixel = variance = covariance = sigreg = loss = x.new_zeros(())
+        return self.terms_of(h_x, h_y, predicted, None if self.decoder is None else self.decoder(predicted), y)
+
+    def terms_of(self, h_x: Tensor, h_y: Tensor | None, predicted: Tensor, decoded: Tensor | None, y: Tensor) -> Energy:
+        """The energy from what the networks make of a batch: h_x (N, T_x, d), h_y and predicted (N, T_y, d), decoded
+        (N, T_y, C, H, W), in y's dtype or a smaller one. h_y: for a hidden term or VCR. decoded: for a pixel term."""
+        hidden = pixel = variance = covariance = sigreg = loss = y.new_zeros(())
         if self.terms.hidden and h_y is not None:
-            hidden = self.distance(predicted.to(x.dtype), h_y.to(x.dtype))
+            hidden = self.distance(predicted.to(y.dtype), h_y.to(y.dtype))
             loss = loss + hidden
         if self.terms.vcr and h_y is not None:
             added, variance, covariance, sigreg = self.regularise([h_x, h_y])
             loss = loss + added
-        if self.decoder is not None:
-            pixel = self.distance(self.decoder(predicted).to(x.dtype), y)
+        if decoded is not None:
+            pixel = self.distance(decoded.to(y.dtype), y)
             loss = loss + self.gamma * pixel
         return Energy(loss, hidden, pixel, variance, covariance, sigreg)
 

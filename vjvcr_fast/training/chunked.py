@@ -14,6 +14,7 @@ numbers draw the same ones both times. Layers that mix samples (batch norm) are 
 whole batch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -97,6 +98,24 @@ def backward_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None 
                 torch.autograd.backward([tensor for tensor, _ in wanted], [gradient for _, gradient in wanted])
         loss = loss + share.detach()
     return Energy(loss, hidden, pixel, variance, covariance, sigreg)
+
+
+@torch.no_grad()
+def energy_chunked(model: EnergyModel, x: Tensor, y: Tensor, z: Tensor | None = None, *, chunk: int) -> Energy:
+    """The same as `model(x, y, z)` without a gradient, with the activations of `chunk` videos at a time, at least 1.
+
+    x: (N, T_x, C, H, W). y: (N, T_y, C, H, W). z: (N, ...), or None.
+    """
+    check_no_mixing(model)
+
+    def each(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        parts = zip(*(tensor.split(chunk) for tensor in inputs), strict=True)
+        return torch.cat([module(*part) for part in parts])
+
+    h_x = each(model.encoder, x)
+    h_y = each(model.encode_targets, y) if model.terms.hidden or model.terms.vcr else None
+    predicted = each(model.predictor, h_x) if z is None else each(model.predictor, h_x, z)
+    return model.terms_of(h_x, h_y, predicted, None if model.decoder is None else each(model.decoder, predicted), y)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Any]:

@@ -38,6 +38,7 @@ from vjvcr_fast.models.energy import EnergyModel
 from vjvcr_fast.training import checkpoint
 from vjvcr_fast.training.build import Data, VideoSource, build_data, build_videos
 from vjvcr_fast.training.calibration import Latents
+from vjvcr_fast.training.chunked import energy_chunked
 from vjvcr_fast.training.log import Log
 from vjvcr_fast.training.processes import Processes, joined
 from vjvcr_fast.training.step import Step, actions, autocast, split_frames
@@ -280,7 +281,9 @@ def validate(
             clips = videos.batch(start + processes.rank * part, part)
             x, y = split_frames(clips, config)
             z = latents.infer(x, y, actions(clips, config)).z
-            losses.append(model(x, y, z).loss)
+            chunk = config.train.chunk
+            energy = energy_chunked(model, x, y, z, chunk=chunk) if chunk else model(x, y, z)
+            losses.append(energy.loss)
     model.train()
     return processes.mean(torch.stack(losses).mean()).item()
 

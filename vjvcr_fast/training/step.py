@@ -82,8 +82,9 @@ class Step:
     def representations(self, clips: Batch) -> Tensor:
         """h_x (N, T_x, d) float32 of the whole batch, over all processes, as training sees it."""
         x, _ = split_frames(clips, self.config)
+        parts = x.split(self.config.train.chunk or len(x))
         with autocast(self.config, x.device):
-            return self.processes.gathered(self.latents.encode(x).float())
+            return self.processes.gathered(torch.cat([self.latents.encode(part) for part in parts]).float())
 
 
 def split_frames(videos: Batch, config: Config) -> tuple[Tensor, Tensor]:
