@@ -67,7 +67,8 @@ TINY_SIMVP = {
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU, tests that need one come first: a run may be stopped."""
+    """The longest tests come first. On a GPU those that need one do, since a run may be stopped."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
     if torch.cuda.is_available():
         items.sort(key=lambda item: item.get_closest_marker("cuda") is None)
 

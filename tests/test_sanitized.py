@@ -37,6 +37,7 @@ def library(name: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_cpu_operators_under_sanitizers(tmp_path: Path) -> None:
     preloaded = library("libasan.so"), library("libstdc++.so")
     if not all(preloaded):

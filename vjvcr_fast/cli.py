@@ -205,8 +205,10 @@ def _add_files(add: Callable[..., Parser]) -> None:
         return base_of(given, "clevrer")
 
     sub = add(_scan, "DIR [OPTIONS]")
-    sub.add_argument("root", type=Path, metavar="DIR", help="folder of videos, or with --data of a data set")
-    add_preset(sub, "; here that of the data set, or clevrer or clevrer-mini for a folder")
+    sub.add_argument(
+        "root", type=Path, metavar="DIR", help="folder of videos, or of the data set of --data, --preset or --config"
+    )
+    add_preset(sub, "; for a folder clevrer or clevrer-mini, or give --data folder, too")
     sub.add_argument("--every-frame", action="store_true", help="decode all frames, to find damage inside of files")
     sub.add_argument("--json", action="store_true", help="print JSON, which names every file that is left out")
     add_fields(sub, of_files, only=("data.", "train.device"), without=("data.root", "data.on_bad_video"))
@@ -299,7 +301,8 @@ def _train(arguments: argparse.Namespace) -> None:
 def _evaluate(arguments: argparse.Namespace) -> None:
     """Probe and decode a trained run.
 
-    Writes evaluation.json into the folder of the run; for a run with a latent latents.json or actions.json.
+    Writes evaluation.json into the folder of the run; for latents of stochastic digits latents.json, for actions
+    actions.json.
     """
     config = config_of_run(arguments)
     use_one_thread(arguments, config)

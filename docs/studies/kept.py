@@ -54,7 +54,8 @@ def inputs(of: Found, label: str) -> Found:
     if label == "digit":
         middle = of["h_y"].shape[1] // 2
         return {"h_y": of["h_y"][:, middle], "predicted": of["predicted"][:, middle], "z": of["z"]}
-    both = {name: torch.cat([of["h_x"].flatten(1), of[name].flatten(1)], dim=1) for name in ("h_y", "predicted", "z")}
+    names = [name for name in ("h_y", "predicted", "z") if of[name].shape[1]]
+    both = {name: torch.cat([of["h_x"].flatten(1), of[name].flatten(1)], dim=1) for name in names}
     return {"h_x": of["h_x"].flatten(1), "z": of["z"], **{f"h_x and {name}": t for name, t in both.items()}}
 
 

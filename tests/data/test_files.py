@@ -1,10 +1,11 @@
-"""Small helpers: working ahead, in order and within bounds."""
+"""Small helpers: working ahead, in order and within bounds; what is said of a package that cannot be imported."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from vjvcr_fast.data.files import ahead
+from vjvcr_fast.data.files import ahead, load
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
@@ -37,3 +38,12 @@ def test_an_error_comes_after_the_items_before_it() -> None:
     assert (next(items), next(items)) == (1, 2)
     with pytest.raises(KeyError, match="mine"):
         next(items)
+
+
+def test_a_missing_package_and_what_a_package_misses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "incomplete.py").write_text("import there_is_none")
+    with pytest.raises(ImportError, match=r"^there_is_none is not installed: pip install 'vjvcr_fast\[train\]'$"):
+        load("there_is_none", "train")
+    with pytest.raises(ImportError, match=r"^incomplete cannot be imported \(.*there_is_none"):
+        load("incomplete", "train")

@@ -144,8 +144,10 @@ def test_as_a_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     first = tmp_path / "two" / RUNS[0]
-    wait_for_steps(first)
-    process.send_signal(signal.SIGTERM)
+    try:
+        wait_for_steps(first)
+    finally:
+        process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
     assert "run the same command again" in error

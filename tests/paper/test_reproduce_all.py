@@ -162,8 +162,10 @@ def test_a_stop_goes_on(tmp_path: Path) -> None:
         start_new_session=True,
     )
     run = tmp_path / "mnist" / "vj-vcr-seed0"
-    wait_for_steps(run)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    try:
+        wait_for_steps(run)
+    finally:
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     error = process.communicate(timeout=60)[1]
     assert process.returncode == 75, error
     assert "run the same command again" in error

@@ -162,8 +162,10 @@ def test_a_stopped_sweep_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "vjvcr_fast", "sweep", str(file), "--out", str(out)]
     process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True)
-    wait_for_steps(out / "a-seed0")
-    process.send_signal(signal.SIGTERM)
+    try:
+        wait_for_steps(out / "a-seed0")
+    finally:
+        process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 75, error
     assert "run the same command again" in error

@@ -111,6 +111,16 @@ def test_a_model_learns_the_same(models: list[Any], kind: str, model_name: str, 
             assert relative(together["statistics"][name], value) <= limit, name
 
 
+def test_the_processes_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    six = Processes(CPU)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert six.here == 1
+    six.world = 6
+    assert six.here == 2
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    assert six.here == 6
+
+
 def test_as_many_videos_on_each() -> None:
     three = Processes(CPU)
     three.world = 3

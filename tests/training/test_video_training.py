@@ -15,6 +15,7 @@ from vjvcr_fast.cli import main
 from vjvcr_fast.config import Config, ConfigError, override, preset
 from vjvcr_fast.evaluation.latent_probes import evaluate_latents
 from vjvcr_fast.models.energy import ROWS
+from vjvcr_fast.models.simvp import SimVPEncoder
 from vjvcr_fast.paper import table1 as paper
 from vjvcr_fast.training.build import build_data, build_model, build_videos, cache_folder, fill_cache
 from vjvcr_fast.training.checkpoint import read_metrics
@@ -61,8 +62,8 @@ def options(root: Path) -> list[str]:
     return ["--preset", "clevrer-mini", *(f"--{name}={value}" for name, value in values.items())]
 
 
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_metrics(run / "metrics.jsonl") if "loss" in row]
+def losses(run: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_metrics(run / "metrics.jsonl") if name in row]
 
 
 def test_presets_have_the_papers_numbers() -> None:
@@ -119,10 +120,22 @@ def test_neither_cache_nor_decoder_nor_checkpointing_changes_a_run(config: Confi
     assert all(losses(run) == losses(tmp_path / "decoded") for run in runs)
 
 
-def test_chunks_change_a_run_by_rounding_alone(config: Config, tmp_path: Path) -> None:
-    train(config, tmp_path / "whole")
-    train(override(config, {"train.chunk": 3}), tmp_path / "chunks")
-    assert losses(tmp_path / "chunks") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
+def test_chunks_change_a_run_by_rounding_alone(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In steps, validation and telemetry the encoder sees a chunk at a time."""
+    watched, seen, forward = override(config, {"train.telemetry_every": 3}), [], SimVPEncoder.forward
+
+    def counted(self: SimVPEncoder, frames: torch.Tensor) -> torch.Tensor:
+        seen.append(len(frames))
+        return forward(self, frames)
+
+    train(watched, tmp_path / "whole")
+    monkeypatch.setattr(SimVPEncoder, "forward", counted)
+    train(override(watched, {"train.chunk": 3}), tmp_path / "chunks")
+    assert max(seen) == 3
+    for name in ("loss", "validation_loss", "feature_std"):
+        whole, chunks = (losses(tmp_path / run, name) for run in ("whole", "chunks"))
+        assert whole
+        assert chunks == pytest.approx(whole, rel=1e-4), name
     mixing = override(config, {"model.kind": "conv", "model.channels": "4,4,8", "train.chunk": 2})
     with pytest.raises(ConfigError, match=r"train\.chunk=2: .* encoder\.spatial\.0\.1 \(BatchNorm2d\)"):
         train(mixing, tmp_path / "conv")
