@@ -239,7 +239,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "reproducing.md": {
         "table1": paper("table1-moving-mnist-mini", made=True),
         "table1-20000": paper("table1-20000-moving-mnist-mini", made=True),
-        "table1-nearest": paper("table1-nearest-moving-mnist-small", made=True),
+        "table1-small": paper("table1-moving-mnist-small", made=True),
         "table1-long": paper("table1-long-moving-mnist-mini", made=True),
         "table2": paper("table2-moving-mnist-stochastic-mini", made=True),
         "table2-small": paper("table2-moving-mnist-stochastic-small", made=True),
