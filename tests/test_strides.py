@@ -53,7 +53,7 @@ from vjvcr_fast.models.simvp import SimVPDecoder, SimVPEncoder, run
 from vjvcr_fast.models.swin import SwinPredictor, WindowAttention
 from vjvcr_fast.runs import Trained
 from vjvcr_fast.training.build import build_model
-from vjvcr_fast.training.chunked import backward_chunked
+from vjvcr_fast.training.chunked import backward_chunked, energy_chunked
 from vjvcr_fast.training.telemetry import collapse_measures, statistics
 
 FACTS: Any = SimpleNamespace(frames=9, fps=1.0, height=2, width=2, mirrored=False)
@@ -203,8 +203,10 @@ def sliced(h: Tensor, directions: Tensor, *, group: bool, **options: Any) -> Ten
     return sigreg(h, directions=directions.detach(), group=dist.group.WORLD if group else None, **options)
 
 
-def in_chunks(x: Tensor, y: Tensor) -> list[Tensor | None]:
+def in_chunks(x: Tensor, y: Tensor, backward: bool) -> list[Tensor | None]:
     of = EnergyModel(made(SimVPEncoder, *SIMVP), made(nn.Identity), None, "vj-vcr", **WEIGHTS, gamma=0.0)
+    if not backward:
+        return [*energy_chunked(of, x, y, chunk=2)]
     of.zero_grad()
     with torch.enable_grad():
         return [*backward_chunked(of, x, y, chunk=2), *(p.grad for p in of.parameters())]
@@ -378,6 +380,11 @@ ENTRIES = [
         lambda *t: made(energy_model, "vj-vcr-decoder", latent_dim=3)(*t),
         f"{X}, {Y}, n 3",
     ),
+    Entry(
+        "models.energy.EnergyModel.terms_of",
+        lambda *t: made(energy_model, "vj-vcr-decoder").terms_of(*t),
+        f"{H_X}, {H_Y}, {H_Y}, {Y}, {Y}",
+    ),
     Entry("models.energy.EnergyModel.encode_targets", lambda y: made(energy_model, "vj-vcr").encode_targets(y), Y),
     Entry("models.energy.EnergyModel.distance", lambda *t: made(energy_model, "vj-vcr").distance(*t), "n t d, n t d"),
     Entry(
@@ -462,7 +469,10 @@ ENTRIES = [
     Entry(
         "training.telemetry.collapse_measures", lambda h: torch.tensor([*collapse_measures(h).values()]), "n t d", ANY
     ),
-    Entry("training.chunked.backward_chunked", in_chunks, "unit n 2 1 8 8, unit n 2 1 8 8"),
+    *(
+        Entry(f"training.chunked.{name}", functools.partial(in_chunks, backward=backward), f"{X}, {X}")
+        for name, backward in (("backward_chunked", True), ("energy_chunked", False))
+    ),
 ]
 if native.MISSING is None:
     ENTRIES.append(Entry("latents.kinds.Latent.infer", infer_mlp(method="newton"), f"n 3, {MLP}"))
