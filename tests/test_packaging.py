@@ -22,6 +22,7 @@ import ways
 from filelock import FileLock  # torch needs it
 from tolerances import relative
 
+pytestmark = pytest.mark.slow  # builds, installs and virtual environments
 ROOT = Path(__file__).parents[1]
 MODULES = ("vjvcr_fast", "vjvcr_fast.kernels", "vjvcr_fast.losses", "vjvcr_fast.cli", "vjvcr_fast.paper.table1")
 
@@ -168,7 +169,6 @@ def test_one_operator_library_serves_cpu_and_cuda_torch(installed: Path, tmp_pat
     assert_serves(installed, tmp_path)
 
 
-@pytest.mark.slow
 def test_the_full_operator_library_serves_cpu_and_cuda_torch(full_wheel: Path, tmp_path: Path) -> None:
     assert_serves(install(full_wheel, tmp_path / "target"), tmp_path)
 
@@ -195,7 +195,6 @@ torch.save(found, sys.argv[1])
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["c++", "clang++"])
 def test_a_wheel_uses_what_the_cpu_has(
     compiler: str, source: Path, tmp_path: Path, request: pytest.FixtureRequest
@@ -288,7 +287,6 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is n
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_cuda_kernels_do_not_spill(full_build: tuple[Path, str]) -> None:
     compiled = re.findall(r"Compiling entry function '.*' for '(sm_\w+)'", full_build[1])
     assert {"sm_80", "sm_90a"} == set(compiled)
@@ -300,7 +298,6 @@ def test_cuda_kernels_do_not_spill(full_build: tuple[Path, str]) -> None:
 
 
 @needs_nvcc
-@pytest.mark.slow
 def test_cuda_products_run_on_tensor_cores(full_wheel: Path, tmp_path: Path) -> None:
     cuobjdump = find_cuobjdump()
     if cuobjdump is None:
@@ -318,7 +315,6 @@ def test_cuda_products_run_on_tensor_cores(full_wheel: Path, tmp_path: Path) -> 
         assert "LDL" not in code, name
 
 
-@pytest.mark.slow
 def test_cuda_wanted_and_missing_fails(source: Path, tmp_path: Path) -> None:
     copy = tmp_path / "tree"
     shutil.copytree(source, copy)
@@ -383,7 +379,7 @@ def bare(tmp_path: Path) -> Path:
     return made_venv(tmp_path / "bare", str(packages))
 
 
-@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("compiled", [False, True])
 def test_editable_install(compiled: bool, source: Path, venv: Path, quick: dict[str, str], tmp_path: Path) -> None:
     """Without a compiler it is one of Python alone."""
     copy = tmp_path / "tree"
@@ -421,7 +417,6 @@ def used(python: Path, cwd: Path, **environment: str) -> list[str]:
     return [line for line in done.stdout.splitlines() if line.startswith("vjvcr_fast:")]
 
 
-@pytest.mark.slow
 def test_the_repaired_wheel_works_beside_torch_alone(full_wheel: Path, bare: Path, tmp_path: Path) -> None:
     """What `make wheel` does."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -439,7 +434,6 @@ def test_the_repaired_wheel_works_beside_torch_alone(full_wheel: Path, bare: Pat
     assert "No module named 'numpy'" in run(bare, "-c", "import numpy", cwd=tmp_path).stdout
 
 
-@pytest.mark.slow
 def test_from_the_sdist_to_operators(source: Path, bare: Path, tmp_path: Path, quick: dict[str, str]) -> None:
     """As most people install it: an isolated build, which has no torch, and `vjvcr-fast build` once they read of it."""
     copy, out, cache = tmp_path / "tree", tmp_path / "out", tmp_path / "cache"

@@ -57,7 +57,9 @@ def plain(energy: MLPEnergy, i: int, curvature: Tensor, **options: Any) -> tuple
 @needs_operators
 @pytest.mark.parametrize("options", [{}, {"nonnegative": True}, {"tolerance": 0.0}, {"steps": 1}], ids=str)
 @pytest.mark.parametrize(
-    "size", [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}, {"latent": 20}], ids=str
+    "size",
+    [{}, {"n": 1}, {"hidden": 1}, {"hidden": 17, "width": 1, "latent": 1}, {"n": 70}, {"n": 3, "latent": 20}],
+    ids=str,
 )
 def test_it_is_the_specification_of_every_sample(
     size: dict[str, int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch

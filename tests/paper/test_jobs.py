@@ -140,7 +140,7 @@ def test_no_run_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_as_a_command(tmp_path: Path) -> None:
     """With real processes: after SIGTERM (checkpoints, exit code 75) the same command reaches the same numbers."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    long = ["--train.steps=200", "--train.validate_every=50"]
+    long = ["--train.steps=80", "--train.validate_every=40"]
     command = [sys.executable, "-m", "vjvcr_fast", *table(tmp_path / "two", 2), *long]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     first = tmp_path / "two" / RUNS[0]

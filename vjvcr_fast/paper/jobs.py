@@ -205,7 +205,8 @@ def _complete(config: Config, run: Path) -> bool:
 def run_jobs(
     jobs: Sequence[Job], at_once: int, done: Callable[[Path, Callable[[str], None]], None] | None = None
 ) -> dict[Job, str]:
-    """Runs all jobs, `at_once` side by side, and shows their progress. Returns the failed jobs, each with the reason.
+    """Runs all jobs, `at_once` side by side, and shows their progress. Returns the failed jobs, in the
+    order of `jobs`, each with the reason.
 
     done: called when a job succeeds, with its run and a function that prints text above the progress bars. Each
     process gets an equal share of the cores. Without a terminal, progress is a line for each job every 30 seconds.
@@ -249,7 +250,7 @@ def run_jobs(
                 process.wait()
         if stop():
             raise StopRequestedError("stopped; run the same command again to continue")
-    return failed
+    return {job: failed[job] for job in jobs if job in failed}
 
 
 def spawn(arguments: Sequence[str], **settings: Any) -> "subprocess.Popen[bytes]":

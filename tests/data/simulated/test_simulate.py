@@ -428,7 +428,7 @@ def ends(group: int, seconds: float) -> bool:
 @pytest.mark.parametrize(
     ("how", "workers"),
     # A forked worker also holds its parent's end of the pipes, so that it would not notice its parent's end.
-    [("SIGKILL", "forkserver"), ("SIGINT", "fork"), pytest.param("SIGKILL", "spawn", marks=pytest.mark.slow)],
+    [("SIGINT", "fork"), *(pytest.param("SIGKILL", of, marks=pytest.mark.slow) for of in ("forkserver", "spawn"))],
 )
 def test_an_interrupted_run_is_completed(how: str, workers: str, made: Path, tmp_path: Path) -> None:
     out, errors = tmp_path / "out", tmp_path / "errors.txt"

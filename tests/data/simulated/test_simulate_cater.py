@@ -260,7 +260,9 @@ def simulation(out: Path, workers: str) -> None:
 
 
 # A forked worker also holds its parent's end of the pipes, so that it would not notice its parent's end.
-@pytest.mark.parametrize(("how", "workers"), [(signal.SIGKILL, "forkserver"), (signal.SIGINT, "fork")])
+@pytest.mark.parametrize(
+    ("how", "workers"), [pytest.param(signal.SIGKILL, "forkserver", marks=pytest.mark.slow), (signal.SIGINT, "fork")]
+)
 def test_a_stopped_run_is_completed(made: Path, tmp_path: Path, how: signal.Signals, workers: str) -> None:
     out = tmp_path / "out"
     with quick_workers():

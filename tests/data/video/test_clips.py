@@ -317,7 +317,7 @@ def test_a_script_needs_no_main_guard(tmp_path: Path) -> None:
 # -- The cache ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["decord", "torchcodec"])
+@pytest.mark.parametrize("backend", ["decord", pytest.param("torchcodec", marks=pytest.mark.slow)])
 def test_the_cache_is_bit_identical_to_the_decoder(sources: list[Source], tmp_path: Path, backend: str) -> None:
     needs(backend)
     done = fill(sources, tmp_path, SIZE, backend, Pool(0))

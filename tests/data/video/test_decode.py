@@ -377,6 +377,7 @@ def taken(path: Path, backend: str) -> tuple[int, float]:
     return more_files - files, more_memory - memory
 
 
+@pytest.mark.slow
 def test_nothing_leaks(made: Callable[[str], Path], backend: str, kept: workers.Pool) -> None:
     """Where the decoder is, and where its frames arrive."""
     path = made("h264-one-key")
