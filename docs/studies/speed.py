@@ -3,10 +3,10 @@
     python docs/studies/speed.py RUN [RUN ...]
 
 A small network (`Supervised` of `vjvcr_fast.evaluation.ceiling`, with one output) is trained to read the speed of the
-fastest object in the last target frame, on the windows that the speed probe is fitted to. It reads the frames of x and
-y, of y or of x alone; then, of every run, h_y and the prediction of it, as maps. All runs must share their data. Prints
-JSON, {what is read: {"speed_mse", "speed_mse_fitted"}}, in the annotations' (scene units/s)^2: the mean squared errors
-on validation windows and on those that were fitted. {"the mean": ...} is the error of predicting the mean.
+fastest object in the last target frame, on the windows that the speed probe is fitted to. It reads the frames of y or
+of x; then, of every run, h_y and the prediction of it, as maps. All runs must share their data. Prints JSON, {what is
+read: {"speed_mse", "speed_mse_fitted"}}, in the annotations' (scene units/s)^2: the mean squared errors on validation
+windows and on those that were fitted. {"the mean": ...} is the error of predicting the mean.
 """
 
 import json
@@ -24,7 +24,7 @@ from vjvcr_fast.models.simvp import SimVPEncoder
 from vjvcr_fast.runs import load_run
 from vjvcr_fast.training.build import build_data, build_videos
 
-STEPS, BATCH, LR, DECAY = 3_000, 32, 2e-3, 1e-2
+STEPS, BATCH, LR, DECAY = 2_000, 32, 2e-3, 1e-2
 CPU = torch.device("cpu")
 Read = dict[str, Tensor]
 
@@ -47,7 +47,7 @@ def read_by(runs: list[Path]) -> tuple[dict[str, tuple[int, int, int] | None], l
     config, start = configs[0], configs[0].data.frames_in
     if config.data.dataset != "clevrer" or any(of.data != config.data for of in configs):
         sys.exit("runs on CLEVRER with the same data are needed")
-    maps: dict[str, Any] = {"the frames of x and y": None, "the frames of y": None, "the frames of x": None}
+    maps: dict[str, Any] = {"the frames of y": None, "the frames of x": None}
     found, settings = [], config.evaluate
     counts = settings.probe_videos, settings.validation_videos
     for data, stream, count in zip(build_data(config), ("probe", "validation"), counts, strict=True):
@@ -55,7 +55,6 @@ def read_by(runs: list[Path]) -> tuple[dict[str, tuple[int, int, int] | None], l
         for at in range(0, count, settings.probe_batch):
             batch = videos.batch(at, min(settings.probe_batch, count - at))
             part = {
-                "the frames of x and y": batch.frames,
                 "the frames of y": batch.frames[:, start:],
                 "the frames of x": batch.frames[:, :start],
                 "speed": batch.speed,
@@ -64,7 +63,7 @@ def read_by(runs: list[Path]) -> tuple[dict[str, tuple[int, int, int] | None], l
             for run, model in zip(runs, models, strict=True):
                 model.to(CPU).eval()
                 part[f"h_y of {run.name}"] = model.encode_targets(frames[:, start:])
-                part[f"the prediction of {run.name}"] = model.predict(model.encoder(frames[:, :start]), None)
+                part[f"the prediction of {run.name}"] = model.predict(frames[:, :start])
                 for name in list(part)[-2:]:
                     maps[name] = cast(SimVPEncoder, model.encoder).map
             parts.append(part)
