@@ -22,17 +22,13 @@ struct View {
 
 inline float float_of_half(uint16_t x) {
   const uint32_t sign = uint32_t(x & 0x8000) << 16, rest = x & 0x7fff;
-  uint32_t bits = rest << 13;
+  uint32_t bits = 0x3f000000 | rest;
   float value;
-  if (rest >= 0x7c00) {
-    bits |= 0x7f800000;
-    std::memcpy(&value, &bits, 4);
-  } else {
-    // As a number with float32's exponent range it is 2^112 times too small; this also does subnormal numbers.
-    std::memcpy(&value, &bits, 4);
-    value *= 0x1p112f;
-  }
+  // Of a subnormal number, the digits below 0.5. No float here is subnormal, since the caller may have these flushed.
+  std::memcpy(&value, &bits, 4);
+  value -= 0.5f;
   std::memcpy(&bits, &value, 4);
+  if (rest >= 0x400) bits = (rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000);
   bits |= sign;
   std::memcpy(&value, &bits, 4);
   return value;

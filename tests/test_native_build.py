@@ -79,6 +79,9 @@ def test_without_nvcc(tools: Callable[..., Path], monkeypatch: pytest.MonkeyPatc
     target = tools(nvcc=False)
     assert build(target)[0] == "no operators for CUDA: there is no nvcc: put it on PATH or set CUDA_HOME"
     assert ".cu" not in target.read_text()
+    monkeypatch.setenv("CUDA_HOME", "/there/is/none")
+    assert build(target)[0] == "no operators for CUDA: there is no /there/is/none/bin/nvcc"
+    monkeypatch.delenv("CUDA_HOME")
     monkeypatch.setenv("VJVCR_CUDA", "0")
     assert "CUDA" not in build(target)[0]
     monkeypatch.setenv("VJVCR_CUDA", "1")

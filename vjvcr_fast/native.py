@@ -1,10 +1,10 @@
 """The compiled operators of csrc/, which infer z* and, on a CPU, compute the VCR loss. Importing this module loads
 them, if they were built, as `torch.ops.vjvcr`.
 
-All tensors are contiguous, on one device, and all float32 or all float64. Only the loss takes any strides and, besides,
-float16 and bfloat16. Tensors that do not fit raise a RuntimeError.
+All tensors are contiguous, on one device, and all float32 or all float64. Only the losses, VCR and SIGReg, take any
+strides and, besides, float16 and bfloat16. Tensors that do not fit raise a RuntimeError.
 N is the number of samples, m the number of components of z, H the width of the hidden layers.
-On a CPU the environment variable VJVCR_CPU chooses an instruction set, baseline, avx2 or avx512, for the loss,
+On a CPU the environment variable VJVCR_CPU chooses an instruction set, baseline, avx2 or avx512, for the losses,
 fista_mlp and newton_mlp.
 
 proximal_step(z, v, gradient, step, momentum, weight, lower, upper) -> ()

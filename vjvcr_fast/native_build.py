@@ -126,7 +126,7 @@ def toolkit(say: Say) -> Path | None:
         if obstacle is None:
             return Path(home)
     else:
-        obstacle = "there is no nvcc: put it on PATH or set CUDA_HOME"
+        obstacle = f"there is no {home}/bin/nvcc" if home else "there is no nvcc: put it on PATH or set CUDA_HOME"
     if wanted == "1":
         raise BuildError(f"VJVCR_CUDA=1, but {obstacle}")
     say(f"no operators for CUDA: {obstacle}")

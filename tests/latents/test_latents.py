@@ -612,6 +612,10 @@ def test_not_finite_after_a_step() -> None:
     kept = SparseLatent(2, 0.0, 5, step_rule="fixed", lr=100.0, check=False).infer(hole, 3, **how)
     assert kept.z.count_nonzero() == 0
     assert kept.energy.eq(2).all()
+    narrow = lambda z: torch.where(z > 0.5, torch.nan, (z - 1).square()).sum(dim=1)  # noqa: E731
+    last = SparseLatent(1, 0.0, 3, lr=0.4, check=False).infer(narrow, 1, **how)
+    assert 0 < last.z < 0.5
+    assert last.energy == (last.z - 1).square()
 
 
 # -- Arguments ------------------------------------------------------------------------------------------------------

@@ -142,6 +142,11 @@ def test_what_is_not_finite_is_lost(value: float) -> None:
     energy.target[4, 2] = value
     with pytest.raises(NonFiniteEnergyError, match="1 of 9 samples, before the first step"):
         infer(energy)
+    energy.target[4, 2], energy.w3[:] = 0, 1e200  # finite at z0 alone
+    with pytest.raises(NonFiniteEnergyError, match=r"\(method='newton'\): look at weights and inputs"):
+        infer(energy)
+    energy = mlp()
+    energy.target[4, 2] = value
     quiet, right = infer(energy, check=False), infer(mlp())
     assert quiet.z[4].count_nonzero() == 0
     others = torch.arange(9) != 4

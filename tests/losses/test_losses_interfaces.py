@@ -165,6 +165,34 @@ class TestErrors:
         assert same == vcr_loss(h, alpha=0.5, beta=0.5, threshold=0.5, eps=0.5)
         assert VICRegLoss(half, half, half, eps=half)(h, h + 1) == VICRegLoss(0.5, 0.5, 0.5, eps=0.5)(h, h + 1)
 
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64])
+    @pytest.mark.parametrize("backend", ["torch", "reference", *(["native"] if native.MISSING is None else [])])
+    def test_tensors_are_not_rounded_to_their_own_dtype(self, backend, dtype):
+        """Beside numbers as small as 1 / (N^2 T d), or as exact as float64."""
+        h = torch.randn(256, 16, 256, generator=torch.Generator().manual_seed(0))
+        for leaf in (h.requires_grad_(), random(*WIDE, dtype=torch.float64).requires_grad_()):
+            found = []
+            for weight in (torch.tensor(3, dtype=dtype), 3.0):
+                given = {"alpha": weight, "beta": weight, "covariance_divisor": "d(d-1)", "backend": backend}
+                loss = vcr_loss(leaf, **given).loss
+                found.append((loss, *torch.autograd.grad(loss, leaf)))
+            limit = tolerances.FLOAT64 if leaf.dtype == torch.float64 else tolerances.FLOAT32
+            assert all(relative(ours, right) <= limit for ours, right in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("way", ways.HERE)
+def test_subnormal_halves_where_subnormal_numbers_are_flushed(way, monkeypatch):
+    """They are not subnormal in float32."""
+    ways.take(way, monkeypatch)
+    h = (random(64, 1, 4) * 2e-5).half()
+    given = {"alpha": 1.0, "beta": 0.0, "threshold": 1e-4, "eps": 0.0}
+    torch.set_flush_denormal(True)
+    try:
+        loss = vcr_loss(h, **given, backend="native").loss
+    finally:
+        torch.set_flush_denormal(False)
+    assert relative(loss, vcr_loss(h.double(), **given, backend="reference").loss) <= tolerances.FLOAT32
+
 
 class TestInterfaces:
     def test_module(self):

@@ -297,7 +297,7 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def _diagnosis(start: _State, found: _Found, lost: Tensor, rule: Rule) -> str:
     at_start = ~start.energy.isfinite() | ~start.gradient.isfinite().all(dim=1, keepdim=True)
-    settings = f"lr={rule.lr:g}, step_rule={rule.step_rule!r}"
+    settings = "method='newton'" if rule.newton else f"lr={rule.lr:g}, step_rule={rule.step_rule!r}"
     if at_start.any():
         return (
             f"energy or gradient is not finite at z0 for {int(at_start.sum())} of {len(lost)} samples, before the "
@@ -305,7 +305,8 @@ def _diagnosis(start: _State, found: _Found, lost: Tensor, rule: Rule) -> str:
         )
     return (
         f"energy or gradient is not finite for {int(lost.sum())} of {len(lost)} samples, after steps down to a size of "
-        f"{float(found.step[lost].min()):.3g} ({settings}): choose a smaller lr"
+        f"{float(found.step[lost].min()):.3g} ({settings}): "
+        + ("look at weights and inputs, or choose method='fista'" if rule.newton else "choose a smaller lr")
     )
 
 

@@ -196,7 +196,8 @@ class SparseLatent(_Descended):
         compile: put the step through torch.compile(fullgraph=True); the energy must be traceable. Where the compiled
             operator `fista_mlp` makes all steps, nothing is left to compile, and it is used as with compile=False.
         bf16: products in bfloat16 if `fista_mlp` runs on a GPU, several times as fast; no effect elsewhere.
-        check: raise NonFiniteEnergyError, which is the only synchronisation. If False, such samples keep z0.
+        check: raise NonFiniteEnergyError, which is the only synchronisation. If False, such samples keep
+            the last z whose energy was finite.
     """
 
     dim: int

@@ -59,20 +59,33 @@ def shards(
     Raises ValueError if this process is not in `group`, if samples do not fit or, on every process, if the processes
     differ in T, d or dtype. The last is noticed only with samples=None.
     """
+    rank, world = _place(group)
+    n = len(hs[0])
+    counts = _ask(hs, group) if samples is None else (n,) * world if samples == "equal" else samples
+    counts = checked(counts, n, group)
+    if sum(counts) < least:
+        raise ValueError(f"samples={list(counts)}: N >= {least} is needed, the variance is over the batch")
+    return Shards(group, rank, counts)
+
+
+def checked(samples: Sequence[int], n: int, group: Any) -> tuple[int, ...]:
+    """`samples` of a group of which this process has n. Raises ValueError if they do not fit."""
+    (rank, world), counts = _place(group), tuple(samples)
+    if len(counts) != world or counts[rank] != n or min(counts) < 1:
+        raise ValueError(
+            f"samples={list(counts)}: one number a process, at least 1, is needed; rank {rank} of {world} has {n}"
+        )
+    return counts
+
+
+def _place(group: Any) -> tuple[int, int]:
+    """Rank and number of processes. Raises ValueError if this process is not in the group."""
     if not (dist.is_available() and dist.is_initialized()):
         raise ValueError("group: torch.distributed is not initialised (torch.distributed.init_process_group)")
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError("group: this process is not in it")
-    n = len(hs[0])
-    counts = _ask(hs, group) if samples is None else (n,) * world if samples == "equal" else tuple(samples)
-    if len(counts) != world or counts[rank] != n or min(counts) < 1:
-        raise ValueError(
-            f"samples={list(counts)}: one number a process, at least 1, is needed; rank {rank} of {world} has {n}"
-        )
-    if sum(counts) < least:
-        raise ValueError(f"samples={list(counts)}: N >= {least} is needed, the variance is over the batch")
-    return Shards(group, rank, counts)
+    return rank, world
 
 
 def _ask(hs: Sequence[Tensor], group: Any) -> tuple[int, ...]:

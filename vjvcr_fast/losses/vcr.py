@@ -134,7 +134,7 @@ def vcr_loss(
     check_choice("form", form, FORMS)
     check_choice("gradient", gradient, MADE)
     check_choice("route", route, ROUTES)
-    alpha, beta = check_number("alpha", alpha), check_number("beta", beta)
+    alpha, beta = (_weight(name, of, hs[0]) for name, of in (("alpha", alpha), ("beta", beta)))
     threshold, eps = check_number("threshold", threshold), check_eps(eps)
     chosen = resolve(backend, hs[0])
     if covariance_divisor == "d(d-1)":  # what computes the terms divides by d
@@ -153,12 +153,18 @@ def vcr_loss(
     else:
         if over == "both" and samples is not None and samples != "equal":
             rows = len(hs[0]) // len(h if isinstance(h, Tensor) else h[0])  # of one sample
-            samples = [n * rows for n in samples]
+            samples = [n * rows for n in distributed.checked(samples, len(hs[0]) // rows, group)]
         settings = Settings(alpha, beta, threshold, eps, gram=False)
         terms = VCRTerms(*distributed.vcr(hs, settings, alone, backend, form, group, samples, route))
     if covariance_divisor == "d":
         return terms
     return VCRTerms(terms.loss, terms.variance, terms.covariance * factor)
+
+
+def _weight(name: str, value: Any, h: Tensor) -> Any:
+    """As `check_number`. A tensor gets the dtype of the terms: products of a half-precision one would be rounded."""
+    value = check_number(name, value)
+    return value.to(analytic.compute_dtype(h)) if isinstance(value, Tensor) else value
 
 
 class VCRLoss(nn.Module):

@@ -75,9 +75,9 @@ class VICRegLoss(nn.Module):
         Raises the errors of `vcr_loss`, and ValueError if the two shapes differ.
         """
         together = self.gather_distributed and torch.distributed.is_initialized()
-        hs = as_slices([z_a, z_b], least=1 if together else 2)
-        if z_a.shape != z_b.shape:
+        if isinstance(z_a, Tensor) and isinstance(z_b, Tensor) and z_a.shape != z_b.shape:
             raise ValueError(f"z_a {tuple(z_a.shape)} and z_b {tuple(z_b.shape)} must have the same shape")
+        hs = as_slices([z_a, z_b], least=1 if together else 2)
         # The branches are time steps of one call. Its terms are means of theirs.
         hinges = 2.0 if self.variance_branches == "sum" else 1.0
         group = torch.distributed.group.WORLD if together else None
