@@ -114,6 +114,18 @@ def test_a_stop_reaches_every_run(
     assert not (tmp_path / RUNS[2] / "last.pt").exists()
 
 
+def test_fewer_jobs_than_processes_share_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[int] = []
+
+    def start(job: Job, at_once: int) -> forked.Started:
+        shares.append(at_once)
+        return forked.Started(("--version",), job.log)
+
+    monkeypatch.setattr(jobs, "_start", start)
+    assert jobs.run_jobs([Job(tmp_path / name, 4, (), tmp_path / f"{name}.log") for name in "ab"], 8) == {}
+    assert shares == [2, 2]
+
+
 @pytest.mark.usefixtures("digits")
 def test_no_run_goes_on_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """If one run cannot be measured, say because the disk is full, the others are stopped."""

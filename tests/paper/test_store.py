@@ -8,7 +8,7 @@ import pytest
 from conftest import TINY
 
 from vjvcr_fast.cli import main
-from vjvcr_fast.config import Config, override, preset
+from vjvcr_fast.config import Config, ConfigError, override, preset
 from vjvcr_fast.evaluation.evaluate import MEASURES
 from vjvcr_fast.models.energy import ROWS
 from vjvcr_fast.paper import figures, jobs, store
@@ -144,17 +144,42 @@ def test_a_cut_off_file(kept: tuple[Store, Path], tiny_mini: Config, capsys: pyt
 
 
 @pytest.mark.usefixtures("digits")
-def test_results_of_other_data(kept: tuple[Store, Path], tiny_mini: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """Alone they are shown as they are. Beside runs of these data, of a third kind, or if the folder of the data is
-    given, they are not taken."""
+def test_results_of_other_data(
+    kept: tuple[Store, Path], tiny_mini: Config, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone they are shown as they are. Beside runs of these data, of a third kind, or if the data are named, they are
+    not taken."""
+    monkeypatch.delenv("VJVCR_DATA", raising=False)
     into, run = kept
     configs, anywhere = {run: tiny_mini}, override(tiny_mini, {"data.root": ""})
     assert [*jobs._taken(anywhere, configs, {}, paper.TABLE1, into)] == [run]
     assert jobs._taken(tiny_mini, configs, {}, paper.TABLE1, into) == {}
+    assert jobs._taken(override(anywhere, {"data.download": True}), configs, {}, paper.TABLE1, into) == {}
+    with monkeypatch.context() as patch:
+        patch.setenv("VJVCR_DATA", "/some/where")
+        assert jobs._taken(anywhere, configs, {}, paper.TABLE1, into) == {}
     tiny_mini = anywhere
     configs[run.with_name("generative-seed0")] = override(tiny_mini, {"model.row": "generative"})
     assert jobs._taken(tiny_mini, configs, {}, paper.TABLE1, into) == {}
     assert "is of some digits; here are blobs: 40 digits" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("digits")
+def test_finished_runs_of_other_data(tiny_mini: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are not put into one table with others, nor shown as results of data that are named."""
+    monkeypatch.delenv("VJVCR_DATA", raising=False)
+    anywhere = override(tiny_mini, {"data.root": ""})
+    blobs, some = {"data": "blobs: 40 digits"}, {"data": "some digits"}
+    for here, config, more in (
+        ({Path("a"): some, Path("b"): blobs}, anywhere, False),
+        ({Path("a"): some}, anywhere, True),
+        ({Path("a"): some}, tiny_mini, False),
+    ):
+        with pytest.raises(ConfigError, match=r"trained on (some|blobs).*; the others' data are (blobs|some)"):
+            jobs._check_sources(config, here, more)
+    jobs._check_sources(anywhere, {Path("a"): some}, False)
+    jobs._check_sources(tiny_mini, {Path("a"): blobs}, True)
+    jobs._check_sources(anywhere, {}, True)
 
 
 def test_what_is_there_is_not_lost(

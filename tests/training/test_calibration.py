@@ -160,6 +160,19 @@ def test_newton_is_refused_before_the_first_step(
 
 
 @pytest.mark.parametrize("name", KINDS)
+def test_a_run_that_is_extended_is_never_ended(tmp_path: Path, tiny_stochastic: Config, name: str) -> None:
+    """Ended between log lines: the weight is adapted, or heads are revived, as if it had gone on."""
+    config = latent(tiny_stochastic, name)
+    train(override(config, {"train.steps": 8}), tmp_path / "extended")
+    for run in ("extended", "whole"):
+        train(config, tmp_path / run)
+    ours, right = (checkpoint.load(tmp_path / run / "last.pt") for run in ("extended", "whole"))
+    assert ours["latent_weight"] == right["latent_weight"]
+    assert all(map(torch.equal, ours["model"].values(), right["model"].values()))
+    assert logged(tmp_path / "extended", "latent_energy")[10] == logged(tmp_path / "whole", "latent_energy")[10]
+
+
+@pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("row", ["vj-vcr", "vj-vcr-decoder", "generative"])
 def test_training(tmp_path: Path, tiny_stochastic: Config, name: str, row: str) -> None:
     config = override(latent(tiny_stochastic, name), {"model.row": row})

@@ -119,6 +119,7 @@ def finish_rows(
     taken = _taken(config, configs, here, evaluation, store)
     ready = here | {run: kept.evaluation for run, kept in taken.items()}
     waiting = {run: config_of_run for run, config_of_run in configs.items() if run not in ready}
+    _check_sources(config, here, bool(waiting))
     if waiting:
         prepare(config)
     say = functools.partial(print, flush=True)
@@ -135,6 +136,26 @@ def finish_rows(
     return Table(config, out, seeds, runs, of_rows, taken)
 
 
+def _named(config: Config) -> bool:
+    """Whether data of one's own were asked for. (VJVCR_DATA may be the folder of digits when videos are wanted.)"""
+    digits = config.data.dataset == "moving-mnist" and "VJVCR_DATA" in os.environ
+    return bool(config.data.root) or config.data.download or digits
+
+
+def _check_sources(config: Config, here: Mapping[Path, dict[str, Any]], more: bool) -> None:
+    """Raises ConfigError if runs that are finished here are of other data than one another, or than the data now, if
+    `more` runs are to come or the data are named. Data are compared by their descriptions."""
+    now = (
+        build_data(config)[0].source if here and (more or _named(config)) else next(iter(here.values()), {}).get("data")
+    )
+    for run, evaluation in here.items():
+        if evaluation["data"] != now:
+            raise ConfigError(
+                f"{run} was trained on {evaluation['data']}; the others' data are {now}: set --data.root or "
+                "VJVCR_DATA, or choose another --out"
+            )
+
+
 def _taken(
     config: Config,
     configs: Mapping[Path, Config],
@@ -142,12 +163,12 @@ def _taken(
     evaluation: Evaluation,
     store: Store | None,
 ) -> dict[Path, Kept]:
-    """What `store` has of the runs that are not finished here, unless it is of other data than the rest, or than
-    `data.root` if that is given."""
+    """What `store` has of the runs that are not finished here, unless it is of other data than the rest, or than those
+    that are named."""
     asked = {run: of for run, of in configs.items() if run not in here} if store else {}
     taken = {run: kept for run, of in asked.items() if store and (kept := store.take(run, of, evaluation.file))}
     sources = {e["data"] for e in (*here.values(), *(kept.evaluation for kept in taken.values()))}
-    if taken and (config.data.root or len(sources) > 1 or len(taken) < len(asked)):
+    if taken and (_named(config) or len(sources) > 1 or len(taken) < len(asked)):
         source = build_data(config)[0].source
         for run, kept in [*taken.items()]:
             if (theirs := kept.evaluation["data"]) != source:
@@ -205,7 +226,7 @@ def _complete(config: Config, run: Path) -> bool:
 def run_jobs(
     jobs: Sequence[Job], at_once: int, done: Callable[[Path, Callable[[str], None]], None] | None = None
 ) -> dict[Job, str]:
-    """Runs all jobs, `at_once` side by side, and shows their progress. Returns the failed jobs, in the
+    """Runs all jobs, at most `at_once` side by side, and shows their progress. Returns the failed jobs, in the
     order of `jobs`, each with the reason.
 
     done: called when a job succeeds, with its run and a function that prints text above the progress bars. Each
@@ -213,7 +234,7 @@ def run_jobs(
 
     Raises StopRequestedError on SIGTERM or Ctrl-C, after the running jobs have written their checkpoints.
     """
-    waiting, failed, next_report = list(jobs), {}, 0.0
+    waiting, failed, next_report, at_once = list(jobs), {}, 0.0, min(at_once, len(jobs))
     running: dict[Job, tuple[subprocess.Popen[bytes], Any]] = {}
     with _bar(len(jobs), "finished", unit="run") as total, asked_to_stop() as stop:
 

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vjvcr_fast.config import Config, ConfigError, override, parse, preset
+from vjvcr_fast.config import Config, ConfigError, Data, override, parse, preset
 from vjvcr_fast.data.files import one_line, write_atomic
 from vjvcr_fast.paper import SweepError, figures
 from vjvcr_fast.paper.actions import ACTIONS
@@ -160,14 +160,17 @@ def run_all(file: Path, out: Path, processes: str = "auto") -> str:
     """
     sweep = read(file)
     at_once = processes_for(processes, sweep.base)
-    prepare(sweep.base)
-    jobs = []
+    jobs, data = [], dict[Data, Config]()
     for number, entry in enumerate(sweep.entries):
         run, arguments = out / entry.folder, ("sweep", str(file), "--out", str(out), "--entry", str(number))
         with contextlib.suppress(ConfigError, CheckpointError):  # its own process will say what is wrong
             if finished(entry.config, run, evaluation_of(entry.config)):
                 continue
         jobs.append(Job(run, entry.config.train.steps, arguments, run / "sweep.log"))
+        data.setdefault(entry.config.data, entry.config)
+    for config in data.values():
+        with contextlib.suppress(*([ConfigError] if len(data) > 1 else [])):  # as above
+            prepare(config)
     failed = run_jobs(jobs, at_once)
     text = summarise(sweep, out)
     if failed:

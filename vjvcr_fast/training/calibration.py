@@ -164,21 +164,23 @@ class Latents:
         if self.settings.kind == "sparse":
             self.predictor.normalize_latent()
 
-    def adapt(self, step: int, means: dict[str, float], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """To be called at a log line: adapts the L1 weight or revives heads.
+    def adapt(
+        self, step: int, means: dict[str, float], optimizer: torch.optim.Optimizer, due: bool = True
+    ) -> dict[str, float]:
+        """To be called at a log line: adapts the L1 weight or revives heads, if that is `due`.
 
         means: the means of `names` since the last line. Returns what to log in addition.
         """
         settings = self.settings
         if settings.kind == "sparse":
             used = self.weight
-            if settings.calibrate:
+            if settings.calibrate and due:
                 changed = used * math.exp(GAIN * (settings.zeros - means["zeros"]))
                 self.weight = min(max(changed, LEAST), MOST)
             return {"latent_weight": used}
         if settings.kind == "discrete" and settings.revive:
             usage = [means[f"head_{i}"] for i in range(settings.heads)]
-            return {"revived": float(self._revive(usage, step, optimizer))}
+            return {"revived": float(self._revive(usage, step, optimizer)) if due else 0.0}
         return {}
 
     def encode(self, frames: Tensor, targets: bool = False) -> Tensor:

@@ -89,7 +89,7 @@ def train(config: Config, run: Path, probe: Probe | None = None, resume: Resume 
         The errors of `build_data`: there are no usable data.
     """
     with joined(config) as processes:
-        claim(run, config, resume, writes=processes.main)
+        claim(run, config, resume, writes=False)
         with processes.main_first():
             data = build_data(config, processes.here)
         failed: _NotFiniteError | None = None
@@ -120,6 +120,7 @@ class _Training:
     def __init__(self, config: Config, run: Path, processes: Processes, data: tuple[Data, Data]) -> None:
         self.config, self.run, self.processes, self.data = config, run, processes, data[0]
         self.part = processes.part(config.train.batch)
+        processes.part(min(config.train.batch, config.train.validation_videos), "train.validation_videos")
         self.videos = build_videos(config, data[0], "train", processes.device)
         self.held_out = build_videos(config, data[1], "validation", processes.device)
         self.update = Step(config, processes)
@@ -128,6 +129,12 @@ class _Training:
         self.history: list[Tensor] = []
         if checkpoint.exists(run):
             self._resume()
+            if self.step > config.train.steps:
+                raise ConfigError(
+                    f"{run} has {self.step} steps, train.steps={config.train.steps}; choose another --out"
+                )
+        if processes.main:
+            claim(run, config)
         many = f", {processes.world} processes" if processes.world > 1 else ""
         title = f"{config.model.row} ({processes.device.type}{many})"
         self.log = Log(run, self.step, config, title, quiet=not processes.main)
@@ -153,8 +160,9 @@ class _Training:
 
                 if step % settings.log_every == 0 or end:
                     means = self._means()
-                    log.training(step, means | update.latents.adapt(step, means, update.optimizer))
-                    self.history = []
+                    due = step % settings.log_every == 0  # not at `end` alone: a run that is extended would differ
+                    log.training(step, means | update.latents.adapt(step, means, update.optimizer, due))
+                    self.history = [] if due else self.history
                     self._log_telemetry()
                 if settings.telemetry_every and step % settings.telemetry_every == 0:
                     h_x = update.representations(clips)
@@ -223,8 +231,9 @@ class _Training:
         model = self.update.model
         if not nn.utils.get_total_norm(model.parameters()).isfinite():
             raise _NotFiniteError(["the weights"], self.step, self.batch)
-        if self.history:  # of all processes: the one that resumes has this file alone
-            self.history = [*self.processes.mean(torch.stack(self.history))]
+        # Of all processes: the one that resumes has this file alone.
+        history: Tensor | list[Tensor] = self.processes.mean(torch.stack(self.history)) if self.history else []
+        self.history = [*history]
         if not self.processes.main:
             return
         state = {
@@ -235,7 +244,7 @@ class _Training:
             "step": self.step,
             "batch": self.batch,
             "best": self.best,
-            "history": self.history,
+            "history": history,
             "config": self.config.to_json(),
             "data": self.data.source,
             "data_hash": self.data.fingerprint(),

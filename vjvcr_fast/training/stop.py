@@ -1,5 +1,5 @@
-"""What happens at Ctrl-C and SIGTERM: training stops after the current step (with several
-processes one step later). A second signal stops it at once.
+"""What happens at Ctrl-C, SIGTERM and, where it is not ignored, SIGHUP (a terminal that closes): training stops after
+the current step (with several processes one step later). A second signal stops it at once.
 
 The loop then saves a checkpoint and raises StopRequestedError (loop.py). cli.py turns that into exit code 75, and a
 second signal into 130.
@@ -23,12 +23,12 @@ ECHO = 2.0  # seconds within which a launcher may repeat a signal
 
 
 class StopRequestedError(RuntimeError):
-    """Training was asked to stop (Ctrl-C or SIGTERM), and did so after saving what was trained."""
+    """Training was asked to stop (Ctrl-C, SIGTERM or SIGHUP), and did so after saving what was trained."""
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Handles Ctrl-C and SIGTERM: yields a function that says whether one of them has come, to be asked between steps.
+    """Handles Ctrl-C, SIGTERM and SIGHUP: yields a function that says whether one has come, to be asked between steps.
 
     A second signal raises KeyboardInterrupt at once. With several processes the first signal may reach each twice, from
     the terminal and from the launcher; within ECHO seconds that counts as one. Outside the main thread, where Python
@@ -43,7 +43,10 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         received.append(now)
 
     main = threading.current_thread() is threading.main_thread()
-    before = {s: signal.signal(s, receive) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    handled = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        handled.append(signal.SIGHUP)
+    before = {s: signal.signal(s, receive) for s in handled} if main else {}
     try:
         yield lambda: bool(received)
     finally:
