@@ -229,6 +229,7 @@ PAGES: dict[Path, dict[str, Part]] = {
     ROOT / "docs" / "videos.md": {
         "table1-clevrer": paper("table1-clevrer-mini"),
         "study-clevrer": paper("study-clevrer-small", made=True),
+        "study-clevrer-longer": paper("study-clevrer-longer", made=True),
         "figure2": paper("figure2-cater-small", made=True),
         "figure4": paper("figure4-cater-small"),
         "ceiling": paper("ceiling-cater-small", made=True),

@@ -3,8 +3,8 @@
     python docs/studies/speed.py RUN [RUN ...]
 
 A small network (`Supervised` of `vjvcr_fast.evaluation.ceiling`, with one output) is trained to read the speed of the
-fastest object in the last target frame, on the windows that the speed probe is fitted to. It reads the frames of y or
-of x; then, of every run, h_y and the prediction of it, as maps. All runs must share their data. Prints JSON, {what is
+fastest object in the last target frame, on the windows that the speed probe is fitted to. It reads, of every run, h_y
+and the prediction of it, as maps; then the frames of x, and those of y. All runs must share their data. Prints JSON, {what is
 read: {"speed_mse", "speed_mse_fitted"}}, in the annotations' (scene units/s)^2: the mean squared errors on validation
 windows and on those that were fitted. {"the mean": ...} is the error of predicting the mean.
 """
@@ -47,7 +47,7 @@ def read_by(runs: list[Path]) -> tuple[dict[str, tuple[int, int, int] | None], l
     config, start = configs[0], configs[0].data.frames_in
     if config.data.dataset != "clevrer" or any(of.data != config.data for of in configs):
         sys.exit("runs on CLEVRER with the same data are needed")
-    maps: dict[str, Any] = {"the frames of y": None, "the frames of x": None}
+    maps: dict[str, Any] = {}
     found, settings = [], config.evaluate
     counts = settings.probe_videos, settings.validation_videos
     for data, stream, count in zip(build_data(config), ("probe", "validation"), counts, strict=True):
@@ -68,7 +68,7 @@ def read_by(runs: list[Path]) -> tuple[dict[str, tuple[int, int, int] | None], l
                     maps[name] = cast(SimVPEncoder, model.encoder).map
             parts.append(part)
         found.append({name: torch.cat([part[name] for part in parts]) for name in parts[0]})
-    return maps, found
+    return maps | {"the frames of x": None, "the frames of y": None}, found
 
 
 def errors(fitted: Tensor, speed: Tensor, held_out: Tensor, right: Tensor, map_: Any) -> dict[str, float]:
