@@ -4,9 +4,9 @@
 
 A small network (`Supervised` of `vjvcr_fast.evaluation.ceiling`, with one output) is trained to read the speed of the
 fastest object in the last target frame, on the windows that the speed probe is fitted to. It reads, of every run, h_y
-and the prediction of it, as maps; then the frames of x, and those of y. All runs must share their data. Prints JSON, {what is
-read: {"speed_mse", "speed_mse_fitted"}}, in the annotations' (scene units/s)^2: the mean squared errors on validation
-windows and on those that were fitted. {"the mean": ...} is the error of predicting the mean.
+and the prediction of it, as maps; then the frames of x, and those of y. All runs must share their data. Prints JSON,
+{what is read: {"speed_mse", "speed_mse_fitted"}}, in the annotations' (scene units/s)^2: the mean squared errors on
+validation windows and on those that were fitted. {"the mean": ...} is the error of predicting the mean.
 """
 
 import json
