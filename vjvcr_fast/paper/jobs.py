@@ -138,16 +138,16 @@ def finish_rows(
 
 def _named(config: Config) -> bool:
     """Whether data of one's own were asked for. (VJVCR_DATA may be the folder of digits when videos are wanted.)"""
-    digits = config.data.dataset == "moving-mnist" and "VJVCR_DATA" in os.environ
-    return bool(config.data.root) or config.data.download or digits
+    folder = os.environ.get("VJVCR_DATA") if config.data.dataset == "moving-mnist" else None
+    return bool(config.data.root or config.data.download or folder)
 
 
 def _check_sources(config: Config, here: Mapping[Path, dict[str, Any]], more: bool) -> None:
     """Raises ConfigError if runs that are finished here are of other data than one another, or than the data now, if
     `more` runs are to come or the data are named. Data are compared by their descriptions."""
-    now = (
-        build_data(config)[0].source if here and (more or _named(config)) else next(iter(here.values()), {}).get("data")
-    )
+    if not here:
+        return
+    now = build_data(config)[0].source if more or _named(config) else next(iter(here.values()))["data"]
     for run, evaluation in here.items():
         if evaluation["data"] != now:
             raise ConfigError(
